@@ -1,0 +1,57 @@
+// The Python face of the CPU kernels: checks what the caller gives, releases the GIL, computes nothing.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../area/area.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+// Channels and columns must lie dense; rows may be strided, so that a slice of a batch can be written.
+using Image = nb::ndarray<const uint8_t, nb::shape<-1, -1, 3>, nb::device::cpu>;
+using Output = nb::ndarray<uint8_t, nb::shape<-1, -1, 3>, nb::device::cpu>;
+using Edges = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+namespace {
+
+void check_rows(const char* name, int64_t column_stride, int64_t channel_stride) {
+  if (channel_stride != 1 || column_stride != 3)
+    throw std::invalid_argument(std::string(name) + ": columns and channels must be contiguous (strides 3 and 1)");
+}
+
+void check_edges(const char* name, const Edges& edges, int64_t out_size, int64_t source_size) {
+  const std::string n(name);
+  if (static_cast<int64_t>(edges.shape(0)) != out_size + 1)
+    throw std::invalid_argument(n + ": needs one edge more than out has cells");
+  const int64_t* e = edges.data();
+  if (e[0] < 0 || e[out_size] > source_size << wsi::kFixedPointBits)
+    throw std::invalid_argument(n + ": edges lie outside the source");
+  for (int64_t i = 0; i < out_size; ++i)
+    if (e[i + 1] <= e[i] || e[i + 1] - e[i] > wsi::kMaxCell)
+      throw std::invalid_argument(n + ": edges must increase, by 4096 source pixels at most");
+}
+
+void area_average(Image source, Edges edges_y, Edges edges_x, Output out) {
+  check_rows("source", source.stride(1), source.stride(2));
+  check_rows("out", out.stride(1), out.stride(2));
+  const int64_t out_h = out.shape(0), out_w = out.shape(1);
+  if (out_h == 0 || out_w == 0) throw std::invalid_argument("out: has no cells");
+  check_edges("edges_y", edges_y, out_h, source.shape(0));
+  check_edges("edges_x", edges_x, out_w, source.shape(1));
+  nb::gil_scoped_release release;
+  std::vector<uint32_t> row_sums(3 * source.shape(1));
+  wsi::area_average(source.data(), source.shape(1), source.stride(0), edges_y.data(), out_h, edges_x.data(), out_w,
+                    out.data(), out.stride(0), row_sums.data());
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels; wsi.native.twin specifies them.";
+  m.def("area_average", &area_average, "source"_a.noconvert(), "edges_y"_a.noconvert(), "edges_x"_a.noconvert(),
+        "out"_a.noconvert(), "Average source over the cells between the edges into out; see wsi.native.twin.");
+}

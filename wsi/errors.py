@@ -1,0 +1,119 @@
+"""Every error this package raises on purpose.
+
+::
+
+    WsiError                         where, what, remedy
+    |-- SlideError                   something about one slide
+    |   |-- SlideNotFound            also FileNotFoundError
+    |   |-- SlideUnreadable          also ValueError   not a slide, damaged, or unsupported pixels
+    |   |   `-- UnknownFormat
+    |   `-- MppError                 also ValueError   no plausible microns per pixel
+    |-- GridError                    also ValueError   tile, stride or mpp that make no grid
+    |-- StoreError                   also ValueError   a patch store that cannot be trusted
+    |-- ModelError                   also ValueError   a model folder that cannot be used
+    |   `-- ModelNotFound            also LookupError
+    |-- ConfigMismatch               also ValueError   a results folder of another configuration
+    |-- ManifestError                also ValueError   a manifest row that cannot be used
+    `-- OutputError                  also OSError      results cannot be written
+
+Each one says where, what, and what to do; each also is the builtin a stranger would catch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class WsiError(Exception):
+    """Base of all errors raised on purpose.
+
+    Parameters
+    ----------
+    where : str
+        The file, argument or object at fault.
+    what : str
+        What is wrong with it.
+    remedy : str
+        What the user can do about it.
+    """
+
+    def __init__(self, where: str | os.PathLike[str], what: str, remedy: str = "") -> None:
+        self.where = os.fspath(where)
+        self.what = what
+        self.remedy = remedy
+        super().__init__(self.where, what, remedy)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}"
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+
+class SlideError(WsiError):
+    """Something is wrong with one slide."""
+
+
+class SlideNotFound(SlideError, FileNotFoundError):
+    """There is no such slide."""
+
+
+class SlideUnreadable(SlideError, ValueError):
+    """The file is not a slide, is damaged, or holds pixels that are not 8-bit colour."""
+
+
+class UnknownFormat(SlideUnreadable):
+    """The reader does not know this format."""
+
+
+class MppError(SlideError, ValueError):
+    """The slide has no plausible microns per pixel."""
+
+
+class GridError(WsiError, ValueError):
+    """Tile size, stride or resolution that make no grid."""
+
+
+class StoreError(WsiError, ValueError):
+    """A patch store that is damaged or of another layout."""
+
+
+class ModelError(WsiError, ValueError):
+    """A model folder that cannot be used."""
+
+
+class ModelNotFound(ModelError, LookupError):
+    """No model of that name; the known ones are listed."""
+
+
+class ConfigMismatch(WsiError, ValueError):
+    """The results folder was made with another configuration."""
+
+
+class ManifestError(WsiError, ValueError):
+    """A manifest that cannot be used; the row is named."""
+
+
+class OutputError(WsiError, OSError):
+    """Results cannot be written: permission, full disk, or a path in the way."""
+
+    @classmethod
+    def of(cls, error: OSError, path: str | os.PathLike[str]) -> OutputError:
+        """Translate an ``OSError`` met while writing `path` into a line a user can act on."""
+        remedies = {
+            errno.ENOSPC: "Free some space and run the same command again: it resumes",
+            errno.EDQUOT: "Your quota is used up; free some space and run the same command again: it resumes",
+            errno.EACCES: "Choose a folder you may write to with -o",
+            errno.EPERM: "Choose a folder you may write to with -o",
+            errno.EROFS: "The file system is read-only; choose another folder with -o",
+            errno.ENOTDIR: "A file stands where a folder is needed; choose another folder with -o",
+            errno.EEXIST: "A file stands where a folder is needed; choose another folder with -o",
+        }
+        what = f"cannot be written ({error.strerror or error})"
+        mapped = cls(error.filename or path, what, remedies.get(error.errno or 0, ""))
+        mapped.errno = error.errno
+        return mapped
+
+
+def is_output_error(error: OSError) -> bool:
+    """Whether an ``OSError`` speaks of the place written to (full disk, permission, read-only)."""
+    return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}

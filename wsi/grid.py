@@ -1,0 +1,108 @@
+"""Where the tiles are: pure geometry, no pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi.errors import GridError
+from wsi.units import Box, Mpp
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TileGrid:
+    """Tiles of one size at one resolution, laid on a slide.
+
+    Attributes
+    ----------
+    columns, rows : int32 (n,)
+        Position of each tile on the lattice; row by row, then column by column.
+    tile : (float, float)
+        Width and height of a tile in level-0 pixels; not rounded.
+    stride : (float, float)
+        Distance between tiles in level-0 pixels; not rounded.
+    tile_px : int
+        Side of a tile in pixels at `mpp`.
+    mpp : float
+        Microns per pixel of the patches cut.
+    """
+
+    columns: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    tile: tuple[float, float]
+    stride: tuple[float, float]
+    tile_px: int
+    mpp: float
+
+    @classmethod
+    def cover(
+        cls, size: tuple[int, int], *, slide_mpp: Mpp, mpp: float, tile_px: int, stride_px: int | None = None
+    ) -> Self:
+        """Lay tiles over a slide so that every pixel lies in one; the last may reach outside.
+
+        Parameters
+        ----------
+        size : (int, int)
+            Slide width and height in level-0 pixels.
+        slide_mpp : Mpp
+            Microns per level-0 pixel.
+        mpp : float
+            Microns per pixel of the patches.
+        tile_px : int
+            Side of a patch in pixels.
+        stride_px : int, optional
+            Distance between patches in pixels at `mpp`; default `tile_px`. Smaller overlaps, larger leaves gaps.
+
+        Raises
+        ------
+        GridError
+            A size, stride or resolution that is not positive, or a tile larger than the slide.
+
+        Examples
+        --------
+        >>> grid = TileGrid.cover((1000, 600), slide_mpp=Mpp(0.5, 0.5), mpp=1.0, tile_px=100)
+        >>> len(grid), grid.box(1)
+        (15, Box(x=200.0, y=0.0, w=200.0, h=200.0))
+        """
+        stride_px = tile_px if stride_px is None else stride_px
+        if tile_px < 1:
+            raise GridError(f"tile={tile_px}", "a tile must be at least 1 px wide")
+        if stride_px < 1:
+            raise GridError(f"stride={stride_px}", "the stride must be at least 1 px", "Leave it out for tiles side by side")
+        if not (math.isfinite(mpp) and mpp > 0):
+            raise GridError(f"mpp={mpp:g}", "the resolution must be positive microns per pixel")
+        scale = mpp / slide_mpp.x, mpp / slide_mpp.y
+        tile = tile_px * scale[0], tile_px * scale[1]
+        stride = stride_px * scale[0], stride_px * scale[1]
+        if tile[0] > size[0] or tile[1] > size[1]:
+            raise GridError(
+                f"slide of {size[0]} x {size[1]} px",
+                f"is smaller than one tile of {tile_px} px at {mpp:g} mpp ({tile[0]:.1f} x {tile[1]:.1f} level-0 px)",
+                "Use a smaller tile, or check the slide's microns per pixel",
+            )
+        # Rounding before the ceiling: 0.1 + 0.2 must not make an extra column.
+        n_columns, n_rows = (1 + math.ceil(round((size[i] - tile[i]) / stride[i], 6)) for i in (0, 1))
+        rows, columns = np.divmod(np.arange(n_rows * n_columns, dtype=np.int64), n_columns)
+        return cls(columns.astype(np.int32), rows.astype(np.int32), tile, stride, tile_px, mpp)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def box(self, i: int) -> Box:
+        """Return tile `i` in level-0 pixels."""
+        return Box(float(self.columns[i]) * self.stride[0], float(self.rows[i]) * self.stride[1], *self.tile)
+
+    def boxes(self) -> npt.NDArray[np.float64]:
+        """Return all tiles, float64 (n, 4): x, y, w, h in level-0 pixels."""
+        out = np.empty((len(self), 4), np.float64)
+        out[:, 0], out[:, 1] = self.columns * self.stride[0], self.rows * self.stride[1]
+        out[:, 2:] = self.tile
+        return out
+
+    def keep(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.integer]) -> Self:
+        """Return the grid of the chosen tiles only (mask or indices)."""
+        return type(self)(self.columns[chosen], self.rows[chosen], self.tile, self.stride, self.tile_px, self.mpp)

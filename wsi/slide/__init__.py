@@ -1,0 +1,74 @@
+"""Reading slides: one call, any box at any size.
+
+Examples
+--------
+>>> from wsi.slide import open_slide
+>>> with open_slide("tests/data/tiny.tif") as slide:           # doctest: +SKIP
+...     rgb = slide.read(Box(0, 0, 2000, 2000), (512, 512))    # (512, 512, 3) uint8, outside is white
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat
+from wsi.slide.base import Slide
+
+__all__ = ["READERS", "Slide", "is_url", "open_slide"]
+
+#: Names accepted as `reader`. "auto" is OpenSlide, then tiffslide for what OpenSlide does not open.
+READERS = ("auto", "openslide", "tiffslide")
+
+
+def open_slide(path: str | os.PathLike[str], reader: str = "auto", *, mpp: float | None = None) -> Slide:
+    """Open a slide.
+
+    Parameters
+    ----------
+    path : path or URL
+        A file, or an fsspec URL (``s3://``, ``https://``), which tiffslide reads.
+    reader : {"auto", "openslide", "tiffslide"}
+    mpp : float, optional
+        Microns per level-0 pixel; overrides what the file says and is recorded as given by the user.
+
+    Raises
+    ------
+    SlideNotFound, SlideUnreadable, MppError
+    """
+    name = os.fspath(path)
+    if reader not in READERS:
+        raise SlideError(f"reader={reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+    if not is_url(name):
+        if not Path(name).exists():
+            raise SlideNotFound(name, "there is no such file", "Check the path")
+        if Path(name).is_dir():
+            raise SlideUnreadable(name, "is a folder, not a slide", "Name the slide file inside it")
+        if not os.access(name, os.R_OK):
+            raise SlideUnreadable(name, "may not be read by this user", "Check the file's permissions")
+    if reader == "tiffslide" or is_url(name):
+        return _with_tiffslide(name, mpp)
+    if reader == "openslide":
+        return _with_openslide(name, mpp)
+    try:
+        return _with_openslide(name, mpp)
+    except UnknownFormat:
+        # Only what OpenSlide does not know: a file that it knows and finds damaged must not be read anyway.
+        return _with_tiffslide(name, mpp)
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` is an fsspec URL rather than a local file."""
+    return "://" in path
+
+
+def _with_openslide(name: str, mpp: float | None) -> Slide:
+    from wsi.slide.openslide import OpenSlideReader
+
+    return OpenSlideReader(name, mpp)
+
+
+def _with_tiffslide(name: str, mpp: float | None) -> Slide:
+    from wsi.slide.tiffslide import TiffSlideReader
+
+    return TiffSlideReader(name, mpp)

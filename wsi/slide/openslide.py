@@ -1,0 +1,105 @@
+"""Slides through OpenSlide: every vendor format it knows, and DICOM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import openslide
+import tifffile
+
+from wsi.errors import SlideUnreadable, UnknownFormat
+from wsi.slide.base import U8, Slide, compose_on_white, refuse_turned, resolve_mpp
+from wsi.units import Box
+
+#: OpenSlide takes mpp of these vendors from TIFF resolution tags, which any converter may have left at 72 dpi.
+_TIFF_TAG_VENDORS = {"generic-tiff"}
+
+
+class OpenSlideReader(Slide):
+    """A slide opened with openslide-python. Associated images (label, macro) are never touched."""
+
+    reader = "openslide"
+
+    def __init__(self, path: str, mpp: float | None = None) -> None:
+        try:
+            self._slide = openslide.OpenSlide(path)
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            raise UnknownFormat(path, "is not a format that OpenSlide reads", "Convert it to a pyramidal TIFF") from error
+        except openslide.OpenSlideError as error:
+            raise SlideUnreadable(path, f"is damaged or incomplete ({error})", "Copy it from the source again") from error
+        properties = self._slide.properties
+        self.path = path
+        self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
+        self.level_sizes = self._slide.level_dimensions
+        self._user_mpp = mpp
+        source = "tiff-tags" if self.vendor in _TIFF_TAG_VENDORS else f"vendor:{self.vendor}"
+        try:
+            if self.vendor in _TIFF_TAG_VENDORS:
+                with tifffile.TiffFile(path) as tiff:
+                    refuse_turned(path, tiff.pages.first)
+            self.mpp, self.mpp_source = resolve_mpp(path, mpp, _mpp_of(properties), source)
+            self.bounds = _bounds_of(properties, self.size)
+        except BaseException:
+            self._slide.close()
+            raise
+
+    def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> U8:
+        # OpenSlide wants level-0 coordinates and interpolates where these fall between the level's
+        # pixels. Start a few pixels earlier, where the level-0 coordinate is (all but) whole.
+        downsample = self._slide.level_downsamples[level]
+        x0, y0 = _whole_start(x, downsample), _whole_start(y, downsample)
+        try:
+            rgba = self._slide.read_region(
+                (round(x0 * downsample), round(y0 * downsample)), level, (w + x - x0, h + y - y0)
+            )
+        except openslide.OpenSlideError as error:
+            # An OpenSlide handle stays in error once it met one: open a fresh one for the reads to come.
+            self._slide = openslide.OpenSlide(self.path)
+            raise SlideUnreadable(
+                self.path,
+                f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({error})",
+                "Copy it from the source again",
+            ) from error
+        return compose_on_white(np.asarray(rgba)[y - y0 :, x - x0 :])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._slide.close()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Pickle as path and resolution."""
+        return type(self), (self.path, self._user_mpp)
+
+
+def _whole_start(start: int, downsample: float) -> int:
+    """Return the level pixel at or shortly before `start` whose level-0 coordinate is nearest to whole."""
+    if downsample.is_integer():
+        return start
+    return min(
+        range(max(0, start - 128), start + 1),
+        key=lambda px: (abs(round(px * downsample) / downsample - px) > 1 / 512, -px),
+    )
+
+
+def _mpp_of(properties: Any) -> tuple[float, float] | None:
+    try:
+        return float(properties[openslide.PROPERTY_NAME_MPP_X]), float(properties[openslide.PROPERTY_NAME_MPP_Y])
+    except (KeyError, ValueError):
+        return None
+
+
+def _bounds_of(properties: Any, size: tuple[int, int]) -> Box:
+    names = (
+        openslide.PROPERTY_NAME_BOUNDS_X,
+        openslide.PROPERTY_NAME_BOUNDS_Y,
+        openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+        openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+    )
+    whole = Box(0, 0, *size)
+    try:
+        bounds = Box(*(int(properties[name]) for name in names)).intersect(whole)
+    except (KeyError, ValueError):
+        return whole
+    return bounds if bounds.w > 0 and bounds.h > 0 else whole

@@ -1,0 +1,133 @@
+"""Slides through tiffslide: TIFF families, also behind fsspec URLs such as ``s3://`` and ``https://``."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+import tiffslide
+
+from wsi.errors import SlideNotFound, SlideUnreadable
+from wsi.slide.base import U8, Slide, refuse_turned, resolve_mpp
+from wsi.units import Box
+
+# tiffslide and its decoders raise whatever they meet in a damaged file: struct.error, IndexError,
+# codec errors derived from RuntimeError, NotImplementedError... all of them mean the same to a user.
+_DAMAGE = (Exception,)
+
+
+class TiffSlideReader(Slide):
+    """A slide opened with tiffslide."""
+
+    reader = "tiffslide"
+
+    def __init__(self, path: str, mpp: float | None = None) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # tiffslide warns of every tag it does not know
+                self._slide = tiffslide.TiffSlide(path)
+                properties = dict(self._slide.properties)
+                self.level_sizes = tuple((int(w), int(h)) for w, h in self._slide.level_dimensions)
+                tiff = self._slide.ts_tifffile
+                baseline = tiff.series[0].levels
+                self._pages = [level.keyframe for level in baseline[: len(self.level_sizes)]]
+        except FileNotFoundError as error:
+            raise SlideNotFound(path, "there is no such file", "Check the path") from error
+        except _DAMAGE as error:
+            raise SlideUnreadable(path, f"is not a slide that can be read ({_brief(error)})") from error
+        page = self._pages[0]
+        self.path = path
+        self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
+        self._lock = threading.Lock()
+        self._user_mpp = mpp
+        source = "tiff-tags" if self.vendor == "generic-tiff" else f"vendor:{self.vendor}"
+        try:
+            shape = baseline[0].shape
+            if page.dtype != np.uint8 or shape[:2] != self.size[::-1] or shape[2:] not in ((), (1,), (3,), (4,)):
+                raise SlideUnreadable(
+                    path, f"holds {page.dtype} {shape}, not 8-bit grey or RGB pixels", "Export a brightfield RGB image"
+                )
+            refuse_turned(path, page)
+            self.mpp, self.mpp_source = resolve_mpp(path, mpp, _mpp_of(properties), source)
+        except BaseException:
+            self._slide.close()
+            raise
+        self._holes = [_missing_tiles(page) for page in self._pages]
+        self.bounds = _present(self._holes[0], page, self.size)
+
+    def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> U8:
+        # tiffslide takes level-0 coordinates and floors them to the level's pixels.
+        downsample = self._slide.level_downsamples[level]
+        x0, y0 = int(np.ceil(x * downsample)), int(np.ceil(y * downsample))
+        try:
+            with self._lock:  # one file position a handle
+                region = np.asarray(self._slide.read_region((x0, y0), level, (w, h), as_array=True))
+        except _DAMAGE as error:
+            raise SlideUnreadable(
+                self.path,
+                f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({_brief(error)})",
+                "Copy it from the source again",
+            ) from error
+        if region.ndim == 2:
+            region = region[..., None]
+        rgb = np.array(np.broadcast_to(region[..., :3], (h, w, 3)) if region.shape[2] < 3 else region[..., :3])
+        self._whiten_holes(level, x, y, rgb)
+        return rgb
+
+    def _whiten_holes(self, level: int, x: int, y: int, rgb: U8) -> None:
+        """Paint tiles the file does not hold white: tiffslide gives them as black."""
+        holes, page = self._holes[level], self._pages[level]
+        if holes is None:
+            return
+        rows = (y + np.arange(rgb.shape[0])) // page.tilelength
+        columns = (x + np.arange(rgb.shape[1])) // page.tilewidth
+        rgb[holes[rows[:, None], columns[None, :]]] = 255
+
+    def close(self) -> None:
+        """Close the file."""
+        self._slide.close()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Pickle as path and resolution."""
+        return type(self), (self.path, self._user_mpp)
+
+
+def _missing_tiles(page: tifffile.TiffPage) -> npt.NDArray[np.bool_] | None:
+    """Which tiles of a page hold no bytes, bool (rows, columns); None where all are there."""
+    if not page.is_tiled:
+        return None
+    missing = np.asarray(page.databytecounts) == 0
+    if not missing.any():
+        return None
+    rows, columns = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
+    return missing[: rows * columns].reshape(rows, columns)
+
+
+def _present(
+    holes: npt.NDArray[np.bool_] | None, page: tifffile.TiffPage, size: tuple[int, int]
+) -> Box:
+    """Extent of the tiles that are there, as OpenSlide has it (and QuPath crops to)."""
+    whole = Box(0, 0, *size)
+    if holes is None or holes.all():
+        return whole
+    rows, columns = np.flatnonzero(~holes.all(axis=1)), np.flatnonzero(~holes.all(axis=0))
+    x, y = int(columns[0]) * page.tilewidth, int(rows[0]) * page.tilelength
+    right, bottom = (int(columns[-1]) + 1) * page.tilewidth, (int(rows[-1]) + 1) * page.tilelength
+    return Box(x, y, right - x, bottom - y).intersect(whole)
+
+
+def _mpp_of(properties: dict[str, Any]) -> tuple[float, float] | None:
+    try:
+        return float(properties["tiffslide.mpp-x"]), float(properties["tiffslide.mpp-y"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _brief(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
