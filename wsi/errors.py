@@ -116,4 +116,12 @@ class OutputError(WsiError, OSError):
 
 def is_output_error(error: OSError) -> bool:
     """Whether an ``OSError`` speaks of the place written to (full disk, permission, read-only)."""
-    return error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+    return error.errno in {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EEXIST,
+    }

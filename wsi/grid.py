@@ -72,7 +72,9 @@ class TileGrid:
         if tile_px < 1:
             raise GridError(f"tile={tile_px}", "a tile must be at least 1 px wide")
         if stride_px < 1:
-            raise GridError(f"stride={stride_px}", "the stride must be at least 1 px", "Leave it out for tiles side by side")
+            raise GridError(
+                f"stride={stride_px}", "the stride must be at least 1 px", "Leave it out for tiles side by side"
+            )
         if not (math.isfinite(mpp) and mpp > 0):
             raise GridError(f"mpp={mpp:g}", "the resolution must be positive microns per pixel")
         scale = mpp / slide_mpp.x, mpp / slide_mpp.y

@@ -28,9 +28,9 @@ class SlideGrade(NamedTuple):
 class GatedAttentionMil(nn.Module):
     """Gated-attention pooling over one bag of tile features, then a linear classifier.
 
-    The order of the tiles does not matter, and a bag of one tile is graded like any other (its attention is 1).
-    Features are standardised first with `mean` and `std`, buffers that travel in the weights file, so that
-    callers hand over what the encoder produced and nothing else.
+    The order of the tiles does not matter, and a bag of one tile is graded like any other (its attention
+    is 1). Features are standardised first with `mean` and `std`, buffers that travel in the weights file, so
+    that callers hand over what the encoder produced and nothing else.
 
     Parameters
     ----------
@@ -61,7 +61,13 @@ class GatedAttentionMil(nn.Module):
     std: Tensor
 
     def __init__(
-        self, *, in_features: int, num_classes: int = 2, hidden: int = 64, attention: int = 32, dropout: float = 0.25
+        self,
+        *,
+        in_features: int,
+        num_classes: int = 2,
+        hidden: int = 64,
+        attention: int = 32,
+        dropout: float = 0.25,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -120,8 +126,8 @@ class GatedAttentionMil(nn.Module):
     def _check(self, features: Tensor) -> None:
         if features.ndim != 2 or features.shape[1] != self.in_features:
             raise ValueError(
-                f"MIL bag: features have shape {tuple(features.shape)}, but this head reads (n, {self.in_features}); "
-                "pass the features of the encoder that the head was trained with"
+                f"MIL bag: features have shape {tuple(features.shape)}, but this head reads "
+                f"(n, {self.in_features}); pass the features of the encoder it was trained with"
             )
         if len(features) == 0:
             raise ValueError(

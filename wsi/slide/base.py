@@ -102,7 +102,10 @@ class Slide(ABC):
         for rows in _blocks(edges_y, _BLOCK_PX // min(_BLOCK_PX, _span(edges_x))):
             for columns in _blocks(edges_x, _BLOCK_PX // min(_BLOCK_PX, _span(edges_y[rows.start : rows.stop + 1]))):
                 self._read_block(
-                    level, edges_x[columns.start : columns.stop + 1], edges_y[rows.start : rows.stop + 1], out[rows, columns]
+                    level,
+                    edges_x[columns.start : columns.stop + 1],
+                    edges_y[rows.start : rows.stop + 1],
+                    out[rows, columns],
                 )
         return out
 
@@ -205,7 +208,9 @@ def refuse_turned(path: str, page: tifffile.TiffPage) -> None:
     """
     orientation = page.tags.valueof("Orientation", 1)
     if orientation not in (0, 1):
-        raise SlideUnreadable(path, f"has TIFF orientation {int(orientation)}", "Rewrite it with orientation 1 (top left)")
+        raise SlideUnreadable(
+            path, f"has TIFF orientation {int(orientation)}", "Rewrite it with orientation 1 (top left)"
+        )
 
 
 def compose_on_white(rgba: U8) -> U8:
@@ -219,7 +224,9 @@ def compose_on_white(rgba: U8) -> U8:
 
 def _cell_edges(start: float, length: float, n: int, scale: float) -> npt.NDArray[np.int64]:
     """Edges of `n` equal cells over [start, start + length) level-0 px, in 1/4096 px of a level."""
-    edges = np.rint((start + np.arange(n + 1) * (length / n)) * (scale * (1 << native.FIXED_POINT_BITS))).astype(np.int64)
+    edges = np.rint((start + np.arange(n + 1) * (length / n)) * (scale * (1 << native.FIXED_POINT_BITS))).astype(
+        np.int64
+    )
     if (np.diff(edges) < 1).any():
         raise ValueError(f"cannot enlarge {length:g} level-0 px to {n} px")
     return edges

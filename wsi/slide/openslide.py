@@ -26,9 +26,13 @@ class OpenSlideReader(Slide):
         try:
             self._slide = openslide.OpenSlide(path)
         except openslide.OpenSlideUnsupportedFormatError as error:
-            raise UnknownFormat(path, "is not a format that OpenSlide reads", "Convert it to a pyramidal TIFF") from error
+            raise UnknownFormat(
+                path, "is not a format that OpenSlide reads", "Convert it to a pyramidal TIFF"
+            ) from error
         except openslide.OpenSlideError as error:
-            raise SlideUnreadable(path, f"is damaged or incomplete ({error})", "Copy it from the source again") from error
+            raise SlideUnreadable(
+                path, f"is damaged or incomplete ({error})", "Copy it from the source again"
+            ) from error
         properties = self._slide.properties
         self.path = path
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
@@ -71,6 +75,11 @@ class OpenSlideReader(Slide):
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickle as path and resolution."""
         return type(self), (self.path, self._user_mpp)
+
+
+def library_version() -> str:
+    """Return the version of the OpenSlide library itself."""
+    return str(openslide.__library_version__)
 
 
 def _whole_start(start: int, downsample: float) -> int:

@@ -13,7 +13,7 @@ import tifffile
 import tiffslide
 
 from wsi.errors import SlideNotFound, SlideUnreadable
-from wsi.slide.base import U8, Slide, refuse_turned, resolve_mpp
+from wsi.slide.base import U8, Slide, compose_on_white, refuse_turned, resolve_mpp
 from wsi.units import Box
 
 # tiffslide and its decoders raise whatever they meet in a damaged file: struct.error, IndexError,
@@ -66,16 +66,19 @@ class TiffSlideReader(Slide):
         x0, y0 = int(np.ceil(x * downsample)), int(np.ceil(y * downsample))
         try:
             with self._lock:  # one file position a handle
-                region = np.asarray(self._slide.read_region((x0, y0), level, (w, h), as_array=True))
+                region: U8 = np.asarray(self._slide.read_region((x0, y0), level, (w, h), as_array=True), np.uint8)
         except _DAMAGE as error:
             raise SlideUnreadable(
                 self.path,
                 f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({_brief(error)})",
                 "Copy it from the source again",
             ) from error
-        if region.ndim == 2:
-            region = region[..., None]
-        rgb = np.array(np.broadcast_to(region[..., :3], (h, w, 3)) if region.shape[2] < 3 else region[..., :3])
+        if region.ndim == 2 or region.shape[2] == 1:  # grey
+            rgb: U8 = np.repeat(region.reshape(h, w, 1), 3, axis=2)
+        elif region.shape[2] == 4:
+            rgb = compose_on_white(region)
+        else:
+            rgb = np.array(region)
         self._whiten_holes(level, x, y, rgb)
         return rgb
 
@@ -101,16 +104,14 @@ def _missing_tiles(page: tifffile.TiffPage) -> npt.NDArray[np.bool_] | None:
     """Which tiles of a page hold no bytes, bool (rows, columns); None where all are there."""
     if not page.is_tiled:
         return None
-    missing = np.asarray(page.databytecounts) == 0
+    missing: npt.NDArray[np.bool_] = np.asarray(page.databytecounts) == 0
     if not missing.any():
         return None
     rows, columns = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
-    return missing[: rows * columns].reshape(rows, columns)
+    return np.asarray(missing[: rows * columns].reshape(rows, columns))
 
 
-def _present(
-    holes: npt.NDArray[np.bool_] | None, page: tifffile.TiffPage, size: tuple[int, int]
-) -> Box:
+def _present(holes: npt.NDArray[np.bool_] | None, page: tifffile.TiffPage, size: tuple[int, int]) -> Box:
     """Extent of the tiles that are there, as OpenSlide has it (and QuPath crops to)."""
     whole = Box(0, 0, *size)
     if holes is None or holes.all():

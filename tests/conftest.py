@@ -1,0 +1,19 @@
+"""What many tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real slides and patches: $WSI_TEST_DATA, or ../shared/data beside the repository."""
+    folder = Path(os.environ.get("WSI_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip("real data is not here: set $WSI_TEST_DATA to its folder")
+    return folder

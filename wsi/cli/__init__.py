@@ -1,0 +1,39 @@
+"""The command line: one file a verb. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from wsi.cli.demo import demo
+from wsi.cli.doctor import doctor
+from wsi.cli.info import info
+from wsi.cli.score import score
+from wsi.errors import WsiError
+
+app = typer.Typer(
+    name="wsi",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Whole-slide pathology analysis: slides in; grades, QuPath GeoJSON and heatmaps out. Research use only.",
+    epilog="Start with [bold]wsi demo[/bold]; `wsi VERB --help` has examples.",
+)
+for verb in (score, info, demo, doctor):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 a wrong call or bad input, 3 some slides failed, 1 a bug."""
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs each odd tag; what matters is an error of ours
+    try:
+        app()
+    except WsiError as error:
+        print(f"wsi: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nwsi: stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None

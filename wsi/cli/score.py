@@ -1,0 +1,100 @@
+"""``wsi score``: the main job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wsi.cli.display import say, watching
+
+
+def score(
+    slides: Annotated[list[str], typer.Argument(help="Slides, folders, URLs, or CSV manifests (columns slide[,mpp]).")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Patch model: a name, a folder, or hf-hub:OWNER/NAME.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Results folder; the same command again resumes.")],
+    mil: Annotated[
+        str | None,
+        typer.Option(help="MIL head: a name or folder, or 'none'. Default: the one inside the model's folder."),
+    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, where the files do not say.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Distance between tiles in pixels at the model's mpp. Default: side by side.")
+    ] = None,
+    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Share of a tile that must be tissue.")] = 0.25,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Probability from which a tile is positive. Default: the model's."),
+    ] = None,
+    positive: Annotated[
+        list[str] | None, typer.Option(help="Class shown in the heatmap (repeatable). Default: the model's.")
+    ] = None,
+    keep_pixels: Annotated[bool, typer.Option(help="Keep the patches in the store.")] = False,
+    reader: Annotated[str, typer.Option(help="auto, openslide or tiffslide.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Patches a forward pass.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")] = None,
+    torchscript: Annotated[bool, typer.Option(help="Allow TorchScript weights: they run code.")] = False,
+    force: Annotated[bool, typer.Option(help="Throw away results of another configuration and start over.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
+) -> None:
+    """Score slides: a grade a slide, a probability a tile, QuPath GeoJSON and a heatmap. Research use only.
+
+    Examples:
+      wsi score slide.svs --model idc-breast -o results
+
+      wsi score archive/ extra.csv --model idc-breast --mpp 0.25 -o results
+
+      wsi score slide.svs --model hf-hub:OWNER/NAME --positive tumor -o results
+    """
+    from wsi.archive import default_threads, find_slides, score_archive
+    from wsi.run import Engine, ScoreConfig
+
+    refs = find_slides(slides, mpp)
+    engine = load_engine(
+        model, mil, device=device, precision=precision, torchscript=torchscript, batch_size=batch_size,
+        threads=threads or default_threads(),
+    )  # fmt: skip
+    config = ScoreConfig(
+        positive=tuple(positive or ()),
+        threshold=threshold,
+        stride_px=stride,
+        min_tissue=min_tissue,
+        keep_pixels=keep_pixels,
+        reader=reader,
+    )
+    assert isinstance(engine, Engine)
+    with watching(len(refs), quiet=quiet) as watcher:
+        summary = score_archive(
+            refs, out, engine, config,
+            force=force, command=sys.argv, started=watcher.started, progress=watcher.progress,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps({"scored": summary.scored, "failed": summary.failed}, indent=2))
+    for row in summary.failed:
+        say(f"wsi: {row['error']} [{row['stage']}]. {row['remedy']}")
+    say(f"{len(summary.scored)} of {len(refs)} slides scored: {out / 'slides.csv'}", quiet=quiet)
+    if summary.failed:
+        say(f"{len(summary.failed)} failed: {out / 'failures.csv'}", quiet=quiet)
+        raise typer.Exit(3 if summary.scored else 2)
+
+
+def load_engine(
+    model: str, mil: str | None, *, device: str, precision: str, torchscript: bool, batch_size: int, threads: int
+) -> Any:
+    """Load the models; the MIL head inside the patch model's folder unless told otherwise."""
+    from wsi.nn.grade import load_mil_model
+    from wsi.nn.patch import load_patch_model
+    from wsi.run import Engine
+
+    patch_model = load_patch_model(model, device=device, precision=precision, torchscript=torchscript)
+    inside = patch_model.config.folder / "mil"
+    if mil is None and (inside / "config.json").is_file():
+        mil = str(inside)
+    head = None if mil in (None, "none") else load_mil_model(str(mil), patch_model)
+    return Engine(patch_model, head, batch_size=batch_size, threads=threads)

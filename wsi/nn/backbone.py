@@ -1,0 +1,81 @@
+"""The only door to timm."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+
+from wsi.errors import ModelError
+
+_kept_alive: list[Any] = []
+
+
+def _import_torchvision() -> None:
+    """Import torchvision even where its compiled part does not fit this torch.
+
+    timm imports torchvision unconditionally. A CUDA build of torchvision beside a CPU-only torch
+    cannot load its C++ library, and then fails to register the shape function of an operator that
+    nobody defined. Defining the two schemas it asks for is enough: none of their kernels is used here.
+    Where the builds match, the first import succeeds and nothing is done.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept_alive.append(library)  # its operators vanish with it
+        for name in [m for m in sys.modules if m == "torchvision" or m.startswith("torchvision.")]:
+            del sys.modules[name]
+        importlib.import_module("torchvision")
+
+
+_import_torchvision()
+import timm  # noqa: E402
+
+
+class TimmNet(torch.nn.Module):
+    """A timm network with the two halves a patch model needs.
+
+    Examples
+    --------
+    >>> net = TimmNet("test_resnet", num_classes=2)
+    >>> net.classify(net.embed(torch.zeros(1, 3, 64, 64))).shape
+    torch.Size([1, 2])
+    """
+
+    def __init__(self, name: str, *, num_classes: int, **arguments: Any) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            raise ModelError(f"architecture {name!r}", "is neither one of ours nor known to timm", _closest(name))
+        net: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
+        self.net = net
+        self.num_features = int(net.get_classifier().in_features)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images (b, 3, h, w) to features (b, d)."""
+        net: Any = self.net
+        features: torch.Tensor = net.forward_head(net.forward_features(x), pre_logits=True)
+        return features
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (b, d) to logits (b, k)."""
+        net: Any = self.net
+        logits: torch.Tensor = net.get_classifier()(features)
+        return logits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images (b, 3, h, w) to logits (b, k)."""
+        return self.classify(self.embed(x))
+
+
+def _closest(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f"Did you mean {', '.join(near)}?" if near else "See timm.list_models()"

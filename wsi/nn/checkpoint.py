@@ -1,0 +1,283 @@
+"""Model folders: where they are, what their config.json says, and their weights, never unpickled by default.
+
+A model is a folder::
+
+    config.json           architecture, classes, tile_px, mpp, mean and std: WSInfer's keys and a few of ours
+    weights.safetensors   or model.safetensors, pytorch_model.bin (weights only), torchscript_model.pt (on request)
+    CARD.md, train.py     data, split, figures, limits; the program that made the weights
+    mil/                  optional: the MIL head trained on this model's features, a model folder itself
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from wsi.errors import ModelError, ModelNotFound
+
+HUB_PREFIX = "hf-hub:"
+TORCHSCRIPT = "torchscript_model.pt"
+_SAFE_WEIGHTS = ("weights.safetensors", "model.safetensors")
+_PICKLED_WEIGHTS = ("weights.bin", "pytorch_model.bin", "weights.pt", "weights.pth")
+_TRANSFORMS = ("Resize", "ToTensor", "Normalize")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model folder's config.json says.
+
+    Attributes
+    ----------
+    folder : Path
+    task : "patch" or "mil"
+    architecture : str
+        A timm name or one of ours.
+    architecture_args : dict
+        Keyword arguments of the network's constructor.
+    class_names : tuple of str
+    positive_classes : tuple of str
+        Classes that the heatmap shows and regions are drawn for; empty where the folder does not say.
+    threshold : float
+        Probability from which a tile, or a slide, counts as positive.
+    tile_px, mpp : int, float
+        The patches the model was trained on (patch models; 0 for a MIL head).
+    resize_px : int, optional
+        Side to which patches are resized before the network.
+    mean, std : tuple of float
+        Normalisation of the 0..1 RGB input.
+    weights_sha256 : str, optional
+        Checked when the weights are loaded.
+    encoder_sha256 : str, optional
+        MIL heads: the patch model whose features the head was trained on.
+    """
+
+    folder: Path
+    task: Literal["patch", "mil"]
+    architecture: str
+    class_names: tuple[str, ...]
+    architecture_args: dict[str, Any] = field(default_factory=dict)
+    positive_classes: tuple[str, ...] = ()
+    threshold: float = 0.5
+    tile_px: int = 0
+    mpp: float = 0.0
+    resize_px: int | None = None
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    weights_sha256: str | None = None
+    encoder_sha256: str | None = None
+
+
+def model_folders() -> tuple[Path, ...]:
+    """Where models are looked up by name: inside the installed package, then beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return tuple(folder for folder in (package / "models", package.parent / "models") if folder.is_dir())
+
+
+def known_models() -> list[str]:
+    """Return the names of the models that ship with the package."""
+    return sorted({config.parent.name for folder in model_folders() for config in folder.glob("*/config.json")})
+
+
+def find_model(name: str) -> Path:
+    """Return the folder of a model given by name, by path, or as ``hf-hub:owner/name[@revision]``.
+
+    Raises
+    ------
+    ModelNotFound
+        The known names are listed.
+    """
+    if name.startswith(HUB_PREFIX):
+        return _from_hub(name)
+    for folder in model_folders():
+        if "/" not in name and (folder / name / "config.json").is_file():
+            return folder / name
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir():
+        raise ModelError(path, "has no config.json", "A model is a folder with config.json and weights.safetensors")
+    raise ModelNotFound(
+        f"model {name!r}", "there is no such model", f"Known: {', '.join(known_models())}; or give a folder"
+    )
+
+
+def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
+    """Read and check a model folder's config.json.
+
+    Raises
+    ------
+    ModelError
+        A key that is missing or of the wrong kind is named.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise TypeError("it is not a JSON object")
+        found = raw.get("task", "patch")
+        if found != task:
+            raise TypeError(f'it is of task "{found}", and a "{task}" model is needed')
+        names = tuple(str(name) for name in raw["class_names"])
+        if int(raw["num_classes"]) != len(names) or len(set(names)) != len(names):
+            raise TypeError(f"num_classes is {raw['num_classes']} and class_names are {list(names)}")
+        positive = tuple(str(name) for name in raw.get("positive_classes", ()))
+        if not set(positive) <= set(names):
+            raise TypeError(f"positive_classes {list(positive)} are not among class_names {list(names)}")
+        common: dict[str, Any] = {
+            "folder": folder,
+            "task": task,
+            "architecture": str(raw["architecture"]),
+            "architecture_args": dict(raw.get("architecture_args", {})),
+            "class_names": names,
+            "positive_classes": positive,
+            "threshold": float(raw.get("threshold", 0.5)),
+            "weights_sha256": raw.get("weights_sha256"),
+            "encoder_sha256": raw.get("encoder_sha256"),
+        }
+        if task == "mil":
+            return ModelConfig(**common)
+        return ModelConfig(
+            **common,
+            tile_px=int(raw["patch_size_pixels"]),
+            mpp=float(raw["spacing_um_px"]),
+            **_transform_of(raw["transform"]),
+        )
+    except KeyError as error:
+        raise ModelError(path, f"lacks the key {error}", "See DESIGN.md, 'Model folders'") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise ModelError(path, f"cannot be used: {error}", "See DESIGN.md, 'Model folders'") from error
+
+
+def load_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Load a folder's weights as a state dict; safetensors first, else ``torch.load(weights_only=True)``.
+
+    Raises
+    ------
+    ModelError
+        No weights, damaged weights, or a file that would have to be unpickled.
+    """
+    for name in _SAFE_WEIGHTS:
+        path = config.folder / name
+        if path.is_file():
+            _check_sha256(path, config.weights_sha256)
+            try:
+                return dict(load_file(path))
+            except SafetensorError as error:
+                raise ModelError(path, f"is damaged ({error})", "Fetch the model again") from error
+    for name in _PICKLED_WEIGHTS:
+        path = config.folder / name
+        if path.is_file():
+            _check_sha256(path, config.weights_sha256)
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise ModelError(
+                    path, "is damaged or holds more than tensors, and is not unpickled", "Convert it to safetensors"
+                ) from error
+            return dict(state.get("state_dict", state))
+    if (config.folder / TORCHSCRIPT).is_file():
+        raise ModelError(
+            config.folder / TORCHSCRIPT,
+            "is TorchScript, which runs code",
+            "Allow it with --torchscript if you trust its source",
+        )
+    raise ModelError(config.folder, "has no weights", f"Expected {_SAFE_WEIGHTS[0]}")
+
+
+def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: ModelConfig) -> None:
+    """Put `state` into `net`, every key and shape matching.
+
+    Raises
+    ------
+    ModelError
+        The folder's configuration disagrees with its weights; what differs is named.
+    """
+    expected = net.state_dict()
+    # Classifier shapes tell most: a model of two classes whose weights have nine.
+    wrong = [
+        f"{key} is {tuple(state[key].shape)} in the weights and {tuple(expected[key].shape)} by the configuration"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    wrong += [f"{key} is missing" for key in expected if key not in state]
+    wrong += [f"{key} is not part of {config.architecture}" for key in state if key not in expected]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ModelError(
+            config.folder,
+            f"its weights disagree with its config.json: {'; '.join(wrong[:3])}{more}",
+            "Check architecture, architecture_args and num_classes",
+        )
+    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        raise ModelError(config.folder, f"its weights are not finite: {', '.join(bad[:3])}", "Fetch the model again")
+    net.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(config: ModelConfig) -> str:
+    """Return the SHA-256 of the weights that ``load_weights`` (or TorchScript) would take."""
+    for name in (*_SAFE_WEIGHTS, *_PICKLED_WEIGHTS, TORCHSCRIPT):
+        if (config.folder / name).is_file():
+            return sha256_of(config.folder / name)
+    raise ModelError(config.folder, "has no weights", f"Expected {_SAFE_WEIGHTS[0]}")
+
+
+def _check_sha256(path: Path, expected: str | None) -> None:
+    if expected is not None and sha256_of(path) != expected:
+        raise ModelError(path, "is not the file its config.json names (sha256 differs)", "Fetch the model again")
+
+
+def _transform_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Read WSInfer's transform list: an optional Resize, ToTensor, Normalize."""
+    found: dict[str, Any] = {}
+    for step in steps:
+        name, arguments = step["name"], step.get("arguments") or {}
+        if name not in _TRANSFORMS:
+            raise TypeError(f"transform {name!r} is not one of {', '.join(_TRANSFORMS)}")
+        if name == "Resize":
+            size = arguments["size"]
+            sides = {int(side) for side in (size if isinstance(size, list) else [size])}
+            if len(sides) != 1:
+                raise TypeError(f"transform Resize to {size} is not square")
+            found["resize_px"] = sides.pop()
+        elif name == "Normalize":
+            found["mean"] = tuple(float(value) for value in arguments["mean"])
+            found["std"] = tuple(float(value) for value in arguments["std"])
+            if len(found["mean"]) != 3 or len(found["std"]) != 3 or min(found["std"]) <= 0:
+                raise TypeError(f"transform Normalize has mean {found['mean']} and std {found['std']}")
+    return found
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=["config.json", "*.safetensors", "pytorch_model.bin", TORCHSCRIPT, "mil/*"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            name,
+            f"cannot be fetched ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
+            "Check the name and the network; for a gated model run `hf auth login` first",
+        ) from error

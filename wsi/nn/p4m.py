@@ -1,0 +1,127 @@
+"""A small convolutional network that cannot tell a patch from its rotations by 90 degrees and mirror images.
+
+Tissue has no up and no handedness. A group convolution (Cohen & Welling, "Group Equivariant Convolutional
+Networks", ICML 2016, arXiv:1602.07576) builds that into the layers: each filter is applied in all eight
+orientations of the dihedral group D4 (the point group of p4m), and from the second layer on it also sees the
+eight orientations of its input. Veeling et al., "Rotation Equivariant CNNs for Digital Pathology", MICCAI 2018
+(arXiv:1806.03962) showed on lymph node patches that this helps most where patients are few.
+
+Layout: a feature map on the group is a tensor ``(b, 8 * c, h, w)``, orientation-major: channel ``g * c + i`` is
+map ``i`` seen in orientation ``g``. To ``conv2d`` it is an ordinary image, so channels_last and bf16 autocast
+work as for any network. Turning the input turns the maps and permutes their eight orientations; averaging over
+orientations and positions gives features that do not change at all.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ORIENTATIONS = 8
+
+
+def dihedral_group() -> Tensor:
+    """Return the eight elements of D4 as matrices that act on (row, column): int64 (8, 2, 2)."""
+    quarter_turn = torch.tensor([[0, -1], [1, 0]])
+    mirror = torch.tensor([[1, 0], [0, -1]])
+    elements = []
+    for flips, turns in itertools.product(range(2), range(4)):
+        element = torch.eye(2, dtype=torch.int64)
+        for _ in range(turns):
+            element = quarter_turn @ element
+        elements.append(element @ mirror if flips else element)
+    return torch.stack(elements)
+
+
+def turned_filter_index(side: int, in_orientations: int) -> Tensor:
+    """Where each tap of a turned filter stands in the filter it was turned from.
+
+    Parameters
+    ----------
+    side : int
+        Height and width of the filter.
+    in_orientations : {1, 8}
+        1 where the filter reads an image (the lifting layer), 8 where it reads maps on the group.
+
+    Returns
+    -------
+    int64 (8, in_orientations * side * side)
+        ``flat_filter[index[g]]`` is the filter acted on by element ``g``: ``f(g^-1 h, g^-1 y)``.
+    """
+    group = dihedral_group()
+    # Centred coordinates in half pixels, so that even sides have a centre too.
+    axis = 2 * torch.arange(side) - (side - 1)
+    taps = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).flatten(1)  # (2, side * side)
+    rows = []
+    for g in group:
+        back = g.T  # the matrices are orthogonal: the transpose is the inverse
+        row, column = (back @ taps + (side - 1)) // 2
+        tap = row * side + column
+        if in_orientations == 1:
+            rows.append(tap)
+            continue
+        source = [int((group == back @ h).all(dim=(1, 2)).nonzero()) for h in group]
+        rows.append(torch.cat([h * side * side + tap for h in source]))
+    return torch.stack(rows)
+
+
+class P4MConv(nn.Module):
+    """Group convolution over p4m, ``(b, in_orientations * c_in, h, w)`` -> ``(b, 8 * c_out, h', w')``.
+
+    One filter is learnt a map and turned into its eight orientations at each call, which is why the weights are
+    an eighth of those of a plain convolution of the same width (Cohen & Welling 2016, section 7).
+    """
+
+    index: Tensor
+
+    def __init__(
+        self, c_in: int, c_out: int, side: int, *, padding: int = 0, in_orientations: int = ORIENTATIONS
+    ) -> None:
+        super().__init__()
+        self.side = side
+        self.padding = padding
+        taps = in_orientations * side * side
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, taps) * (2 / (c_in * taps)) ** 0.5)  # He et al. 2015
+        self.register_buffer("index", turned_filter_index(side, in_orientations), persistent=False)
+
+    def filters(self) -> Tensor:
+        """Return all orientations of the filters, as conv2d takes them: (8 * c_out, orientations * c_in, s, s)."""
+        c_out, c_in, _ = self.weight.shape
+        turned = self.weight[:, :, self.index.flatten()]
+        turned = turned.view(c_out, c_in, ORIENTATIONS, -1, self.side, self.side)
+        turned = turned.permute(2, 0, 3, 1, 4, 5)  # (g, c_out, h, c_in, side, side)
+        return turned.reshape(ORIENTATIONS * c_out, -1, self.side, self.side)
+
+    def forward(self, x: Tensor) -> Tensor:
+        filters = self.filters().contiguous(memory_format=torch.channels_last)
+        return functional.conv2d(x, filters, padding=self.padding)
+
+
+class P4MNorm(nn.BatchNorm2d):
+    """Batch normalisation with one mean and variance a map, shared by its eight orientations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        # In memory a channels_last map is (b, h, w, 8, c): read as an image w * 8 wide, nothing is copied.
+        x = x.permute(0, 2, 3, 1).reshape(b, h, w * ORIENTATIONS, -1).permute(0, 3, 1, 2)
+        x = super().forward(x)
+        return x.permute(0, 2, 3, 1).reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+class P4MBlock(nn.Module):
+    """Two group convolutions and a shortcut (He et al. 2016), ``(b, 8 * c_in, h, w)`` -> ``(b, 8 * c, h, w)``."""
+
+    def __init__(self, c_in: int, c: int) -> None:
+        super().__init__()
+        self.conv1 = P4MConv(c_in, c, 3, padding=1)
+        self.norm1 = P4MNorm(c)
+        self.conv2 = P4MConv(c, c, 3, padding=1)
+        self.norm2 = P4MNorm(c)
+        self.shortcut: nn.Module = nn.Identity()
+        if c_in != c:
+            self.shortcut = nn.Sequential(P4MConv(c_in, c, 1), P4MNorm(c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = functional.relu(self.norm1(self.conv1(x)))
+        return functional.relu(self.norm2(self.conv2(h)) + self.shortcut(x))

@@ -1,0 +1,206 @@
+"""Patch models: batches of uint8 patches in, features and class probabilities out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from wsi.errors import ModelError
+from wsi.nn.checkpoint import (
+    TORCHSCRIPT,
+    ModelConfig,
+    find_model,
+    fit_weights,
+    load_weights,
+    read_config,
+    weights_sha256,
+)
+
+#: Architectures of ours; every other name is timm's.
+OUR_NETS = {"wsi-p4m": ("wsi.nn.p4m", "P4MNet")}
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+class PatchScores(NamedTuple):
+    """What a patch model says of a batch.
+
+    Attributes
+    ----------
+    features : float32 (b, d)
+        d is 0 for a TorchScript model, which does not show them.
+    probabilities : float32 (b, k)
+        One column a class; a row sums to 1.
+    """
+
+    features: npt.NDArray[np.float32]
+    probabilities: npt.NDArray[np.float32]
+
+
+class PatchModel:
+    """A patch classifier ready to run.
+
+    Attributes
+    ----------
+    config : ModelConfig
+    sha256 : str
+        Of the weights file.
+    num_features : int
+        d; 0 where the network does not show its features.
+    device, precision : str
+        Where and how it runs: "cpu" or "cuda"; "float32" or "bfloat16" (autocast).
+
+    Examples
+    --------
+    >>> model = load_patch_model("phantom")
+    >>> scores = model(np.full((2, model.config.tile_px, model.config.tile_px, 3), 255, np.uint8))
+    >>> scores.probabilities.shape
+    (2, 2)
+    """
+
+    def __init__(
+        self, config: ModelConfig, net: torch.nn.Module, *, num_features: int, sha256: str, device: str, precision: str
+    ) -> None:
+        self.config = config
+        self.sha256 = sha256
+        self.num_features = num_features
+        self.device = device
+        self.precision = precision
+        self._net: Any = net.eval().to(torch.device(device)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._mean = torch.tensor(config.mean, device=device).view(1, 3, 1, 1) * 255
+        self._scale = 1 / (torch.tensor(config.std, device=device).view(1, 3, 1, 1) * 255)
+
+    @torch.inference_mode()
+    def __call__(self, rgb: npt.NDArray[np.uint8]) -> PatchScores:
+        """Score patches.
+
+        Parameters
+        ----------
+        rgb : uint8 (b, tile_px, tile_px, 3)
+            At the model's mpp.
+
+        Raises
+        ------
+        ModelError
+            The network gave numbers that are not finite.
+        """
+        # (b, h, w, 3) seen as (b, 3, h, w) is channels_last already: no copy before the conversion.
+        x = torch.from_numpy(rgb).permute(0, 3, 1, 2).to(self.device, torch.float32)
+        x = (x - self._mean) * self._scale
+        side = self.config.resize_px
+        if side is not None and x.shape[-1] != side:
+            x = torch.nn.functional.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        with self._autocast():
+            if self.num_features:
+                features = self._net.embed(x)
+                logits = self._net.classify(features)
+            else:
+                logits = self._net(x)
+                features = logits[:, :0]
+        logits = logits.float()
+        if logits.shape != (len(rgb), len(self.config.class_names)):
+            raise ModelError(
+                self.config.folder,
+                f"the network gives {tuple(logits.shape)}, not {len(rgb)} x {len(self.config.class_names)} logits",
+                "Correct class_names in its config.json",
+            )
+        probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+        scores = PatchScores(features.float().cpu().numpy(), probabilities.cpu().numpy())
+        if not (np.isfinite(scores.features).all() and np.isfinite(scores.probabilities).all()):
+            raise ModelError(
+                self.config.folder, "the network gave numbers that are not finite", "Try --precision float32"
+            )
+        return scores
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "bfloat16":
+            return torch.autocast(self.device, torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+def load_patch_model(
+    name: str, *, device: str = "auto", precision: str = "auto", torchscript: bool = False
+) -> PatchModel:
+    """Load a patch model by name, folder or ``hf-hub:`` address.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda"}
+        "auto" is CUDA where there is a GPU.
+    precision : {"auto", "float32", "bfloat16"}
+        "auto" is bfloat16 autocast on hardware that computes in it natively, float32 elsewhere.
+    torchscript : bool
+        Allow ``torchscript_model.pt``, which runs whatever code the file holds. Off by default.
+
+    Raises
+    ------
+    ModelNotFound, ModelError
+    """
+    folder = find_model(name)
+    config = read_config(folder, "patch")
+    device = pick_device(device)
+    precision = pick_precision(precision, device)
+    sha256 = weights_sha256(config)
+    if torchscript and (folder / TORCHSCRIPT).is_file():
+        try:
+            script: torch.nn.Module = torch.jit.load(str(folder / TORCHSCRIPT), map_location="cpu")
+        except RuntimeError as error:
+            raise ModelError(folder / TORCHSCRIPT, "is damaged", "Fetch the model again") from error
+        return PatchModel(config, script, num_features=0, sha256=sha256, device=device, precision="float32")
+    net: Any = _network(config)
+    fit_weights(net, load_weights(config), config)
+    return PatchModel(
+        config, net, num_features=int(net.num_features), sha256=sha256, device=device, precision=precision
+    )
+
+
+def pick_device(device: str) -> str:
+    """Resolve "auto", and refuse a GPU that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ModelError(f"device={device!r}", "no such device", "Use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device=cuda", "torch sees no CUDA GPU here", "Use --device cpu, or see `wsi doctor`")
+    return device
+
+
+def pick_precision(precision: str, device: str) -> str:
+    """Resolve "auto": bfloat16 only where the hardware computes in it."""
+    if precision not in PRECISIONS:
+        raise ModelError(f"precision={precision!r}", "no such precision", f"Use {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bfloat16()
+    return "bfloat16" if native else "float32"
+
+
+def gpu_name() -> str | None:
+    """Return the name of the GPU that "auto" would take."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16 (AVX512-BF16, AMX or Arm BF16); elsewhere it is emulated and slow."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # absent from older torch
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _network(config: ModelConfig) -> Any:
+    arguments = {"num_classes": len(config.class_names), **config.architecture_args}
+    try:
+        if config.architecture in OUR_NETS:
+            module, name = OUR_NETS[config.architecture]
+            return getattr(importlib.import_module(module), name)(**arguments)
+        from wsi.nn.backbone import TimmNet
+
+        return TimmNet(config.architecture, **arguments)
+    except TypeError as error:
+        raise ModelError(
+            config.folder / "config.json", f"architecture_args do not fit {config.architecture}: {error}"
+        ) from error

@@ -1,0 +1,375 @@
+"""One slide through all stages, into one folder.
+
+``score_slide`` is the walk of the data: open, tissue, grid, tiles, grade, heatmap, exports. Each
+stage is a plain function elsewhere; this file only strings them together and keeps the books.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from wsi import __version__
+from wsi.errors import ConfigMismatch, StoreError
+from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
+from wsi.files import write_json
+from wsi.grid import TileGrid
+from wsi.heatmap import Heatmap, major_axis_um, save_overlay
+from wsi.infer import score_tiles
+from wsi.nn.grade import MilModel, SlideScores, pick_class
+from wsi.nn.patch import PatchModel
+from wsi.slide import Slide, open_slide
+from wsi.store import PatchStore
+from wsi.tissue import TissueConfig, find_tissue
+
+#: Colours of classes in QuPath: the positive ones as its built-in Tumor, the others apart from them.
+_POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
+_OTHER_RGB = ((120, 170, 220), (150, 200, 150), (160, 90, 160), (255, 200, 0), (50, 50, 50), (90, 140, 90))
+_TISSUE_RGB = (150, 200, 150)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What decides the numbers of a run; the same values on the same slide give the same bytes.
+
+    Attributes
+    ----------
+    positive : tuple of str
+        Classes that the heatmap shows; empty for those the model names.
+    threshold : float, optional
+        Probability from which a tile is positive; None for the model's own.
+    stride_px : int, optional
+        Distance between tiles in pixels at the model's mpp; None for tiles side by side.
+    min_tissue : float
+        Share of a tile's area that must be tissue for the tile to be scored.
+    keep_pixels : bool
+        Keep the patches in the store.
+    reader : str
+        "auto", "openslide" or "tiffslide".
+    tissue : TissueConfig
+    """
+
+    positive: tuple[str, ...] = ()
+    threshold: float | None = None
+    stride_px: int | None = None
+    min_tissue: float = 0.25
+    keep_pixels: bool = False
+    reader: str = "auto"
+    tissue: TissueConfig = field(default_factory=TissueConfig)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The models of a run and how hard they may work; nothing here decides a number (see ``score_tiles``)."""
+
+    model: PatchModel
+    mil: MilModel | None = None
+    batch_size: int = 64
+    threads: int = 4
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """What is known of a scored slide: the content of result.json, and the seconds each stage took."""
+
+    numbers: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def score_slide(
+    path: str,
+    folder: Path,
+    engine: Engine,
+    config: ScoreConfig | None = None,
+    *,
+    mpp: float | None = None,
+    slide_id: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> SlideResult:
+    """Score one slide into `folder`, or go on where an earlier run was stopped.
+
+    Parameters
+    ----------
+    path : str
+        The slide.
+    folder : Path
+        Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, and last result.json.
+    engine : Engine
+    config : ScoreConfig, optional
+    mpp : float, optional
+        Microns per level-0 pixel, where the file's own are missing or wrong.
+    slide_id : str, optional
+        Default: the folder's name.
+    progress : callable
+        Called with the stage, and how much of it is done out of how much.
+
+    Raises
+    ------
+    SlideError, GridError, ModelError, StoreError, ConfigMismatch
+        One line each that says what to do.
+    OSError
+        `folder` cannot be written to; what was written stays.
+    """
+    config = config or ScoreConfig()
+    slide_id = slide_id or folder.name
+    clock = _Clock(progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_slide(path, config.reader, mpp=mpp) as slide:
+        with clock.stage("tissue"):
+            tissue = find_tissue(slide, config.tissue)
+        with clock.stage("grid"):
+            model = engine.model.config
+            grid = TileGrid.cover(
+                slide.size, slide_mpp=slide.mpp, mpp=model.mpp, tile_px=model.tile_px, stride_px=config.stride_px
+            )
+            grid = grid.keep(tissue.fraction(grid.boxes()) >= max(config.min_tissue, 1e-9))
+            store = _store(folder / "store.zarr", grid, slide, engine, config)
+        with clock.stage("tiles") as report:
+            score_tiles(
+                slide,
+                store,
+                engine.model,
+                batch_size=engine.batch_size,
+                threads=engine.threads,
+                progress=lambda done: report(done, len(grid)),
+            )
+        probabilities = store.get("probabilities")
+        with clock.stage("grade"):
+            slide_scores = engine.mil(store.get("features")) if engine.mil is not None and len(grid) else None
+            if slide_scores is not None:
+                store.put("attention", slide_scores.attention)
+        with clock.stage("export"):
+            numbers = _export(
+                folder, slide, slide_id, tissue.outlines(), grid, probabilities, slide_scores, engine, config
+            )
+            numbers["tissue_mm2"] = _rounded(tissue.area_mm2)
+            write_json(folder / "result.json", numbers)
+    return SlideResult(numbers, clock.seconds)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a slide folder's result.json, or None where the slide is not finished."""
+    try:
+        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "slide_id" in found else None
+
+
+def _store(path: Path, grid: TileGrid, slide: Slide, engine: Engine, config: ScoreConfig) -> PatchStore:
+    """Open what an earlier run left, if it is of the same slide, grid and model, or make an empty store."""
+    identity = {
+        "slide": {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader},
+        "model_sha256": engine.model.sha256,
+        "precision": engine.model.precision,
+        "wsi_version": __version__,
+    }
+    if not path.exists():
+        classes = len(engine.model.config.class_names)
+        arrays: dict[str, tuple[tuple[int, ...], str]] = {"probabilities": ((classes,), "float32")}
+        if engine.model.num_features:
+            arrays["features"] = ((engine.model.num_features,), "float16")
+        if engine.mil is not None:
+            arrays["attention"] = ((), "float32")
+        return PatchStore.create(path, grid, arrays, pixels=config.keep_pixels, attributes=identity)
+    store = PatchStore.open(path)
+    found = {key: store.attributes.get(key) for key in identity}
+    changed = [key for key in identity if found[key] != identity[key]]
+    if changed:
+        raise ConfigMismatch(
+            path,
+            "was made with another "
+            + ", ".join(f"{key} ({json.dumps(found[key])}, now {json.dumps(identity[key])})" for key in changed),
+            "Choose another results folder, or start over with --force",
+        )
+    same_tiles = np.array_equal(store.grid.columns, grid.columns) and np.array_equal(store.grid.rows, grid.rows)
+    if not same_tiles or (store.grid.tile, store.grid.stride) != (grid.tile, grid.stride):
+        raise StoreError(path, "holds other tiles than this slide gives", "Start over with --force")
+    return store
+
+
+def _export(
+    folder: Path,
+    slide: Slide,
+    slide_id: str,
+    tissue_outlines: list[shapely.Polygon],
+    grid: TileGrid,
+    probabilities: npt.NDArray[np.float32],
+    slide_scores: SlideScores | None,
+    engine: Engine,
+    config: ScoreConfig,
+) -> dict[str, Any]:
+    """Write the files people look at, and return the slide's numbers."""
+    model = engine.model.config
+    names = model.class_names
+    positive = config.positive or model.positive_classes
+    threshold = model.threshold if config.threshold is None else config.threshold
+    metadata = {"model": model.folder.name, "model_sha256": engine.model.sha256, "use": "research only"}
+    called = pick_class(probabilities, replace(model, positive_classes=positive), threshold)
+
+    measurements: dict[str, npt.NDArray[Any]] = {f"prob_{name}": probabilities[:, i] for i, name in enumerate(names)}
+    if slide_scores is not None:
+        measurements["attention_percentile"] = _percentile_rank(slide_scores.attention)
+    classes = _path_classes(names, positive)
+    write_tiles(
+        folder / "tiles.geojson.gz",
+        grid.boxes(),
+        classes,
+        called,
+        measurements,
+        bounds=slide.bounds,
+        slide_id=slide_id,
+        metadata=metadata,
+    )
+
+    regions = [
+        Region(outline, PathClass("Tissue", _TISSUE_RGB), f"Tissue {i}", {"area_mm2": _mm2(outline, slide)})
+        for i, outline in enumerate(tissue_outlines, 1)
+    ]
+    outlines: list[shapely.Polygon] = []
+    heatmap = None
+    if positive and len(grid):
+        score = probabilities[:, [names.index(name) for name in positive]].sum(axis=1).clip(0, 1)
+        heatmap = Heatmap(grid, score)
+        outlines = heatmap.regions(threshold, slide.bounds)
+        boxes = grid.boxes()
+        centres = boxes[:, :2] + boxes[:, 2:] / 2
+        label = " or ".join(positive)
+        path_class = next(c for c, name in zip(classes, names, strict=True) if name == positive[0])
+        for i, outline in enumerate(outlines, 1):
+            inside = score[shapely.contains_xy(outline, centres[:, 0], centres[:, 1])]
+            found = {"area_mm2": _mm2(outline, slide), "major_axis_um": major_axis_um(outline, slide.mpp)}
+            if len(inside):
+                found |= {"mean_probability": float(inside.mean()), "max_probability": float(inside.max())}
+            regions.append(Region(outline, path_class, f"{label} {i}", found))
+    write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=slide_id, metadata=metadata)
+    save_overlay(
+        folder / "overlay.png",
+        slide,
+        heatmap,
+        regions=outlines,
+        tissue_outlines=tissue_outlines,
+        label=f"probability of {' or '.join(positive)}" if positive else "",
+    )
+    return _numbers(slide, slide_id, grid, outlines, positive, threshold, slide_scores, engine)
+
+
+def _numbers(
+    slide: Slide,
+    slide_id: str,
+    grid: TileGrid,
+    outlines: list[shapely.Polygon],
+    positive: tuple[str, ...],
+    threshold: float,
+    slide_scores: SlideScores | None,
+    engine: Engine,
+) -> dict[str, Any]:
+    """Assemble result.json; what is undefined is None, and `reasons` says why."""
+    model, mil = engine.model.config, engine.mil
+    flags, warnings, reasons = [], [], {}
+    if not len(grid):
+        flags.append("no-tissue")
+        warnings.append("no tile holds enough tissue; look at overlay.png, and lower --min-tissue if there is tissue")
+    if max(slide.mpp) > model.mpp * 1.1:
+        flags.append("upsampled")
+        warnings.append(
+            f"the slide has {max(slide.mpp):.4g} microns per pixel, the model wants {model.mpp:g}: patches are enlarged"
+        )
+    if slide_scores is None:
+        reasons["grade"] = "no MIL model" if mil is None else "no tissue"
+    if not positive:
+        reasons["positive_mm2"] = reasons["largest_region_um"] = "the model names no positive classes; use --positive"
+    elif not len(grid):
+        reasons["positive_mm2"] = reasons["largest_region_um"] = "no tissue"
+    elif not outlines:
+        reasons["largest_region_um"] = "no positive region"
+    return {
+        "slide_id": slide_id,
+        "slide": slide.path,
+        "use": "research only",
+        "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
+        "probabilities": (
+            {
+                name: _rounded(float(p))
+                for name, p in zip(mil.config.class_names, slide_scores.probabilities, strict=True)
+            }
+            if mil and slide_scores
+            else None
+        ),
+        "n_tiles": len(grid),
+        "tissue_mm2": None,
+        "positive_mm2": None
+        if "positive_mm2" in reasons
+        else _rounded(sum(_mm2(outline, slide) for outline in outlines)),
+        "largest_region_um": None
+        if "largest_region_um" in reasons
+        else _rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)),
+        "positive_classes": list(positive),
+        "threshold": threshold,
+        "mpp": _rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
+        "mpp_source": slide.mpp_source,
+        "size_px": list(slide.size),
+        "bounds_px": list(slide.bounds),
+        "coordinate_frame": "GeoJSON: level-0 pixels minus bounds_px, as QuPath shows the slide; store: level-0 pixels",
+        "vendor": slide.vendor,
+        "reader": slide.reader,
+        "flags": flags,
+        "warnings": warnings,
+        "reasons": reasons,
+        "provenance": {
+            "wsi": __version__,
+            "model": model.folder.name,
+            "model_sha256": engine.model.sha256,
+            "mil_sha256": mil.sha256 if mil else None,
+            "precision": engine.model.precision,
+        },
+    }
+
+
+def _path_classes(names: tuple[str, ...], positive: tuple[str, ...]) -> list[PathClass]:
+    others = [name for name in names if name not in positive]
+    colours = {name: _POSITIVE_RGB[i % len(_POSITIVE_RGB)] for i, name in enumerate(positive)}
+    colours |= {name: _OTHER_RGB[i % len(_OTHER_RGB)] for i, name in enumerate(others)}
+    return [PathClass(name, colours[name]) for name in names]
+
+
+def _percentile_rank(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Share of tiles, in per cent, with less attention; ties share the lowest."""
+    return np.asarray(np.searchsorted(np.sort(values), values) * (100 / len(values)), np.float64)
+
+
+def _mm2(outline: shapely.Polygon, slide: Slide) -> float:
+    return slide.mpp.area_um2(outline.area) / 1e6
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: what is printed is what was measured."""
+    return float(f"{value:.6g}")
+
+
+class _Clock:
+    """Seconds spent in each stage, told to whoever watches."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        begun = time.perf_counter()
+        self._progress(name, 0, 0)
+        try:
+            yield lambda done, total: self._progress(name, done, total)
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - begun

@@ -1,0 +1,311 @@
+"""Where the tissue is: one low-resolution look at the slide, and exact areas from it.
+
+Stained tissue is *coloured* and glass, dust, shadow and coverslip edges are grey, so the slide is balanced
+on its own glass and tissue is where the optical density differs between the channels (Lambert-Beer: the
+difference grows with the amount of stain, however dark or faint). Otsu's threshold is used, but only within
+a range where tissue is known to begin: a blank slide stays empty and a slide full of tissue is not cut in
+two. Marker ink is told from stain by ratios of the three densities that no histological stain reaches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+
+from wsi.errors import SlideError
+from wsi.slide.base import Slide
+from wsi.units import Box, Mpp
+
+Bool2d = npt.NDArray[np.bool_]
+Float2d = npt.NDArray[np.float32]
+
+#: A mask holds at most this many pixels; a larger slide is looked at more coarsely.
+_MAX_MASK_PX = 16_000_000
+#: A small region is looked at more finely, up to this many pixels along its longer side (never enlarged).
+_MIN_SIDE_PX = 256
+
+#: Added to every intensity before the logarithm, so that noise in near-black pixels is not taken for colour.
+_DARK_OFFSET = 16.0
+#: Range for the threshold on the difference between channel densities. Below is compression noise; above
+#: lies tissue already (fat: median 0.04 with its empty cells; stroma 0.16; tumour 0.19 in public H&E tiles).
+_CHROMA_RANGE = (0.02, 0.05)
+#: Tissue's densities differ by at least this part of their mean; grey dust and shadows stay below.
+_MIN_RELATIVE_CHROMA = 0.15
+
+#: A scanner's black: no channel brighter, and no more colour than this (8-bit levels).
+_BLACK_LEVEL, _BLACK_SPREAD = 48, 16
+
+
+@dataclass(frozen=True)
+class TissueConfig:
+    """How tissue is looked for.
+
+    Attributes
+    ----------
+    mpp : float
+        Microns per mask pixel. Coarser on slides that are coarser or of more than 16 Mpx at this
+        resolution, finer on regions of less than 256 px.
+    min_area_um2 : float
+        Smaller pieces are debris. On a region below 400 times this area, 1/400 of the region instead.
+    min_hole_um2 : float
+        Smaller holes (vessels, glands, fat cells) belong to the tissue.
+    exclude_pen : bool
+        Leave out what lies under marker ink (blue, green, red, black).
+
+    Examples
+    --------
+    >>> TissueConfig(mpp=4.0).min_area_um2
+    10000.0
+    """
+
+    mpp: float = 8.0
+    min_area_um2: float = 10_000.0
+    min_hole_um2: float = 30_000.0
+    exclude_pen: bool = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mpp) and self.mpp > 0):
+            raise SlideError(f"tissue mpp={self.mpp:g}", "the resolution must be positive microns per pixel")
+        for name in ("min_area_um2", "min_hole_um2"):
+            if not getattr(self, name) >= 0:
+                raise SlideError(f"{name}={getattr(self, name):g}", "the area must not be negative")
+
+
+@dataclass(frozen=True, eq=False)
+class TissueMask:
+    """The tissue of one slide.
+
+    Attributes
+    ----------
+    mask : bool (h, w)
+        True where there is tissue.
+    pen : bool (h, w)
+        True where there is marker ink.
+    box : Box
+        The level-0 area covered; a mask pixel is ``box.w / w`` by ``box.h / h`` level-0 pixels.
+    mpp : Mpp
+        Microns per level-0 pixel.
+
+    Examples
+    --------
+    >>> left_half = np.zeros((2, 4), bool)
+    >>> left_half[:, :2] = True
+    >>> tissue = TissueMask(left_half, ~left_half, Box(0, 0, 400, 200), Mpp(0.5, 0.5))
+    >>> tissue.fraction(np.array([[150.0, 0.0, 100.0, 200.0], [300.0, 0.0, 100.0, 100.0]]))
+    array([0.5, 0. ])
+    >>> tissue.area_mm2
+    0.01
+    >>> [polygon.bounds for polygon in tissue.outlines()]
+    [(0.0, 0.0, 200.0, 200.0)]
+    """
+
+    mask: Bool2d
+    pen: Bool2d
+    box: Box
+    mpp: Mpp
+
+    @property
+    def area_mm2(self) -> float:
+        """Area of the tissue in square millimetres."""
+        return self.mpp.area_um2(float(np.count_nonzero(self.mask)) * self._pixel[0] * self._pixel[1]) / 1e6
+
+    def fraction(self, boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the part of each box's area that is tissue.
+
+        Exact for any position: between grid points the summed-area table of a pixel image is bilinear.
+
+        Parameters
+        ----------
+        boxes : float64 (n, 4)
+            x, y, w, h in level-0 pixels; may be fractional. What lies outside the mask is no tissue.
+
+        Returns
+        -------
+        float64 (n,)
+            Between 0 and 1.
+
+        Raises
+        ------
+        ValueError
+            Not (n, 4), or a side that is not positive.
+
+        References
+        ----------
+        F. C. Crow, "Summed-area tables for texture mapping", SIGGRAPH 1984.
+        """
+        boxes = np.asarray(boxes, np.float64)
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or not (boxes[:, 2:] > 0).all():
+            raise ValueError(f"boxes must be (n, 4) with positive sides, got {boxes.shape}")
+        px, py = self._pixel
+        x, y = (boxes[:, 0] - self.box.x) / px, (boxes[:, 1] - self.box.y) / py
+        w, h = boxes[:, 2] / px, boxes[:, 3] / py
+        covered = (
+            self._below(x + w, y + h) - self._below(x, y + h) - self._below(x + w, y) + self._below(x, y)
+        ) / (w * h)
+        return np.clip(covered, 0.0, 1.0)
+
+    def outlines(self, simplify_px: float = 0.0) -> list[shapely.Polygon]:
+        """Return the outline of each piece of tissue.
+
+        Parameters
+        ----------
+        simplify_px : float
+            Tolerance in level-0 pixels (Douglas-Peucker, topology kept); 0 keeps the exact pixel edges.
+
+        Returns
+        -------
+        list of shapely.Polygon
+            Level-0 pixels; valid, holes kept; largest first. Pixels that share an edge are one piece.
+        """
+        pixels = shapely.union_all(_runs(self.mask))
+        pieces = [p for p in shapely.get_parts(pixels) if p.area > 0]
+        scale, shift = np.array(self._pixel), np.array([self.box.x, self.box.y])
+        # Simplified before they are scaled: on whole pixels collinear points are exactly collinear.
+        polygons = [shapely.transform(p.simplify(0.0), lambda xy: xy * scale + shift) for p in pieces]
+        if simplify_px > 0:
+            polygons = [p.simplify(simplify_px) for p in polygons]
+        return sorted(polygons, key=lambda p: (-p.area, *p.bounds))
+
+    @property
+    def _pixel(self) -> tuple[float, float]:
+        """Width and height of a mask pixel in level-0 pixels."""
+        return self.box.w / self.mask.shape[1], self.box.h / self.mask.shape[0]
+
+    @cached_property
+    def _sums(self) -> npt.NDArray[np.int32]:
+        """Tissue pixels above and left of each grid point, (h + 1, w + 1)."""
+        sums = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int32)
+        np.cumsum(self.mask, axis=0, dtype=np.int32, out=sums[1:, 1:])
+        np.cumsum(sums[1:, 1:], axis=1, out=sums[1:, 1:])
+        return sums
+
+    def _below(self, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Tissue area in [0, x) x [0, y), in mask pixels."""
+        h, w = self.mask.shape
+        x, y = np.clip(x, 0, w), np.clip(y, 0, h)
+        i, j = np.minimum(y.astype(np.intp), h - 1), np.minimum(x.astype(np.intp), w - 1)
+        s, v, u = self._sums, y - i, x - j
+        top = s[i, j] * (1 - u) + s[i, j + 1] * u
+        bottom = s[i + 1, j] * (1 - u) + s[i + 1, j + 1] * u
+        return np.asarray(top * (1 - v) + bottom * v, np.float64)
+
+
+def find_tissue(slide: Slide, config: TissueConfig | None = None) -> TissueMask:
+    """Find the tissue of a brightfield slide.
+
+    Parameters
+    ----------
+    slide : Slide
+        Read once, at low resolution, within ``slide.bounds``.
+    config : TissueConfig, optional
+
+    Returns
+    -------
+    TissueMask
+        Empty where the slide shows no tissue: that is an answer, not an error.
+
+    Raises
+    ------
+    SlideUnreadable
+        The file is damaged.
+
+    Notes
+    -----
+    Optical density and its use to tell stain from glass: Ruifrok and Johnston, Anal Quant Cytol Histol 23
+    (2001) 291. Threshold: Otsu, IEEE Trans SMC 9 (1979) 62.
+
+    Examples
+    --------
+    >>> from wsi.slide import open_slide
+    >>> with open_slide("slide.svs") as slide:           # doctest: +SKIP
+    ...     tissue = find_tissue(slide)
+    ...     keep = tissue.fraction(grid.boxes()) >= 0.5
+    """
+    config = config or TissueConfig()
+    box = slide.bounds
+    size_um = box.w * slide.mpp.x, box.h * slide.mpp.y
+    mpp = min(config.mpp, max(size_um) / _MIN_SIDE_PX)
+    mpp = max(mpp, math.sqrt(size_um[0] * size_um[1] / _MAX_MASK_PX))
+    # Never finer than the slide itself, along either axis.
+    w, h = (max(1, min(round(side / mpp), math.floor(px))) for side, px in zip(size_um, (box.w, box.h), strict=True))
+    rgb = slide.read(box, (w, h))
+    pixel_um = size_um[0] / w
+    mask, pen = _segment(rgb, pixel_um, config)
+    return TissueMask(mask, pen, box, slide.mpp)
+
+
+def _segment(rgb: npt.NDArray[np.uint8], pixel_um: float, config: TissueConfig) -> tuple[Bool2d, Bool2d]:
+    """Tissue and ink of an image whose pixels measure `pixel_um`."""
+    density = _optical_density(rgb, _glass_colour(rgb))
+    for channel in density:
+        ndimage.gaussian_filter(channel, min(1.0, 8.0 / pixel_um), output=channel)
+    mean = density.mean(axis=0)
+    chroma = density.max(axis=0) - density.min(axis=0)
+
+    black = _opened((rgb.max(axis=2) < _BLACK_LEVEL) & (np.ptp(rgb, axis=2) < _BLACK_SPREAD), _px(16.0, pixel_um))
+    pen = _ink(density, mean, chroma, pixel_um) & ~black if config.exclude_pen else np.zeros_like(black)
+    # A stroke ends in a blurred rim that is too faint for ink and coloured enough for tissue.
+    excluded = _grown(pen | black, max(1, _px(24.0, pixel_um)))
+
+    low, high = _CHROMA_RANGE
+    threshold = float(np.clip(threshold_otsu(chroma), low, high)) if np.ptp(chroma) > 0 else high
+    tissue = (chroma > threshold) & (chroma > _MIN_RELATIVE_CHROMA * mean) & ~excluded
+    # Closing joins what sectioning tore by a cell or two; opening then drops threads and coloured edges.
+    tissue = _opened(~_opened(~tissue, _px(20.0, pixel_um)), _px(8.0, pixel_um)) & ~excluded
+    holes = ndimage.binary_fill_holes(tissue) & ~tissue
+    tissue |= holes & ~_components(holes, math.ceil(config.min_hole_um2 / pixel_um**2)) & ~excluded
+    min_area_um2 = min(config.min_area_um2, tissue.size * pixel_um**2 / 400)
+    return _components(tissue, math.ceil(min_area_um2 / pixel_um**2)), pen
+
+
+def _glass_colour(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Colour of the empty glass, float32 (3,): the commonest among the brightest greyish pixels."""
+    darkest, brightest = rgb.min(axis=2), rgb.max(axis=2)
+    inside = darkest < 255  # pure white is what the reader fills in where nothing was scanned
+    if not inside.any():
+        return np.full(3, 255, np.float32)
+    top = float(np.percentile(darkest[inside], 99.5))
+    glass = rgb[inside & (darkest >= top - 20) & (brightest - darkest <= 20)]
+    if top < 160 or len(glass) == 0:
+        return np.full(3, 245, np.float32)  # no glass in view
+    counts = [ndimage.gaussian_filter1d(np.bincount(c, minlength=256).astype(np.float64), 2.0) for c in glass.T]
+    return np.array([int(c.argmax()) for c in counts], np.float32)
+
+
+def _optical_density(rgb: npt.NDArray[np.uint8], glass: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Optical density against the glass, float32 (3, h, w); not negative."""
+    # All 256 levels of a channel, then a look-up: no logarithm a pixel.
+    levels = np.log10((glass[:, None] + _DARK_OFFSET) / (np.arange(256, dtype=np.float32) + _DARK_OFFSET))
+    levels = np.maximum(levels, 0).astype(np.float32)
+    return np.stack([levels[c][rgb[..., c]] for c in range(3)])
+
+
+def _ink(density: npt.NDArray[np.float32], mean: Float2d, chroma: Float2d, pixel_um: float) -> Bool2d:
+    """Marker ink: broad strokes that hold a spot which no stain can explain, with all the paler ink around it.
+
+    Stains absorb green most (haematoxylin, eosin, blood) or blue most (DAB). Green and blue markers absorb red
+    most; a red marker absorbs green as strongly as blood does only where blood would let some red be absorbed
+    too; a black one is dark in all three. Nuclei can look like any of these for a few pixels, never for the
+    width of a stroke. Ratios measured on public H&E patches of 207 patients with and without ink.
+    """
+    r, g, b = density
+    markers = (  # (pale ink, a spot that is surely ink)
+        ((r - g > 0.05) & (r > b) & (b > 0.8 * g), (r - g > 0.12) & (r > 1.3 * b) & (b > 0.8 * g)),
+        ((r > 0.15) & (b < 0.35 * r) & (g < 0.9 * r), (r > 0.35) & (b < 0.2 * r) & (g < 0.85 * r)),
+        ((g > 0.15) & (r < 0.2 * g) & (b > 0.6 * g), (g > 0.55) & (r < 0.12 * g) & (b > 0.6 * g)),
+        ((mean > 0.38) & (chroma < 0.55 * mean), (mean > 0.5) & (chroma < 0.45 * mean)),
+    )
+    ink = np.zeros(r.shape, np.bool_)
+    for pale, sure in markers:
+        strokes = _components(_opened(pale, _px(24.0, pixel_um)), math.ceil(50_000 / pixel_um**2))
+        labels, _ = ndimage.label(strokes)
+        # At least a tenth of the stroke.
+        ...
+    return ink
