@@ -18,8 +18,10 @@ using Edges = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::
 
 namespace {
 
-void check_rows(const char* name, int64_t column_stride, int64_t channel_stride) {
-  if (channel_stride != 1 || column_stride != 3)
+// NumPy may give an axis of length 1 any stride: it is never stepped along.
+template <typename Array>
+void check_rows(const char* name, const Array& array) {
+  if (array.stride(2) != 1 || (array.shape(1) > 1 && array.stride(1) != 3))
     throw std::invalid_argument(std::string(name) + ": columns and channels must be contiguous (strides 3 and 1)");
 }
 
@@ -36,8 +38,8 @@ void check_edges(const char* name, const Edges& edges, int64_t out_size, int64_t
 }
 
 void area_average(Image source, Edges edges_y, Edges edges_x, Output out) {
-  check_rows("source", source.stride(1), source.stride(2));
-  check_rows("out", out.stride(1), out.stride(2));
+  check_rows("source", source);
+  check_rows("out", out);
   const int64_t out_h = out.shape(0), out_w = out.shape(1);
   if (out_h == 0 || out_w == 0) throw std::invalid_argument("out: has no cells");
   check_edges("edges_y", edges_y, out_h, source.shape(0));

@@ -18,7 +18,14 @@ _TIFF_TAG_VENDORS = {"generic-tiff"}
 
 
 class OpenSlideReader(Slide):
-    """A slide opened with openslide-python. Associated images (label, macro) are never touched."""
+    """A slide opened with openslide-python. Associated images (label, macro) are never touched.
+
+    Notes
+    -----
+    OpenSlide takes whole level-0 coordinates. At a level whose downsample is not whole (4.0003, say)
+    most level pixels start between two of them, and OpenSlide interpolates: pixels there may be shifted
+    by up to half a level-0 pixel. Level 0 and levels of whole downsample are exactly as stored.
+    """
 
     reader = "openslide"
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import tifffile
 import tiffslide
 
-from wsi.errors import SlideNotFound, SlideUnreadable
+from wsi.errors import SlideError, SlideNotFound, SlideUnreadable
 from wsi.slide.base import U8, Slide, compose_on_white, refuse_turned, resolve_mpp
 from wsi.units import Box
 
@@ -27,36 +27,40 @@ class TiffSlideReader(Slide):
     reader = "tiffslide"
 
     def __init__(self, path: str, mpp: float | None = None) -> None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # tiffslide warns of every tag it does not know
-                self._slide = tiffslide.TiffSlide(path)
-                properties = dict(self._slide.properties)
-                self.level_sizes = tuple((int(w), int(h)) for w, h in self._slide.level_dimensions)
-                tiff = self._slide.ts_tifffile
-                baseline = tiff.series[0].levels
-                self._pages = [level.keyframe for level in baseline[: len(self.level_sizes)]]
-        except FileNotFoundError as error:
-            raise SlideNotFound(path, "there is no such file", "Check the path") from error
-        except _DAMAGE as error:
-            raise SlideUnreadable(path, f"is not a slide that can be read ({_brief(error)})") from error
-        page = self._pages[0]
         self.path = path
-        self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
-        self._lock = threading.Lock()
         self._user_mpp = mpp
+        self._lock = threading.Lock()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tiffslide warns of every tag it does not know
+            try:
+                self._slide = tiffslide.TiffSlide(path)
+            except FileNotFoundError as error:
+                raise SlideNotFound(path, "there is no such file", "Check the path") from error
+            except _DAMAGE as error:
+                raise _unreadable(path, error) from error
+            try:
+                self._describe()
+            except SlideError:
+                self._slide.close()
+                raise
+            except _DAMAGE as error:
+                self._slide.close()
+                raise _unreadable(path, error) from error
+
+    def _describe(self) -> None:
+        properties = dict(self._slide.properties)
+        self.vendor = str(properties.get("tiffslide.vendor") or "generic-tiff")
+        self.level_sizes = tuple((int(w), int(h)) for w, h in self._slide.level_dimensions)
+        baseline = self._slide.ts_tifffile.series[0].levels
+        self._pages = [level.keyframe for level in baseline[: len(self.level_sizes)]]
+        page, shape = self._pages[0], baseline[0].shape
+        if page.dtype != np.uint8 or shape[:2] != self.size[::-1] or shape[2:] not in ((), (1,), (3,), (4,)):
+            raise SlideUnreadable(
+                self.path, f"holds {page.dtype} {shape}, not 8-bit grey or RGB pixels", "Export a brightfield RGB image"
+            )
+        refuse_turned(self.path, page)
         source = "tiff-tags" if self.vendor == "generic-tiff" else f"vendor:{self.vendor}"
-        try:
-            shape = baseline[0].shape
-            if page.dtype != np.uint8 or shape[:2] != self.size[::-1] or shape[2:] not in ((), (1,), (3,), (4,)):
-                raise SlideUnreadable(
-                    path, f"holds {page.dtype} {shape}, not 8-bit grey or RGB pixels", "Export a brightfield RGB image"
-                )
-            refuse_turned(path, page)
-            self.mpp, self.mpp_source = resolve_mpp(path, mpp, _mpp_of(properties), source)
-        except BaseException:
-            self._slide.close()
-            raise
+        self.mpp, self.mpp_source = resolve_mpp(self.path, self._user_mpp, _mpp_of(properties), source)
         self._holes = [_missing_tiles(page) for page in self._pages]
         self.bounds = _present(self._holes[0], page, self.size)
 
@@ -127,6 +131,10 @@ def _mpp_of(properties: dict[str, Any]) -> tuple[float, float] | None:
         return float(properties["tiffslide.mpp-x"]), float(properties["tiffslide.mpp-y"])
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _unreadable(path: str, error: BaseException) -> SlideUnreadable:
+    return SlideUnreadable(path, f"is not a slide that can be read ({_brief(error)})", "Convert it to a pyramidal TIFF")
 
 
 def _brief(error: BaseException) -> str:

@@ -1,0 +1,38 @@
+"""Small slides with known pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+
+def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours with noise, uint8 (height, width, 3): no two places alike."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    base = np.stack([x * 255 / width, y * 255 / height, (x + y) * 127 / (width + height) + 60], axis=-1)
+    return np.clip(base + rng.normal(0, 20, base.shape), 0, 255).astype(np.uint8)
+
+
+def halved(rgb: np.ndarray) -> np.ndarray:
+    """Average of 2 x 2 pixels; an odd last row or column is dropped."""
+    h, w = rgb.shape[0] // 2 * 2, rgb.shape[1] // 2 * 2
+    cells = rgb[:h, :w].astype(np.float64).reshape(h // 2, 2, w // 2, 2, 3).mean(axis=(1, 3))
+    return np.floor(cells + 0.5).astype(np.uint8)
+
+
+def write_pyramid(
+    path: Path, levels: list[np.ndarray], mpp: float | None = 0.5, *, svs: bool = False, tile: int = 64
+) -> None:
+    """Write a lossless tiled pyramid: a generic TIFF, or Aperio-like."""
+    with tifffile.TiffWriter(path) as tiff:
+        for i, level in enumerate(levels):
+            arguments: dict = {"tile": (tile, tile), "compression": "deflate", "photometric": "rgb", "metadata": None}
+            if svs:
+                text = f"Aperio Image Library v12\r\n{level.shape[1]}x{level.shape[0]}"
+                arguments["description"] = text + (f"|AppMag = 20|MPP = {mpp}" if mpp else "|AppMag = 20")
+            elif mpp:
+                arguments |= {"resolution": (10000 / mpp, 10000 / mpp), "resolutionunit": "CENTIMETER"}
+            tiff.write(level, subfiletype=0 if i == 0 or svs else 1, **arguments)

@@ -1,0 +1,268 @@
+"""One contract for every reader, and the readers against each other and against other programs."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.slide.make import halved, picture, write_pyramid
+from wsi.errors import MppError, SlideError, SlideNotFound, SlideUnreadable
+from wsi.slide import Slide, base, open_slide
+from wsi.units import Box
+
+READERS = ("openslide", "tiffslide")
+WIDTH, HEIGHT = 700, 456  # no multiple of a tile
+
+
+@pytest.fixture(scope="module")
+def pixels() -> list[np.ndarray]:
+    full = picture(WIDTH, HEIGHT)
+    return [full, halved(full), halved(halved(full))]
+
+
+@pytest.fixture(scope="module")
+def pyramid(tmp_path_factory: pytest.TempPathFactory, pixels: list[np.ndarray]) -> Path:
+    path = tmp_path_factory.mktemp("slides") / "pyramid.tif"
+    write_pyramid(path, pixels)
+    return path
+
+
+@pytest.fixture(params=READERS)
+def slide(request: pytest.FixtureRequest, pyramid: Path) -> Iterator[Slide]:
+    with open_slide(pyramid, request.param) as opened:
+        yield opened
+
+
+def area_average(image: np.ndarray, x: float, y: float, w: float, h: float, out_w: int, out_h: int) -> np.ndarray:
+    """Area average in float64 by summed-area table; white outside. Another way than the kernel's."""
+    pad = 300
+    white = np.pad(image.astype(np.float64), ((pad, pad), (pad, pad), (0, 0)), constant_values=255)
+    table = np.pad(white.cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
+
+    def at(ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
+        iy, ix = np.floor(ys).astype(int), np.floor(xs).astype(int)
+        fy, fx = (ys - iy)[:, None, None], (xs - ix)[None, :, None]
+        iy1, ix1 = np.minimum(iy + 1, table.shape[0] - 1), np.minimum(ix + 1, table.shape[1] - 1)
+        top = table[iy][:, ix] * (1 - fx) + table[iy][:, ix1] * fx
+        return top * (1 - fy) + (table[iy1][:, ix] * (1 - fx) + table[iy1][:, ix1] * fx) * fy
+
+    ys, xs = y + pad + np.arange(out_h + 1) * h / out_h, x + pad + np.arange(out_w + 1) * w / out_w
+    corners = at(ys, xs)
+    sums = corners[1:, 1:] - corners[1:, :-1] - corners[:-1, 1:] + corners[:-1, :-1]
+    return sums / (w / out_w * h / out_h)
+
+
+class TestContract:
+    def test_facts(self, slide: Slide) -> None:
+        assert slide.size == (WIDTH, HEIGHT)
+        assert slide.level_sizes == ((700, 456), (350, 228), (175, 114))
+        assert slide.mpp == pytest.approx((0.5, 0.5)) and slide.mpp_source == "tiff-tags"
+        assert slide.bounds == Box(0, 0, WIDTH, HEIGHT)
+
+    def test_level_0_is_as_stored(self, slide: Slide, pixels: list[np.ndarray]) -> None:
+        np.testing.assert_array_equal(slide.read(Box(37, 91, 300, 200), (300, 200)), pixels[0][91:291, 37:337])
+
+    def test_outside_is_white(self, slide: Slide, pixels: list[np.ndarray]) -> None:
+        got = slide.read(Box(-10, -20, 30, 40), (30, 40))
+        assert (got[:20] == 255).all() and (got[:, :10] == 255).all()
+        np.testing.assert_array_equal(got[20:, 10:], pixels[0][:20, :20])
+        assert (slide.read(Box(5000, 0, 10, 10), (10, 10)) == 255).all()
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.floats(-60, 600), st.floats(-60, 400), st.floats(0.6, 12), st.integers(1, 25), st.integers(1, 25))
+    def test_any_box_at_any_size(
+        self, slide: Slide, pixels: list[np.ndarray], x: float, y: float, scale: float, out_w: int, out_h: int
+    ) -> None:
+        box = Box(x, y, out_w * scale, out_h * scale)
+        level = slide.level_for(scale)
+        got = slide.read(box, (out_w, out_h)).astype(float)
+        fx, fy = pixels[level].shape[1] / WIDTH, pixels[level].shape[0] / HEIGHT
+        expected = area_average(pixels[level], box.x * fx, box.y * fy, box.w * fx, box.h * fy, out_w, out_h)
+        # positions are rounded to 1/4096 px and values to whole grey levels
+        assert np.abs(got - expected).max() <= 0.5 + 255 * 4 / 4096
+
+    def test_best_level(self, slide: Slide) -> None:
+        assert [slide.level_for(d) for d in (0.3, 1, 1.98, 1.995, 2.5, 4.01, 100)] == [0, 0, 0, 1, 1, 2, 2]
+
+    def test_blocks_change_nothing(self, slide: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+        box, out_px = Box(-3.7, 11.1, 690.5, 440.3), (97, 61)
+        whole = slide.read(box, out_px)
+        monkeypatch.setattr(base, "_BLOCK_PX", 900)
+        np.testing.assert_array_equal(slide.read(box, out_px), whole)
+
+    def test_writes_into_out(self, slide: Slide) -> None:
+        batch = np.zeros((2, 20, 30, 3), np.uint8)
+        assert slide.read(Box(5, 5, 90, 60), (30, 20), batch[1]) is not None
+        np.testing.assert_array_equal(batch[1], slide.read(Box(5, 5, 90, 60), (30, 20)))
+        assert batch[0].max() == 0
+
+    def test_pickles_by_path(self, slide: Slide) -> None:
+        with pickle.loads(pickle.dumps(slide)) as other:
+            np.testing.assert_array_equal(
+                other.read(Box(0, 0, 50, 50), (50, 50)), slide.read(Box(0, 0, 50, 50), (50, 50))
+            )
+
+    @pytest.mark.parametrize(("box", "out_px"), [(Box(0, 0, 0, 5), (5, 5)), (Box(0, 0, 5, 5), (0, 5))])
+    def test_nothing_cannot_be_read(self, slide: Slide, box: Box, out_px: tuple[int, int]) -> None:
+        with pytest.raises(ValueError, match="positive"):
+            slide.read(box, out_px)
+
+
+@pytest.mark.parametrize("reader", READERS)
+class TestMpp:
+    def test_vendor_property(self, tmp_path: Path, reader: str) -> None:
+        write_pyramid(tmp_path / "a.svs", [picture(300, 200)], 0.2522, svs=True)
+        with open_slide(tmp_path / "a.svs", reader) as slide:
+            assert slide.mpp == (0.2522, 0.2522) and slide.mpp_source == "vendor:aperio"
+
+    def test_the_users_word_wins(self, pyramid: Path, reader: str) -> None:
+        with open_slide(pyramid, reader, mpp=0.25) as slide:
+            assert slide.mpp == (0.25, 0.25) and slide.mpp_source == "user"
+
+    @pytest.mark.parametrize("mpp", [None, 26.458, 352.78, 0.01])
+    def test_missing_or_implausible_names_the_remedy(self, tmp_path: Path, reader: str, mpp: float | None) -> None:
+        write_pyramid(tmp_path / "a.svs", [picture(300, 200)], mpp, svs=True)
+        with pytest.raises(MppError, match="--mpp"):
+            open_slide(tmp_path / "a.svs", reader)
+
+    def test_the_user_may_be_wrong(self, pyramid: Path, reader: str) -> None:
+        for mpp in (0.0, -1.0, float("nan"), 21.0):
+            with pytest.raises(MppError, match="outside"):
+                open_slide(pyramid, reader, mpp=mpp)
+
+
+class TestBadInput:
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(SlideNotFound, match="no such file"):
+            open_slide(tmp_path / "nothing.svs")
+        with pytest.raises(FileNotFoundError):
+            open_slide(tmp_path / "nothing.svs")
+
+    def test_not_a_slide(self, tmp_path: Path) -> None:
+        (tmp_path / "letter.svs").write_text("Dear Sir or Madam")
+        for reader in ("auto", *READERS):
+            with pytest.raises(SlideUnreadable):
+                open_slide(tmp_path / "letter.svs", reader)
+        with pytest.raises(SlideUnreadable, match="folder"):
+            open_slide(tmp_path)
+        with pytest.raises(SlideError, match="Known readers"):
+            open_slide(tmp_path, "bioformats")
+
+    @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6])
+    def test_truncated(self, tmp_path: Path, pyramid: Path, share: float) -> None:
+        """Either refused at once, or at the first read that needs what is gone; never made up."""
+        whole = pyramid.read_bytes()
+        cut = tmp_path / "cut.tif"
+        cut.write_bytes(whole[: int(len(whole) * share)])
+        for reader in ("auto", *READERS):
+            with pytest.raises(SlideUnreadable), open_slide(cut, reader, mpp=0.5) as slide:
+                slide.read(Box(0, 0, *slide.size), slide.size)
+
+    def test_a_damaged_tile_does_not_poison_the_handle(self, tmp_path: Path, pixels: list[np.ndarray]) -> None:
+        path = tmp_path / "damaged.tif"
+        write_pyramid(path, pixels[:1])
+        with openslide.OpenSlide(path) as reference:
+            good = np.asarray(reference.read_region((0, 0), 0, (64, 64)))[..., :3]
+        with tifffile.TiffFile(path) as tiff:
+            offset, length = tiff.pages.first.dataoffsets[40], tiff.pages.first.databytecounts[40]
+        raw = bytearray(path.read_bytes())
+        raw[offset : offset + length] = bytes(length)
+        path.write_bytes(raw)
+        with open_slide(path, "openslide") as slide:
+            with pytest.raises(SlideUnreadable, match="damaged at level 0"):
+                slide.read(Box(0, 0, *slide.size), slide.size)
+            np.testing.assert_array_equal(slide.read(Box(0, 0, 64, 64), (64, 64)), good)
+
+    def test_a_turned_tiff_is_refused(self, data_dir: Path) -> None:
+        for reader in READERS:
+            with pytest.raises(SlideUnreadable, match="orientation 3"):
+                open_slide(data_dir / "wsi/tiff_orientation/test_orient3.tif", reader, mpp=1.0)
+
+
+def test_url_through_fsspec(pyramid: Path) -> None:
+    with fsspec.open("memory://slides/pyramid.tif", "wb") as file:
+        file.write(pyramid.read_bytes())
+    with open_slide("memory://slides/pyramid.tif") as slide, open_slide(pyramid) as local:
+        assert slide.reader == "tiffslide"
+        box = Box(10, 10, 600, 400)
+        np.testing.assert_array_equal(slide.read(box, (75, 50)), local.read(box, (75, 50)))
+    with pytest.raises(SlideNotFound):
+        open_slide("memory://slides/nothing.tif")
+
+
+def test_labels_are_never_read(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(self: object) -> None:
+        raise AssertionError("an associated image was looked at")
+
+    monkeypatch.setattr(openslide.OpenSlide, "associated_images", property(forbidden))
+    with open_slide(data_dir / "wsi/aperio/CMU-1-Small-Region.svs") as slide:
+        assert slide.thumbnail(8.0).shape == (185, 138, 3)
+
+
+def test_alpha_lies_on_white() -> None:
+    rgba = np.array([[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 51]]], np.uint8)
+    assert base.compose_on_white(rgba).tolist() == [[[255, 255, 255], [200, 0, 0], [244, 204, 204]]]
+
+
+class TestRealFiles:
+    def test_another_program_decoded_this_tile(self, data_dir: Path) -> None:
+        expected = np.asarray(Image.open(data_dir / "wsi/oracles_cmu1/CMU-1-Small-Region-page-0-tile_5-5.bmp"))
+        for reader in READERS:
+            with open_slide(data_dir / "wsi/aperio/CMU-1-Small-Region.svs", reader) as slide:
+                assert slide.mpp == (0.499, 0.499)
+                np.testing.assert_array_equal(slide.read(Box(1200, 1200, 240, 240), (240, 240)), expected)
+
+    def test_both_readers_give_the_same_pixels(self, data_dir: Path) -> None:
+        """On every file both can open, at many places and sizes; also the same size, mpp and bounds."""
+        both = 0
+        for path in sorted(p for p in (data_dir / "wsi").rglob("*") if p.suffix in {".svs", ".tif", ".tiff", ".ndpi"}):
+            with ExitStack() as stack:
+                opened = []
+                for reader in READERS:
+                    try:
+                        opened.append(stack.enter_context(open_slide(path, reader, mpp=1.0)))
+                    except SlideError as error:
+                        assert "\n" not in str(error)
+                if len(opened) == 2:
+                    self.compare(path, *opened)
+                    both += 1
+        assert both >= 9
+
+    @staticmethod
+    def compare(path: Path, one: Slide, two: Slide) -> None:
+        assert one.size == two.size and one.bounds == two.bounds, path
+        rng = np.random.default_rng(0)
+        for _ in range(10):
+            out_px = int(rng.integers(1, 150)), int(rng.integers(1, 150))
+            scale = rng.uniform(0.5, 12)
+            box = Box(rng.uniform(-9, one.size[0]), rng.uniform(-9, one.size[1]), out_px[0] * scale, out_px[1] * scale)
+            try:
+                expected = one.read(box, out_px)
+            except SlideUnreadable:
+                continue  # a file that is damaged on purpose
+            np.testing.assert_array_equal(two.read(box, out_px), expected, err_msg=str(path))
+
+    def test_holes_are_white_and_bounds_known(self, data_dir: Path) -> None:
+        for reader in READERS:
+            with open_slide(data_dir / "wsi/generic_tiff/panimg_no_dzi.tif", reader) as slide:
+                assert slide.bounds == Box(0, 512, 3072, 3456)
+                assert (slide.read(Box(0, 0, 512, 512), (512, 512)) == 255).all()
+
+    def test_malformed_files_give_one_clear_line(self, data_dir: Path) -> None:
+        names = [*sorted((data_dir / "wsi/malformed").glob("bad_*")), data_dir / "wsi/malformed/broken.svs"]
+        assert len(names) == 8
+        for path in names:
+            with pytest.raises(SlideError) as caught, open_slide(path) as slide:  # all lack an mpp at the least
+                slide.read(Box(0, 0, *slide.size), slide.size)
+            assert "\n" not in str(caught.value) and path.name in str(caught.value)

@@ -1,0 +1,78 @@
+"""The grid: every pixel in a tile, at exactly the resolution asked."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wsi.errors import GridError
+from wsi.grid import TileGrid
+from wsi.units import Box, Mpp
+
+SQUARE = Mpp(0.5, 0.5)
+
+
+@given(
+    st.integers(300, 5000),
+    st.integers(300, 5000),
+    st.floats(0.2, 1.0),
+    st.floats(0.95, 1.05),
+    st.integers(16, 64),
+    st.floats(0.25, 1.0),
+)
+def test_covers_the_slide_without_a_tile_too_many(
+    w: int, h: int, mpp: float, skew: float, tile_px: int, overlap: float
+) -> None:
+    slide_mpp = Mpp(mpp, mpp * skew)
+    stride_px = max(1, int(tile_px * overlap))
+    grid = TileGrid.cover((w, h), slide_mpp=slide_mpp, mpp=1.0, tile_px=tile_px, stride_px=stride_px)
+    boxes = grid.boxes()
+    right, bottom = (boxes[:, 0] + boxes[:, 2]).max(), (boxes[:, 1] + boxes[:, 3]).max()
+    assert boxes[:, :2].min() == 0
+    assert right >= w - 1e-5 * w and bottom >= h - 1e-5 * h
+    assert right - grid.stride[0] < w and bottom - grid.stride[1] < h
+    # exact resolution: a tile is tile_px pixels of 1.0 um, whatever the slide's own resolution
+    assert np.allclose(boxes[:, 2] * slide_mpp.x, tile_px) and np.allclose(boxes[:, 3] * slide_mpp.y, tile_px)
+    # no drift: the last column stands where arithmetic puts it
+    assert np.isclose(boxes[:, 0].max() * slide_mpp.x, grid.columns.max() * stride_px, rtol=1e-12)
+    assert len(grid) == (grid.columns.max() + 1) * (grid.rows.max() + 1)
+
+
+def test_one_tile_where_the_slide_is_one_tile() -> None:
+    grid = TileGrid.cover((2800, 2350), slide_mpp=Mpp(4.0, 4.0), mpp=4.0, tile_px=50)
+    assert len(grid) == 56 * 47
+    assert grid.box(57) == Box(50, 50, 50, 50)
+    assert len(TileGrid.cover((512, 512), slide_mpp=SQUARE, mpp=1.0, tile_px=256)) == 1
+    # 0.1 + 0.2 must not make a column of nothing
+    assert len(TileGrid.cover((300, 100), slide_mpp=Mpp(0.1, 0.1), mpp=0.1, tile_px=100)) == 3
+
+
+def test_keep_and_pickle() -> None:
+    grid = TileGrid.cover((1000, 1000), slide_mpp=SQUARE, mpp=1.0, tile_px=100)
+    kept = grid.keep(np.array([3, 7]))
+    assert [kept.box(0), kept.box(1)] == [grid.box(3), grid.box(7)]
+    assert len(grid.keep(np.zeros(len(grid), bool))) == 0
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(kept)).boxes(), kept.boxes())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"tile_px": 0}, "tile=0"),
+        ({"stride_px": 0}, "stride=0"),
+        ({"stride_px": -5}, "stride=-5"),
+        ({"mpp": 0.0}, "mpp=0"),
+        ({"mpp": float("nan")}, "mpp=nan"),
+        ({"tile_px": 501}, "smaller than one tile"),
+    ],
+)
+def test_errors_name_the_argument(arguments: dict[str, float], names: str) -> None:
+    whole = {"slide_mpp": SQUARE, "mpp": 1.0, "tile_px": 100, **arguments}
+    with pytest.raises(GridError, match=names):
+        TileGrid.cover((1000, 1000), **whole)  # type: ignore[arg-type]
+    with pytest.raises(ValueError):  # also the builtin a stranger would catch
+        TileGrid.cover((1000, 1000), **whole)  # type: ignore[arg-type]
