@@ -13,6 +13,7 @@ orientations and positions gives features that do not change at all.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,9 @@ class P4MConv(nn.Module):
         self.side = side
         self.padding = padding
         taps = in_orientations * side * side
-        self.weight = nn.Parameter(torch.randn(c_out, c_in, taps) * (2 / (c_in * taps)) ** 0.5)  # He et al. 2015
+        self.weight = nn.Parameter(
+            torch.randn(c_out, c_in, taps) * (2 / (c_in * taps)) ** 0.5
+        )  # He et al. 2015
         self.register_buffer("index", turned_filter_index(side, in_orientations), persistent=False)
 
     def filters(self) -> Tensor:
@@ -104,9 +107,9 @@ class P4MNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape
         # In memory a channels_last map is (b, h, w, 8, c): read as an image w * 8 wide, nothing is copied.
-        x = x.permute(0, 2, 3, 1).reshape(b, h, w * ORIENTATIONS, -1).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1).reshape(b, h, w * ORIENTATIONS, self.num_features).permute(0, 3, 1, 2)
         x = super().forward(x)
-        return x.permute(0, 2, 3, 1).reshape(b, h, w, -1).permute(0, 3, 1, 2)
+        return x.permute(0, 2, 3, 1).reshape(b, h, w, ORIENTATIONS * self.num_features).permute(0, 3, 1, 2)
 
 
 class P4MBlock(nn.Module):
@@ -125,3 +128,121 @@ class P4MBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = functional.relu(self.norm1(self.conv1(x)))
         return functional.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+class P4MTrunk(nn.Module):
+    """One network up to its features: ``(b, 3, h, w)`` in 0..1 -> ``(b, head)``, blind to D4.
+
+    The features are the means of the last maps over positions and orientations.
+    """
+
+    def __init__(self, widths: Sequence[int], depths: Sequence[int], stem: int, head: int) -> None:
+        super().__init__()
+        self.stem = P4MConv(6, stem, 3, in_orientations=1)
+        self.stem_norm = P4MNorm(stem)
+        self.stages = nn.ModuleList()
+        c = stem
+        for width, depth in zip(widths, depths, strict=True):
+            blocks = [P4MBlock(c if i == 0 else width, width) for i in range(depth)]
+            self.stages.append(nn.Sequential(*blocks))
+            c = width
+        self.head = P4MConv(c, head, 1)
+        self.head_norm = P4MNorm(head)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        density = -torch.log(rgb.clamp(min=1 / 255))  # Beer-Lambert: linear in the amount of stain
+        x = torch.cat([rgb, density], 1).contiguous(memory_format=torch.channels_last)
+        # No padding here: 50 -> 48, which the three poolings divide evenly, so that none cuts a border off.
+        x = functional.relu(self.stem_norm(self.stem(x)))  # (b, 8 * stem, 48, 48)
+        for i, stage in enumerate(self.stages):
+            x = functional.max_pool2d(x, 2) if i == 0 else functional.avg_pool2d(x, 2)
+            x = stage(x)  # (b, 8 * widths[i], 24, 24), then 12, then 6
+        x = functional.relu(self.head_norm(self.head(x)))  # (b, 8 * head, 6, 6)
+        return x.float().mean((2, 3)).unflatten(1, (ORIENTATIONS, -1)).mean(1)  # (b, head)
+
+
+class P4MNet(nn.Module):
+    """A patch classifier whose answer is the same for all eight orientations of the patch.
+
+    Several members of one shape, trained from different seeds, can live in one network: the features are those
+    of all members side by side and the logits are the mean of theirs.
+
+    Parameters
+    ----------
+    num_classes : int
+        Number of classes ``k``.
+    widths, depths : sequence of int
+        Maps and residual blocks of each stage; a stage works at half the resolution of the one before it, and a
+        map has eight orientations, so a width of 24 costs what 192 plain channels cost.
+    stem, head : int
+        Maps of the first layer (at full resolution) and of the last.
+    members : int
+        Networks averaged.
+    dropout : float
+        Probability of dropping a feature, in training only.
+    mean, std : sequence of 3 floats
+        The normalisation of the input, undone inside to compute optical densities.
+
+    Attributes
+    ----------
+    num_features : int
+        ``d``, of all members together.
+
+    Notes
+    -----
+    Exactly invariant (to rounding) where the maps divide evenly by the poolings, as those of 50 x 50 px patches
+    do: ``(side - 2) % 2**stages == 0``. For other sizes the poolings drop the odd row, and it holds nearly.
+
+    References
+    ----------
+    Cohen & Welling, "Group Equivariant Convolutional Networks", ICML 2016, arXiv:1602.07576.
+    Veeling, Linmans, Winkens, Cohen & Welling, "Rotation Equivariant CNNs for Digital Pathology", MICCAI 2018,
+    arXiv:1806.03962.
+    He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385.
+
+    Examples
+    --------
+    >>> net = P4MNet(widths=(2, 2), depths=(1, 1), stem=2, head=4).eval()
+    >>> patch = torch.rand(1, 3, 50, 50)
+    >>> bool(torch.allclose(net(patch), net(patch.rot90(1, (2, 3))), atol=1e-5))
+    True
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 2,
+        widths: Sequence[int] = (8, 16, 24),
+        depths: Sequence[int] = (1, 1, 1),
+        stem: int = 4,
+        head: int = 64,
+        members: int = 1,
+        dropout: float = 0.2,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.trunks = nn.ModuleList(P4MTrunk(widths, depths, stem, head) for _ in range(members))
+        self.num_features = members * head
+        self.dropout = nn.Dropout(dropout)
+        self.classifiers = nn.ModuleList(nn.Linear(head, num_classes) for _ in range(members))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the features of normalised patches: float (b, 3, h, w) -> float32 (b, d)."""
+        rgb = x.float() * self.std + self.mean
+        return torch.cat([trunk(rgb) for trunk in self.trunks], 1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits of embedded patches: float (b, d) -> float (b, k)."""
+        parts = self.dropout(features).chunk(len(self.trunks), 1)
+        logits = [classifier(part) for classifier, part in zip(self.classifiers, parts, strict=True)]
+        return torch.stack(logits).mean(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of normalised patches: float (b, 3, h, w) -> float (b, k)."""
+        return self.classify(self.embed(x))

@@ -1,0 +1,372 @@
+"""QuPath GeoJSON: tiles as detections, regions as annotations.
+
+QuPath rejects a whole file for one feature it dislikes, so everything here is for not writing that feature:
+classes always have a colour, rings are closed, geometries are valid after rounding, numbers are finite.
+
+Coordinates are full-resolution pixels of the image as QuPath shows it: where the file names the scanned part
+(MIRAX, Leica), QuPath crops to it, so its corner is subtracted and everything is clipped to it.
+Rules and measurements: ``ROITypeAdapters.java``, ``PathClassTypeAdapter`` and ``OpenslideImageServer.java`` of
+QuPath 0.4 to 0.7.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import secrets
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from wsi.units import Box
+
+Json = dict[str, Any]
+
+#: QuPath keeps coordinates to 1/100 px, and shows what is smaller than a pixel as an empty object at (0, 0).
+_DECIMALS = 2
+_MIN_AREA_PX = 1.0
+
+
+@dataclass(frozen=True)
+class PathClass:
+    """A QuPath class.
+
+    Attributes
+    ----------
+    name : str
+        Not empty, one line. ``"Tumor: Positive"`` is a derived class; a name ending in ``*`` is ignored by QuPath.
+    color : (int, int, int)
+        Red, green, blue, 0 to 255. QuPath refuses a file with a class that has none.
+
+    Raises
+    ------
+    ValueError
+        An empty name, a line break in it, or a colour out of range.
+
+    Examples
+    --------
+    >>> PathClass("Tumor", (200, 0, 0)).name
+    'Tumor'
+    """
+
+    name: str
+    color: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or "\n" in self.name or "\r" in self.name:
+            raise ValueError(f"a QuPath class needs a name of one line, got {self.name!r}")
+        if len(self.color) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in self.color):
+            raise ValueError(f"a QuPath colour is three integers from 0 to 255, got {self.color!r}")
+
+    def _json(self) -> Json:
+        return {"name": self.name, "color": list(self.color)}
+
+
+@dataclass(frozen=True)
+class Region:
+    """An annotation to write.
+
+    Attributes
+    ----------
+    geometry : shapely.Polygon or shapely.MultiPolygon
+        Level-0 pixels; holes are kept. Need not be valid: it is repaired.
+    path_class : PathClass
+    name : str
+    measurements : dict of str to float
+        Non-finite ones are left out.
+    """
+
+    geometry: shapely.Polygon | shapely.MultiPolygon
+    path_class: PathClass
+    name: str = ""
+    measurements: Mapping[str, float] = field(default_factory=dict)
+
+
+def write_tiles(
+    path: str | os.PathLike[str],
+    boxes: npt.NDArray[np.float64],
+    classes: Sequence[PathClass],
+    class_index: npt.NDArray[np.integer],
+    measurements: Mapping[str, npt.NDArray[np.floating]],
+    *,
+    bounds: Box,
+    slide_id: str,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write tiles, one QuPath tile object each, without holding more than one in memory.
+
+    Parameters
+    ----------
+    path : path
+        Gzipped when the name ends in ``.gz``. Written beside and renamed, so it is whole or not there.
+    boxes : float64 (n, 4)
+        x, y, w, h in level-0 pixels.
+    classes : sequence of PathClass
+    class_index : int (n,)
+        Which of `classes` each tile is.
+    measurements : mapping of str to float (n,)
+        Written with seven digits, which is what QuPath's float32 holds; non-finite values are left out.
+    bounds : Box
+        The slide's ``bounds``: subtracted, and clipped to.
+    slide_id : str
+        Identifiers are made of it and the tile's position, so the same slide gives the same file.
+    metadata : mapping of str to str, optional
+        Written once, beside ``features``; QuPath skips it, other programs may read it.
+
+    Returns
+    -------
+    int
+        Tiles written; less than n where some lie outside `bounds`.
+
+    Raises
+    ------
+    ValueError
+        Arrays that do not fit together.
+    OSError
+        The file cannot be written.
+
+    Notes
+    -----
+    QuPath holds the whole file in memory while it reads it: about 200,000 tiles are comfortable.
+
+    Examples
+    --------
+    >>> tumor, other = PathClass("Tumor", (200, 0, 0)), PathClass("Other", (255, 200, 0))
+    >>> write_tiles(                                                          # doctest: +SKIP
+    ...     "tiles.geojson.gz", grid.boxes(), [other, tumor], (p > 0.5).astype(int), {"prob_tumor": p},
+    ...     bounds=slide.bounds, slide_id="slide_1")
+    """
+    boxes, class_index = np.asarray(boxes, np.float64), np.asarray(class_index)
+    n = len(boxes)
+    if boxes.shape != (n, 4) or not np.isfinite(boxes).all():
+        raise ValueError(f"boxes must be finite and (n, 4), got {boxes.shape}")
+    if class_index.shape != (n,) or class_index.dtype.kind not in "iu":
+        raise ValueError(f"class_index must be {n} integers, got {class_index.dtype} {class_index.shape}")
+    if n and (class_index.min() < 0 or class_index.max() >= len(classes)):
+        raise ValueError(f"class_index must be from 0 to {len(classes) - 1}")
+    for name, values in measurements.items():
+        if np.shape(values) != (n,):
+            raise ValueError(f"measurement {name!r} must be {n} numbers, got {np.shape(values)}")
+    corners = _within(np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), bounds).reshape(n, 4)
+    visible = (corners[:, 2:] - corners[:, :2]).clip(0).prod(axis=1) >= _MIN_AREA_PX
+    class_json = [c._json() for c in classes]
+
+    def features() -> Iterator[Json]:
+        for i in np.flatnonzero(visible).tolist():
+            x0, y0, x1, y1 = map(_number, corners[i].tolist())
+            yield {
+                "type": "Feature",
+                "id": _id(slide_id, "tile", i),
+                "geometry": {"type": "Polygon", "coordinates": [[[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]]},
+                "properties": {
+                    "objectType": "tile",
+                    "classification": class_json[class_index[i]],
+                    "measurements": _finite({name: values[i] for name, values in measurements.items()}),
+                },
+            }
+
+    return _write(path, features(), metadata)
+
+
+def write_regions(
+    path: str | os.PathLike[str],
+    regions: Iterable[Region],
+    *,
+    bounds: Box,
+    slide_id: str,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write regions, one locked QuPath annotation each.
+
+    A geometry is clipped to `bounds`, repaired, rounded to 1/100 px so that it stays valid, and left out with its
+    parts of less than one square pixel.
+
+    Parameters
+    ----------
+    path : path
+        Gzipped when the name ends in ``.gz``. Written beside and renamed, so it is whole or not there.
+    regions : iterable of Region
+    bounds : Box
+        The slide's ``bounds``: subtracted, and clipped to.
+    slide_id : str
+        Identifiers are made of it and the region's position, so the same slide gives the same file.
+    metadata : mapping of str to str, optional
+        Written with each annotation, where QuPath (0.5 and later) shows it, and once beside ``features``.
+
+    Returns
+    -------
+    int
+        Annotations written; fewer than given where nothing of a region is left.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written.
+
+    Examples
+    --------
+    >>> region = Region(shapely.box(0, 0, 50, 40), PathClass("Tumor", (200, 0, 0)), "largest", {"area_px": 2000.0})
+    >>> write_regions(                                                        # doctest: +SKIP
+    ...     "regions.geojson", [region], bounds=slide.bounds, slide_id="slide_1")
+    """
+
+    def features() -> Iterator[Json]:
+        for i, region in enumerate(regions):
+            geometry = _acceptable(region.geometry, bounds)
+            if geometry is None:
+                continue
+            yield {
+                "type": "Feature",
+                "id": _id(slide_id, "region", i),
+                "geometry": geometry,
+                "properties": {
+                    "objectType": "annotation",
+                    **({"name": region.name} if region.name else {}),
+                    "classification": region.path_class._json(),
+                    "isLocked": True,
+                    "measurements": _finite(region.measurements),
+                    **({"metadata": dict(metadata)} if metadata else {}),
+                },
+            }
+
+    return _write(path, features(), metadata)
+
+
+def read_geojson(path: str | os.PathLike[str]) -> list[Json]:
+    """Read the features of a GeoJSON file, in whichever shape QuPath or another program wrote it.
+
+    Accepts a FeatureCollection, a list, a single feature or a bare geometry; gzip; a byte order mark; ``NaN``;
+    and keys that occur twice (QuPath writes ``metadata`` so), of which the last counts.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    list of dict
+        Each a Feature as it stands in the file: coordinates are not moved.
+
+    Raises
+    ------
+    ValueError
+        Not JSON, or not GeoJSON.
+    OSError
+        The file cannot be read.
+
+    Examples
+    --------
+    >>> [f["properties"]["objectType"] for f in read_geojson("regions.geojson")]     # doctest: +SKIP
+    ['annotation']
+    """
+    raw = Path(path).read_bytes()
+    if raw.startswith(b"\x1f\x8b"):
+        raw = gzip.decompress(raw)
+    return list(_features(json.loads(raw.decode("utf-8-sig")), os.fspath(path)))
+
+
+def _features(node: Any, where: str) -> Iterator[Json]:
+    if isinstance(node, list):
+        for item in node:
+            yield from _features(item, where)
+    elif isinstance(node, dict) and isinstance(node.get("features"), list):
+        yield from _features(node["features"], where)
+    elif isinstance(node, dict) and node.get("type") == "Feature":
+        yield node
+    elif isinstance(node, dict) and ("coordinates" in node or "geometries" in node):
+        yield {"type": "Feature", "geometry": node, "properties": {"objectType": "annotation"}}
+    else:
+        raise ValueError(f"{where}: is not GeoJSON")
+
+
+def _acceptable(geometry: shapely.Geometry, bounds: Box) -> Json | None:
+    """Return the geometry as QuPath accepts it, or None where nothing is left of it."""
+    moved = shapely.transform(shapely.make_valid(geometry), lambda xy: xy - (bounds.x, bounds.y))
+    # Two decimals here are a snap rounding: unlike rounding each coordinate, it cannot make edges cross.
+    grid = 10.0**-_DECIMALS
+    w, h = _within(np.array([[bounds.x + bounds.w, bounds.y + bounds.h]]), bounds)[0]
+    snapped = shapely.set_precision(shapely.intersection(moved, shapely.box(0, 0, w, h)), grid)
+    rounded = shapely.make_valid(shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS)))
+    parts = [
+        part
+        for part in shapely.get_parts(shapely.get_parts(rounded))
+        if part.geom_type == "Polygon" and part.area >= _MIN_AREA_PX
+    ]
+    if not parts:
+        return None
+    polygons = [
+        [
+            [[_number(x), _number(y)] for x, y in shapely.get_coordinates(ring).tolist()]
+            for ring in shapely.get_rings(part)
+        ]
+        for part in parts
+    ]
+    if len(polygons) == 1:
+        return {"type": "Polygon", "coordinates": polygons[0]}
+    return {"type": "MultiPolygon", "coordinates": polygons}
+
+
+def _within(xy: npt.NDArray[np.float64], bounds: Box) -> npt.NDArray[np.float64]:
+    """Level-0 points (..., 2) as QuPath counts them: from the corner of `bounds`, inside it, two decimals."""
+    last = np.floor(np.array([bounds.w, bounds.h]) * 10**_DECIMALS) / 10**_DECIMALS
+    return np.asarray(np.clip(np.round(xy - (bounds.x, bounds.y), _DECIMALS), 0, last))
+
+
+def _id(slide_id: str, kind: str, i: int) -> str:
+    """A UUID that the same object of the same slide always gets."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"wsi:{slide_id}/{kind}/{i}"))
+
+
+def _number(value: float) -> float | int:
+    """Whole numbers without a decimal point: a third less to read."""
+    return int(value) if value == int(value) else value
+
+
+def _finite(measurements: Mapping[str, Any]) -> dict[str, float]:
+    """The finite ones, to seven digits. QuPath 0.4 refuses a file that holds any other."""
+    return {name: float(f"{float(value):.7g}") for name, value in measurements.items() if math.isfinite(value)}
+
+
+def _write(path: str | os.PathLike[str], features: Iterator[Json], metadata: Mapping[str, str] | None) -> int:
+    """Write a FeatureCollection as the features come; return how many."""
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise ValueError("QuPath metadata are strings by name")
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+    n = 0
+    with _atomic(Path(path)) as file:
+        head = f'"metadata":{encode(dict(metadata))},' if metadata else ""
+        file.write(f'{{"type":"FeatureCollection",{head}"features":['.encode())
+        for feature in features:
+            file.write(f"{',' if n else ''}\n{encode(feature)}".encode())
+            n += 1
+        file.write(b"\n]}\n")
+    return n
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file beside `path` that takes its place at the end; on any failure nothing is left of it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as raw:
+            if path.name.endswith(".gz"):
+                # No name and no time inside: the same tiles are the same bytes.
+                with gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as packed:
+                    yield packed  # type: ignore[misc]
+            else:
+                yield raw
+            raw.flush()
+            os.fsync(raw.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,332 @@
+"""One number a tile, drawn back on the slide: a raster, regions, a picture."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from wsi.grid import TileGrid
+from wsi.slide.base import U8, Slide
+from wsi.tissue import mask_polygons
+from wsi.units import Box, Mpp
+
+#: Opacity of the lowest and of the highest value: the tissue shows through where there is little to say.
+_ALPHA = (0.25, 0.65)
+#: Figures are at least this long: a small picture is drawn with larger pixels.
+_MIN_LONG_SIDE_PX = 800
+_DPI = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmap:
+    """Scores on a grid.
+
+    Attributes
+    ----------
+    grid : TileGrid
+    values : float32 (n,)
+        One finite number for each tile of `grid`.
+
+    Raises
+    ------
+    ValueError
+        Not one finite number a tile.
+
+    Examples
+    --------
+    >>> grid = TileGrid.cover((400, 200), slide_mpp=Mpp(0.5, 0.5), mpp=0.5, tile_px=200)
+    >>> heatmap = Heatmap(grid, np.array([0.2, 0.9], np.float32))
+    >>> heatmap.raster()
+    array([[0.2, 0.9]], dtype=float32)
+    >>> [region.bounds for region in heatmap.regions(0.5, Box(0, 0, 400, 200))]
+    [(200.0, 0.0, 400.0, 200.0)]
+    """
+
+    grid: TileGrid
+    values: npt.NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values, np.float32)
+        if values.shape != (len(self.grid),):
+            raise ValueError(f"a heatmap of {len(self.grid)} tiles needs that many values, got {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"a heatmap needs finite values, got {np.count_nonzero(~np.isfinite(values))} that are not"
+            )
+        object.__setattr__(self, "values", values)
+
+    def raster(self) -> npt.NDArray[np.float32]:
+        """Return the values as an image.
+
+        A cell is one stride step; cell (r, c) begins at ``(c * stride_x, r * stride_y)`` level-0 pixels. Tiles that
+        overlap share cells: a cell is the mean of the tiles on it, weighted by how much of the cell each covers.
+
+        Returns
+        -------
+        float32 (rows, columns)
+            NaN where there is no tile.
+        """
+        reach = [tile / stride for tile, stride in zip(self.grid.tile, self.grid.stride, strict=True)]
+        # Rounding before the ceiling: a tile of 3.0000000001 strides lies on three cells.
+        steps_x, steps_y = (math.ceil(round(r, 6)) for r in reach)
+        rows, columns = self.grid.rows, self.grid.columns
+        shape = (int(rows.max(initial=-steps_y)) + steps_y, int(columns.max(initial=-steps_x)) + steps_x)
+        total, weight = np.zeros(shape), np.zeros(shape)
+        for j, i in product(range(steps_y), range(steps_x)):
+            covered = min(reach[0] - i, 1.0) * min(reach[1] - j, 1.0)
+            np.add.at(total, (rows + j, columns + i), covered * self.values)
+            np.add.at(weight, (rows + j, columns + i), covered)
+        mean = np.full(shape, np.nan, np.float32)
+        np.divide(total, weight, out=mean, where=weight > 0, casting="same_kind")
+        return mean
+
+    def regions(self, threshold: float, within: Box) -> list[shapely.Polygon]:
+        """Return the areas where the raster is at least `threshold`.
+
+        Parameters
+        ----------
+        threshold : float
+        within : Box
+            Usually ``slide.bounds``: the last tiles may reach outside the slide, their regions do not.
+
+        Returns
+        -------
+        list of shapely.Polygon
+            Level-0 pixels; valid, holes kept; cells that share an edge are one region, cells that share a corner are
+            not. By falling area, then x and y.
+        """
+        stride = np.array(self.grid.stride)
+        with np.errstate(invalid="ignore"):
+            cells = mask_polygons(self.raster() >= threshold)
+        limit = shapely.box(within.x, within.y, within.x + within.w, within.y + within.h)
+        clipped = [shapely.intersection(shapely.transform(cell, lambda xy: xy * stride), limit) for cell in cells]
+        # Clipping may cut one in two, and leaves a line where a region only touches the limit.
+        parts = [part for part in shapely.get_parts(clipped) if part.geom_type == "Polygon" and part.area > 0]
+        return sorted(parts, key=lambda p: (-p.area, *p.bounds))
+
+
+def major_axis_um(polygon: shapely.Polygon | shapely.MultiPolygon, mpp: Mpp) -> float:
+    """Return the longest Feret diameter in microns: the largest distance between two points of the outline.
+
+    Parameters
+    ----------
+    polygon : shapely.Polygon or shapely.MultiPolygon
+        Level-0 pixels.
+    mpp : Mpp
+
+    Returns
+    -------
+    float
+        0 for an empty polygon.
+
+    Examples
+    --------
+    >>> major_axis_um(shapely.box(0, 0, 30, 40), Mpp(0.5, 0.5))
+    25.0
+    """
+    # The two farthest points are corners of the convex hull, of which even a large region has few.
+    hull = shapely.get_coordinates(shapely.convex_hull(polygon)) * np.array(mpp)
+    return max((float(np.hypot(*(hull - point).T).max()) for point in hull), default=0.0)
+
+
+def save_overlay(
+    path: str | os.PathLike[str],
+    slide: Slide,
+    heatmap: Heatmap | None,
+    *,
+    regions: Sequence[shapely.Polygon] = (),
+    tissue_outlines: Sequence[shapely.Polygon] = (),
+    label: str = "score",
+    vmin: float = 0.0,
+    vmax: float = 1.0,
+    long_side_px: int = 1600,
+) -> None:
+    """Write a PNG of the slide with its heatmap, outlines, a scale bar and a colour bar.
+
+    Shows ``slide.bounds`` only, and never the label or macro image. The same input gives the same bytes.
+
+    Parameters
+    ----------
+    path : path
+        Written beside and renamed, so it is whole or not there.
+    slide : Slide
+    heatmap : Heatmap, optional
+    regions, tissue_outlines : sequence of shapely.Polygon
+        Level-0 pixels; drawn with a heavy and a thin line.
+    label : str
+        What the colours mean.
+    vmin, vmax : float
+        Values of the first and the last colour.
+    long_side_px : int
+        Pixels along the longer side of the slide; fewer where the slide has fewer.
+
+    Raises
+    ------
+    ValueError
+        ``vmin >= vmax``.
+    SlideUnreadable
+        The slide is damaged.
+    OSError
+        The picture cannot be written.
+
+    Examples
+    --------
+    >>> save_overlay("overlay.png", slide, heatmap, regions=heatmap.regions(0.5, slide.bounds),   # doctest: +SKIP
+    ...              label="tumour probability")
+    """
+    if not vmin < vmax:
+        raise ValueError(f"vmin must be below vmax, got {vmin:g} and {vmax:g}")
+    # The object interface keeps no figure alive and has no global state; matplotlib is loaded only here.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.figure import Figure
+
+    bounds = slide.bounds
+    shrink = min(1.0, long_side_px / max(bounds.w, bounds.h))
+    size = max(1, round(bounds.w * shrink)), max(1, round(bounds.h * shrink))
+    picture = slide.read(bounds, size)
+    colours = _colours()
+    if heatmap is not None:
+        picture = _blend(picture, heatmap, bounds, colours, vmin, vmax)
+
+    # Everything is laid out in pixels, so that a thumbnail pixel is a figure pixel.
+    zoom = max(1, math.ceil(_MIN_LONG_SIDE_PX / max(size)))
+    w, h = size[0] * zoom, size[1] * zoom
+    margin, bar_w, caption_h = 24, 150 if heatmap is not None else 24, 64
+    full_w, full_h = max(margin + w + bar_w, 560), max(margin + h + caption_h, 320)
+    figure = Figure(figsize=(full_w / _DPI, full_h / _DPI), dpi=_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((margin / full_w, (full_h - margin - h) / full_h, w / full_w, h / full_h))
+    extent = (bounds.x, bounds.x + bounds.w, bounds.y + bounds.h, bounds.y)
+    axes.imshow(picture, extent=extent, interpolation="nearest", aspect="auto")
+    axes.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(color="0.6", linewidth=0.8)
+
+    _draw_outlines(axes, tissue_outlines, (("#1a1a1a", 0.9),), "tissue")
+    _draw_outlines(axes, regions, (("white", 3.6), ("#c2003d", 1.8)), "positive region")
+    _draw_scale_bar(axes, bounds, slide.mpp, px_per_level0=w / bounds.w)
+    if heatmap is not None:
+        bar_h = min(h, 360)
+        bar_axes = figure.add_axes(
+            ((margin + w + 22) / full_w, (full_h - margin - bar_h) / full_h, 18 / full_w, bar_h / full_h)
+        )
+        # Shown as it looks over white glass, not as the bare colour map.
+        on_white = ListedColormap(colours[:, :3] * colours[:, 3:] + 1 - colours[:, 3:])
+        bar = figure.colorbar(ScalarMappable(Normalize(vmin, vmax), on_white), cax=bar_axes)
+        bar.set_label(label, fontsize=12)
+        bar.ax.tick_params(labelsize=11, width=0.8)
+        bar.outline.set(edgecolor="0.6", linewidth=0.8)
+    handles = axes.get_legend_handles_labels()[0]
+    if handles:
+        figure.legend(handles=handles, loc="center left", bbox_to_anchor=(margin / full_w, 30 / full_h), ncols=2,
+                      borderaxespad=0, borderpad=0, frameon=False, fontsize=12)  # fmt: skip
+    figure.text((full_w - margin) / full_w, 30 / full_h, "Research use only", ha="right", va="center", fontsize=12,
+                color="0.35")  # fmt: skip
+
+    encoded = io.BytesIO()
+    # With "Software" the version of matplotlib would be written into the file.
+    figure.savefig(encoded, format="png", dpi=_DPI, metadata={"Software": None})
+    _replace(Path(path), encoded.getvalue())
+
+
+def _colours() -> npt.NDArray[np.float64]:
+    """Colour and opacity of 256 steps from `vmin` to `vmax`, float64 (256, 4).
+
+    Viridis: equal steps look equal, to the colour-blind and in print without colour too.
+    """
+    from matplotlib import colormaps
+
+    steps = np.linspace(0, 1, 256)
+    colours = np.array(colormaps["viridis"](steps))
+    colours[:, 3] = _ALPHA[0] + (_ALPHA[1] - _ALPHA[0]) * steps
+    return colours
+
+
+def _blend(
+    picture: U8, heatmap: Heatmap, bounds: Box, colours: npt.NDArray[np.float64], vmin: float, vmax: float
+) -> U8:
+    """Lay the raster on the picture of `bounds`; a pixel takes the cell that its centre lies in."""
+    raster = heatmap.raster()
+    cells = []
+    for n, start, length, stride, last in zip(
+        picture.shape[:2],
+        (bounds.y, bounds.x),
+        (bounds.h, bounds.w),
+        heatmap.grid.stride[::-1],
+        raster.shape,
+        strict=True,
+    ):
+        cell = np.floor((start + (np.arange(n) + 0.5) * (length / n)) / stride).astype(np.intp)
+        # One more row and column, where there is no tile.
+        cells.append(np.where((cell >= 0) & (cell < last), cell, last))
+    values = np.pad(raster, ((0, 1), (0, 1)), constant_values=np.nan)[np.ix_(*cells)]
+    scored = ~np.isnan(values)
+    step = np.clip((values[scored] - vmin) / (vmax - vmin), 0, 1) * (len(colours) - 1)
+    colour = colours[np.rint(step).astype(np.intp)]
+    blended = picture.copy()
+    blended[scored] = np.rint(picture[scored] * (1 - colour[:, 3:]) + 255 * colour[:, :3] * colour[:, 3:])
+    return blended
+
+
+def _draw_outlines(
+    axes: Any, polygons: Sequence[shapely.Polygon], strokes: Sequence[tuple[str, float]], label: str
+) -> None:
+    """Draw outlines, holes too; several strokes make a cased line that shows on light and on dark."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.lines import Line2D
+
+    rings = [shapely.get_coordinates(ring) for ring in shapely.get_rings(np.array(polygons, object))]
+    if not rings:
+        return
+    for colour, width in strokes:
+        axes.add_collection(LineCollection(rings, colors=colour, linewidths=width), autolim=False)
+    axes.add_line(Line2D([], [], color=strokes[-1][0], linewidth=strokes[-1][1], label=label))
+
+
+def _draw_scale_bar(axes: Any, bounds: Box, mpp: Mpp, px_per_level0: float) -> None:
+    """Draw a bar of a round length, about a fifth of the width, in the lower left corner."""
+    from matplotlib.patches import Rectangle
+
+    length_um = _round_length(bounds.w * mpp.x / 5)
+    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    px = 1 / px_per_level0
+    length = length_um / mpp.x
+    plate = max(length, 64 * px) + 24 * px
+    left, bottom = bounds.x + 14 * px, bounds.y + bounds.h - 14 * px
+    axes.add_patch(Rectangle((left, bottom), plate, -46 * px, facecolor="white", alpha=0.8, edgecolor="none"))
+    start = left + (plate - length) / 2
+    axes.add_patch(Rectangle((start, bottom - 10 * px), length, -5 * px, facecolor="black", edgecolor="none"))
+    axes.text(left + plate / 2, bottom - 20 * px, text, ha="center", va="bottom", fontsize=12, color="black")
+
+
+def _round_length(length: float) -> float:
+    """The largest of 1, 2, 5, 10, 20, ... that is not longer."""
+    power = 10.0 ** math.floor(math.log10(length))
+    return max(step * power for step in (1, 2, 5) if step * power <= length * (1 + 1e-9))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or not there."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
