@@ -153,6 +153,7 @@ def score_archive(
     OutputError
         The folder cannot be written to (full, read-only): going on would be of no use.
     """
+    config.check(engine.model.config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _claim(folder, engine, config, force=force, command=command)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import shapely
 
+from wsi.files import replacing
 from wsi.grid import TileGrid
 from wsi.slide.base import U8, Slide
 from wsi.tissue import mask_polygons
@@ -231,15 +229,23 @@ def save_overlay(
         bar.outline.set(edgecolor="0.6", linewidth=0.8)
     handles = axes.get_legend_handles_labels()[0]
     if handles:
-        figure.legend(handles=handles, loc="center left", bbox_to_anchor=(margin / full_w, 30 / full_h), ncols=2,
-                      borderaxespad=0, borderpad=0, frameon=False, fontsize=12)  # fmt: skip
-    figure.text((full_w - margin) / full_w, 30 / full_h, "Research use only", ha="right", va="center", fontsize=12,
-                color="0.35")  # fmt: skip
+        figure.legend(
+            handles=handles,
+            loc="center left",
+            bbox_to_anchor=(margin / full_w, 30 / full_h),
+            ncols=2,
+            borderaxespad=0,
+            borderpad=0,
+            frameon=False,
+            fontsize=12,
+        )
+    figure.text(
+        (full_w - margin) / full_w, 30 / full_h, "Research use only", ha="right", va="center", fontsize=12, color="0.35"
+    )
 
-    encoded = io.BytesIO()
-    # With "Software" the version of matplotlib would be written into the file.
-    figure.savefig(encoded, format="png", dpi=_DPI, metadata={"Software": None})
-    _replace(Path(path), encoded.getvalue())
+    with replacing(path) as file:
+        # "Software" would write the version of matplotlib into the file.
+        figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 def _colours() -> npt.NDArray[np.float64]:
@@ -316,17 +322,3 @@ def _round_length(length: float) -> float:
     """The largest of 1, 2, 5, 10, 20, ... that is not longer."""
     power = 10.0 ** math.floor(math.log10(length))
     return max(step * power for step in (1, 2, 5) if step * power <= length * (1 + 1e-9))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -142,9 +142,9 @@ def write_phantom(
     (2, True)
     """
     path, config = Path(path), config or PhantomConfig()
-    scene = _Scene(config)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            scene = _Scene(config)
             with Path(scratch, "spool").open("w+b") as spool:
                 _write_tiff(Path(scratch, "slide"), spool, scene, config, progress or (lambda done: None))
             Path(scratch, "slide").replace(path)

@@ -19,15 +19,16 @@ import numpy.typing as npt
 import shapely
 
 from wsi import __version__
-from wsi.errors import ConfigMismatch, StoreError
+from wsi.errors import ConfigMismatch, GridError, ModelError, SlideError, StoreError
 from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
 from wsi.files import write_json
 from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.infer import score_tiles
+from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.grade import MilModel, SlideScores, pick_class
 from wsi.nn.patch import PatchModel
-from wsi.slide import Slide, open_slide
+from wsi.slide import READERS, Slide, open_slide
 from wsi.store import PatchStore
 from wsi.tissue import TissueConfig, find_tissue
 
@@ -67,6 +68,19 @@ class ScoreConfig:
     keep_pixels: bool = False
     reader: str = "auto"
     tissue: TissueConfig = field(default_factory=TissueConfig)
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuse what no slide could be scored with: an unknown class or reader, a stride that is not positive."""
+        unknown = [name for name in self.positive if name not in model.class_names]
+        if unknown:
+            known = ", ".join(model.class_names)
+            raise ModelError(
+                f"positive={unknown[0]!r}", f"{model.folder.name} has no such class", f"Its classes: {known}"
+            )
+        if self.reader not in READERS:
+            raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+        if self.stride_px is not None and self.stride_px < 1:
+            raise GridError(f"stride={self.stride_px}", "the stride must be at least 1 px")
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,7 @@ def score_slide(
         `folder` cannot be written to; what was written stays.
     """
     config = config or ScoreConfig()
+    config.check(engine.model.config)
     slide_id = slide_id or folder.name
     clock = _Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)

@@ -259,9 +259,9 @@ class PatchStore:
         import dask.array as da
 
         side = self.grid.tile_px
-        shape = (len(self), side, side, 3)
         if "pixels" in self.arrays:
-            return da.from_array(self._array("pixels"), chunks=(SHARD_TILES, side, side, 3))
+            kept: dask.array.Array = da.from_array(self._array("pixels"), chunks=(SHARD_TILES, side, side, 3))
+            return kept
         if slide is None:
             raise StoreError(self.path, "keeps no pixels", "Give the slide, or score with --keep-pixels")
         # As bytes: dask would otherwise look into the slide to name the graph. Reading is by path.
@@ -273,7 +273,10 @@ class PatchStore:
                 return np.stack([opened.read(Box(*box), (side, side)) for box in boxes[start:stop].tolist()])
 
         chunks = (tuple(len(self.tiles(i)) for i in range(-(-len(self) // SHARD_TILES))), (side,), (side,), (3,))
-        return da.map_blocks(cut, chunks=chunks, dtype=np.uint8, meta=np.empty((0,) * len(shape), np.uint8))
+        lazy: dask.array.Array = da.map_blocks(
+            cut, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0, 0), np.uint8)
+        )
+        return lazy
 
     def _array(self, name: str) -> Any:
         if name not in self.arrays:

@@ -274,12 +274,12 @@ def _segment(rgb: U8, pixel_um: float, config: TissueConfig) -> tuple[Bool2d, Bo
     chroma = density.max(axis=0) - density.min(axis=0)
 
     black = _opened((brightest < _BLACK_LEVEL) & (brightest - darkest < _BLACK_SPREAD), _px(16.0, pixel_um))
-    pen = np.zeros_like(black)
+    pen, rim = np.zeros_like(black), max(1, _px(24.0, pixel_um))
     if config.exclude_pen:
         # Black that reaches the edge of the picture is the scanner's, not a marker's; both are left out.
-        pen = _ink(density, mean, chroma, pixel_um) & ~_components(black, seeds=_frame(black.shape))
+        pen = _ink(density, mean, chroma, pixel_um) & ~_grown(_components(black, seeds=_frame(black.shape)), rim)
     # A stroke ends in a blurred rim that is too faint for ink and coloured enough for tissue.
-    excluded = _grown(pen | black, max(1, _px(24.0, pixel_um)))
+    excluded = _grown(pen | black, rim)
 
     low, high = _CHROMA_RANGE
     otsu = threshold_otsu(chroma)  # type: ignore[no-untyped-call]
@@ -331,7 +331,7 @@ def _ink(density: npt.NDArray[np.float32], mean: Float2d, chroma: Float2d, pixel
         ((r - g > 0.05) & (r > b) & (b > 0.8 * g), (r - g > 0.12) & (r > 1.3 * b) & (b > 0.8 * g)),
         ((r > 0.15) & (b < 0.35 * r) & (g < 0.9 * r), (r > 0.35) & (b < 0.2 * r) & (g < 0.85 * r)),
         ((g > 0.15) & (r < 0.2 * g) & (b > 0.6 * g), (g > 0.55) & (r < 0.12 * g) & (b > 0.6 * g)),
-        ((mean > 0.34) & (chroma < 0.6 * mean) | (mean > 0.65), (mean > 0.5) & (chroma < 0.45 * mean)),
+        ((mean > 0.34) & (chroma < 0.6 * mean) | (mean > 0.65), (mean > 0.5) & (chroma < 0.42 * mean)),
     )
     ink = np.zeros(r.shape, np.bool_)
     for pale, sure in markers:

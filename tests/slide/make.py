@@ -36,3 +36,14 @@ def write_pyramid(
             elif mpp:
                 arguments |= {"resolution": (10000 / mpp, 10000 / mpp), "resolutionunit": "CENTIMETER"}
             tiff.write(level, subfiletype=0 if i == 0 or svs else 1, **arguments)
+
+
+def section(width: int = 900, height: int = 700, seed: int = 0) -> np.ndarray:
+    """A pink piece with a purple patch in it, on glass, uint8 (height, width, 3)."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    rgb = np.full((height, width, 3), 243.0)
+    tissue = ((x - width / 2) / (width * 0.4)) ** 2 + ((y - height / 2) / (height * 0.4)) ** 2 < 1
+    rgb[tissue] = (225, 150, 190)
+    rgb[tissue & (x > width * 0.55)] = (130, 80, 160)
+    return np.clip(rgb + rng.normal(0, 6, rgb.shape), 0, 255).astype(np.uint8)

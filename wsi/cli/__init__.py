@@ -27,13 +27,10 @@ for verb in (score, info, demo, doctor):
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 a wrong call or bad input, 3 some slides failed, 1 a bug."""
+    """Run the command line; exit 0 done, 2 a wrong call or bad input, 3 some slides failed, 130 stopped, 1 a bug."""
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs each odd tag; what matters is an error of ours
     try:
         app()
     except WsiError as error:
         print(f"wsi: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nwsi: stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None

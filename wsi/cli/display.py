@@ -1,10 +1,12 @@
-"""Progress and tables on stderr."""
+"""Progress and lines for people, on stderr."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import typer
 
 
 class Watcher:
@@ -19,15 +21,24 @@ class Watcher:
 
 @contextmanager
 def watching(n_slides: int, *, quiet: bool) -> Iterator[Watcher]:
-    """Show a bar for slides and one for the tiles of the present slide."""
-    if quiet:
-        yield Watcher()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+    """Show a bar for slides and one for the tiles of the present slide; end well on Ctrl-C."""
+    try:
+        if quiet:
+            yield Watcher()
+        else:
+            with _bars(n_slides) as watcher:
+                yield watcher
+    except KeyboardInterrupt:
+        say("wsi: stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
 
-    bars = Bars(
+
+@contextmanager
+def _bars(n_slides: int) -> Iterator[Watcher]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

@@ -15,18 +15,18 @@ import gzip
 import json
 import math
 import os
-import secrets
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import shapely
 
+from wsi.files import replacing
 from wsi.units import Box
 
 Json = dict[str, Any]
@@ -34,6 +34,8 @@ Json = dict[str, Any]
 #: QuPath keeps coordinates to 1/100 px, and shows what is smaller than a pixel as an empty object at (0, 0).
 _DECIMALS = 2
 _MIN_AREA_PX = 1.0
+#: Shells are joined and holes taken out of them; GEOS's other method fails on a shell without area.
+_REPAIR: Json = {"method": "structure", "keep_collapsed": False}
 
 
 @dataclass(frozen=True)
@@ -290,12 +292,13 @@ def _features(node: Any, where: str) -> Iterator[Json]:
 
 def _acceptable(geometry: shapely.Geometry, bounds: Box) -> Json | None:
     """Return the geometry as QuPath accepts it, or None where nothing is left of it."""
-    moved = shapely.transform(shapely.make_valid(geometry), lambda xy: xy - (bounds.x, bounds.y))
-    # Two decimals here are a snap rounding: unlike rounding each coordinate, it cannot make edges cross.
-    grid = 10.0**-_DECIMALS
-    w, h = _within(np.array([[bounds.x + bounds.w, bounds.y + bounds.h]]), bounds)[0]
-    snapped = shapely.set_precision(shapely.intersection(moved, shapely.box(0, 0, w, h)), grid)
-    rounded = shapely.make_valid(shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS)))
+    w, h = _within(np.array([bounds.x + bounds.w, bounds.y + bounds.h]), bounds)
+    with np.errstate(all="ignore"):  # GEOS leaves floating-point flags behind that say nothing of its result
+        moved = shapely.transform(shapely.make_valid(geometry, **_REPAIR), lambda xy: xy - (bounds.x, bounds.y))
+        clipped = shapely.intersection(moved, shapely.box(0, 0, w, h))
+        # Snap rounding: unlike rounding each coordinate, it cannot make edges cross.
+        snapped = shapely.set_precision(clipped, 10.0**-_DECIMALS)
+        rounded = shapely.make_valid(shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS)), **_REPAIR)
     parts = [
         part
         for part in shapely.get_parts(shapely.get_parts(rounded))
@@ -342,7 +345,7 @@ def _write(path: str | os.PathLike[str], features: Iterator[Json], metadata: Map
         raise ValueError("QuPath metadata are strings by name")
     encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
     n = 0
-    with _atomic(Path(path)) as file:
+    with _opened(path) as file:
         head = f'"metadata":{encode(dict(metadata))},' if metadata else ""
         file.write(f'{{"type":"FeatureCollection",{head}"features":['.encode())
         for feature in features:
@@ -353,20 +356,11 @@ def _write(path: str | os.PathLike[str], features: Iterator[Json], metadata: Map
 
 
 @contextmanager
-def _atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file beside `path` that takes its place at the end; on any failure nothing is left of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as raw:
-            if path.name.endswith(".gz"):
-                # No name and no time inside: the same tiles are the same bytes.
-                with gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as packed:
-                    yield packed  # type: ignore[misc]
-            else:
-                yield raw
-            raw.flush()
-            os.fsync(raw.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    with replacing(path) as file:
+        if not os.fspath(path).endswith(".gz"):
+            yield file
+            return
+        # No name and no time inside: the same tiles are the same bytes.
+        with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+            yield cast(IO[bytes], packed)

@@ -52,4 +52,4 @@ def _coverage(edges: npt.NDArray[np.int64], n_px: int) -> npt.NDArray[np.float64
     """Length of each source pixel within each cell, float64 (cells, n_px), in 1/4096 px."""
     start = np.arange(n_px, dtype=np.int64) << FIXED_POINT_BITS
     overlap = np.minimum(edges[1:, None], start + (1 << FIXED_POINT_BITS)) - np.maximum(edges[:-1, None], start)
-    return np.maximum(overlap, 0).astype(np.float64)
+    return np.asarray(np.maximum(overlap, 0), np.float64)

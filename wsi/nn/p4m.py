@@ -131,7 +131,7 @@ class P4MBlock(nn.Module):
 
 
 class P4MTrunk(nn.Module):
-    """One network up to its features: ``(b, 3, h, w)`` in 0..1 -> ``(b, head)``, blind to D4.
+    """One network up to its features: ``(b, 6, h, w)`` -> ``(b, head)``, blind to D4.
 
     The features are the means of the last maps over positions and orientations.
     """
@@ -149,16 +149,15 @@ class P4MTrunk(nn.Module):
         self.head = P4MConv(c, head, 1)
         self.head_norm = P4MNorm(head)
 
-    def forward(self, rgb: Tensor) -> Tensor:
-        density = -torch.log(rgb.clamp(min=1 / 255))  # Beer-Lambert: linear in the amount of stain
-        x = torch.cat([rgb, density], 1).contiguous(memory_format=torch.channels_last)
+    def forward(self, x: Tensor) -> Tensor:
         # No padding here: 50 -> 48, which the three poolings divide evenly, so that none cuts a border off.
         x = functional.relu(self.stem_norm(self.stem(x)))  # (b, 8 * stem, 48, 48)
         for i, stage in enumerate(self.stages):
             x = functional.max_pool2d(x, 2) if i == 0 else functional.avg_pool2d(x, 2)
             x = stage(x)  # (b, 8 * widths[i], 24, 24), then 12, then 6
         x = functional.relu(self.head_norm(self.head(x)))  # (b, 8 * head, 6, 6)
-        return x.float().mean((2, 3)).unflatten(1, (ORIENTATIONS, -1)).mean(1)  # (b, head)
+        by_orientation: Tensor = x.float().mean((2, 3)).unflatten(1, (ORIENTATIONS, -1))  # (b, 8, head)
+        return by_orientation.mean(1)
 
 
 class P4MNet(nn.Module):
@@ -234,8 +233,11 @@ class P4MNet(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the features of normalised patches: float (b, 3, h, w) -> float32 (b, d)."""
-        rgb = x.float() * self.std + self.mean
-        return torch.cat([trunk(rgb) for trunk in self.trunks], 1)
+        x = x.float()
+        # Beer-Lambert: optical density is linear in the amount of stain, which colour is not.
+        density = -torch.log((x * self.std + self.mean).clamp(min=1 / 255))
+        x = torch.cat([x, density], 1).contiguous(memory_format=torch.channels_last)  # (b, 6, h, w)
+        return torch.cat([trunk(x) for trunk in self.trunks], 1)
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits of embedded patches: float (b, d) -> float (b, k)."""

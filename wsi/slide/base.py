@@ -224,9 +224,8 @@ def compose_on_white(rgba: U8) -> U8:
 
 def _cell_edges(start: float, length: float, n: int, scale: float) -> npt.NDArray[np.int64]:
     """Edges of `n` equal cells over [start, start + length) level-0 px, in 1/4096 px of a level."""
-    edges = np.rint((start + np.arange(n + 1) * (length / n)) * (scale * (1 << native.FIXED_POINT_BITS))).astype(
-        np.int64
-    )
+    position = (start + np.arange(n + 1) * (length / n)) * (scale * (1 << native.FIXED_POINT_BITS))
+    edges: npt.NDArray[np.int64] = np.rint(position).astype(np.int64)
     if (np.diff(edges) < 1).any():
         raise ValueError(f"cannot enlarge {length:g} level-0 px to {n} px")
     return edges

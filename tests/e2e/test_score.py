@@ -1,0 +1,403 @@
+"""The command line from end to end: results, resuming, and every kind of bad input."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.nn.make import write_head, write_model
+from tests.slide.make import halved, section, write_pyramid
+from wsi import archive, infer
+from wsi.cli import main
+from wsi.nn.patch import load_patch_model
+from wsi.slide import open_slide
+from wsi.store import PatchStore
+
+Run = Callable[..., tuple[int, str, str]]
+NUMBERS = ("store.zarr", "tiles.geojson.gz", "regions.geojson", "overlay.png", "result.json")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_model(tmp_path_factory.mktemp("models") / "tiny", mpp=1.0)
+    patch_model = load_patch_model(str(folder), device="cpu")
+    write_head(folder / "mil", patch_model.num_features, patch_model.sha256)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archive")
+    for name, seed in (("a", 0), ("b", 1)):
+        full = section(seed=seed)
+        write_pyramid(folder / f"{name}.svs", [full, halved(full)], 0.5, svs=True)
+    return folder
+
+
+STRIDE = 10
+
+
+@pytest.fixture(scope="session")
+def whole(slides: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Slide b scored without interruption, in six shards."""
+    out = tmp_path_factory.mktemp("whole") / "r"
+    assert in_a_process(slides, model, out).wait() == 0
+    return out
+
+
+def in_a_process(slides: Path, model: Path, out: Path) -> subprocess.Popen[bytes]:
+    """Score slide b in a process of its own."""
+    command = [sys.executable, "-c", "from wsi.cli import main; main()", "score", slides / "b.svs", "-m", model]
+    return subprocess.Popen([*map(str, command), "-o", str(out), "-q", "--stride", str(STRIDE)])
+
+
+@pytest.fixture
+def wsi(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call the command line in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wsi", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Hash of every file that holds numbers; not the tables, which tell seconds."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] not in ("run.json", "slides.csv", "failures.csv")
+    }
+
+
+class TestResults:
+    def test_what_lies_there_afterwards(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        out = tmp_path / "results"
+        code, stdout, stderr = wsi("score", slides, "--model", model, "-o", out, "--json", "--quiet")
+        assert code == 0 and stderr == ""
+        assert [row["slide_id"] for row in json.loads(stdout)["scored"]] == ["a", "b"]
+        table = rows(out / "slides.csv")
+        assert [row["status"] for row in table] == ["scored", "scored"] and rows(out / "failures.csv") == []
+        run = json.loads((out / "run.json").read_text())
+        assert run["configuration"]["model"] == "tiny" and run["versions"]["torch"]
+        for row in table:
+            folder = out / row["slide_id"]
+            assert sorted(path.name for path in folder.iterdir()) == sorted(NUMBERS)
+            result = json.loads((folder / "result.json").read_text())
+            assert row["grade"] in ("tumour", "no tumour") and result["grade"] == row["grade"]
+            assert float(row["prob_tumour"]) + float(row["prob_no tumour"]) == pytest.approx(1, abs=1e-5)
+            assert result["mpp"] == 0.5 and result["mpp_source"] == "vendor:aperio"
+            store = PatchStore.open(folder / "store.zarr")
+            assert len(store) == int(row["n_tiles"]) > 20 and store.missing() == []
+            assert store.get("attention").sum() == pytest.approx(1, abs=1e-5)
+            # tissue is an ellipse of known axes
+            true_mm2 = np.pi * (0.4 * 900 * 0.5e-3) * (0.4 * 700 * 0.5e-3)
+            assert float(row["tissue_mm2"]) == pytest.approx(true_mm2, rel=0.1)
+            with gzip.open(folder / "tiles.geojson.gz") as file:
+                tiles = json.load(file)["features"]
+            assert len(tiles) == len(store)
+            measured = [feature["properties"]["measurements"]["prob_tumour"] for feature in tiles]
+            np.testing.assert_allclose(measured, store.get("probabilities")[:, 1], atol=1e-4)
+            with Image.open(folder / "overlay.png") as picture:
+                assert min(picture.size) > 300
+
+    def test_the_store_holds_what_the_model_says_of_the_slide(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path
+    ) -> None:
+        """Patches cut one by one, scored one by one, give the same probabilities."""
+        wsi(
+            "score", slides / "a.svs", "--model", model, "-o", tmp_path / "r", "--keep-pixels", "--precision", "float32"
+        )
+        store = PatchStore.open(tmp_path / "r/a/store.zarr")
+        patch_model = load_patch_model(str(model), device="cpu", precision="float32")
+        with open_slide(slides / "a.svs") as slide:
+            for i in (0, 17, len(store) - 1):
+                rgb = slide.read(store.grid.box(i), (32, 32))
+                np.testing.assert_array_equal(store.get("pixels")[i], rgb)
+                np.testing.assert_allclose(
+                    store.get("probabilities")[i], patch_model(rgb[None]).probabilities[0], atol=2e-5
+                )
+
+    def test_threads_and_batches_change_no_byte(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        for threads, name in ((1, "one"), (8, "eight")):
+            wsi("score", slides, "-m", model, "-o", tmp_path / name, "--threads", threads, "-q")
+        assert digest(tmp_path / "one") == digest(tmp_path / "eight") != {}
+        wsi("score", slides, "-m", model, "-o", tmp_path / "batches", "--batch-size", 7, "-q", "--precision", "float32")
+        wsi("score", slides, "-m", model, "-o", tmp_path / "plain", "-q", "--precision", "float32")
+        for name in ("a", "b"):
+            one, two = (PatchStore.open(tmp_path / run / name / "store.zarr") for run in ("batches", "plain"))
+            np.testing.assert_allclose(one.get("probabilities"), two.get("probabilities"), atol=2e-5)
+
+    def test_no_head_no_grade(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        wsi("score", slides / "a.svs", "-m", model, "--mil", "none", "-o", tmp_path, "-q")
+        result = json.loads((tmp_path / "a/result.json").read_text())
+        assert result["grade"] is None and result["reasons"]["grade"] == "no MIL model"
+        assert rows(tmp_path / "slides.csv")[0]["grade"] == ""
+
+
+class TestResume:
+    def test_the_same_again_does_nothing(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert wsi("score", slides, "-m", model, "-o", tmp_path, "-q")[0] == 0
+        before, table = digest(tmp_path), (tmp_path / "slides.csv").read_bytes()
+        monkeypatch.setattr(archive, "score_slide", None)  # would fail
+        assert wsi("score", slides, "-m", model, "-o", tmp_path, "-q")[0] == 0
+        assert digest(tmp_path) == before and (tmp_path / "slides.csv").read_bytes() == table
+
+    def test_after_an_interruption_only_what_is_missing_is_computed(
+        self, wsi: Run, slides: Path, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[int] = []
+        write = PatchStore.write
+
+        def stop_after_two(self: PatchStore, shard: int, values: dict[str, np.ndarray]) -> None:
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append(shard)
+            write(self, shard, values)
+
+        arguments = ("score", slides / "b.svs", "-m", model, "-o", tmp_path, "-q", "--stride", STRIDE)
+        monkeypatch.setattr(PatchStore, "write", stop_after_two)
+        code, _, stderr = wsi(*arguments)
+        assert code == 130 and "goes on from here" in stderr
+        monkeypatch.setattr(PatchStore, "write", write)
+        read: list[range] = []
+        stream = infer.stream
+        monkeypatch.setattr(infer, "stream", lambda s, g, runs, **k: read.extend(runs) or stream(s, g, runs, **k))
+        assert wsi(*arguments)[0] == 0
+        assert read[0].start == 512  # two shards of 256 were kept
+        assert digest(tmp_path) == digest(whole)
+
+    def test_after_a_kill(self, slides: Path, model: Path, whole: Path, tmp_path: Path) -> None:
+        process = in_a_process(slides, model, tmp_path)
+        while process.poll() is None and not list(tmp_path.glob("b/store.zarr/features/c/*/0")):
+            os.sched_yield()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert in_a_process(slides, model, tmp_path).wait() == 0
+        assert digest(tmp_path) == digest(whole)
+
+    def test_another_configuration_is_refused_and_named(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path
+    ) -> None:
+        wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q")
+        before = digest(tmp_path / "r")
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--stride", 16)
+        assert code == 2 and "stride_px was null, now 16" in stderr and "--force" in stderr
+        assert digest(tmp_path / "r") == before
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--mpp", 0.4)
+        assert code == 2 and "0.5 microns per pixel" in stderr
+        assert (
+            wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--stride", 16, "--force")[0] == 0
+        )
+        assert digest(tmp_path / "r") != before
+
+    def test_a_lost_table_is_made_again(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        wsi("score", slides, "-m", model, "-o", tmp_path, "-q")
+        before = rows(tmp_path / "slides.csv")
+        (tmp_path / "slides.csv").unlink()
+        wsi("score", slides, "-m", model, "-o", tmp_path, "-q")
+        for old, new in zip(before, rows(tmp_path / "slides.csv"), strict=True):
+            assert {k: v for k, v in old.items() if not k.startswith("seconds")} == {
+                k: v for k, v in new.items() if not k.startswith("seconds")
+            }
+
+
+class TestBadInput:
+    def test_one_bad_slide_does_not_end_the_run(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "mixed"
+        folder.mkdir()
+        (folder / "a.svs").symlink_to(slides / "a.svs")
+        (folder / "letter.svs").write_text("Dear Sir or Madam")
+        whole = (slides / "b.svs").read_bytes()
+        (folder / "truncated.svs").write_bytes(whole[: len(whole) // 3])
+        write_pyramid(folder / "nompp.svs", [section()], None, svs=True)
+        write_pyramid(folder / "small.svs", [section(40, 30)], 0.5, svs=True)
+        code, _, stderr = wsi("score", folder, "-m", model, "-o", tmp_path / "r", "-q")
+        assert code == 3
+        assert [row["slide_id"] for row in rows(tmp_path / "r/slides.csv")] == ["a"]
+        failures = {row["slide_id"]: row for row in rows(tmp_path / "r/failures.csv")}
+        assert set(failures) == {"letter", "truncated", "nompp", "small"}
+        assert "not a slide" in failures["letter"]["error"] and failures["letter"]["stage"] == "open"
+        assert "--mpp" in failures["nompp"]["remedy"]
+        assert "smaller than one tile" in failures["small"]["error"] and failures["small"]["stage"] == "grid"
+        assert len(stderr.splitlines()) == 4
+
+    def test_a_slide_that_is_mended_leaves_the_failures(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "late.svs"
+        path.write_text("still being copied")
+        assert wsi("score", path, "-m", model, "-o", tmp_path / "r", "-q")[0] == 2
+        path.write_bytes((slides / "a.svs").read_bytes())
+        assert wsi("score", path, "-m", model, "-o", tmp_path / "r", "-q")[0] == 0
+        assert rows(tmp_path / "r/failures.csv") == [] and len(rows(tmp_path / "r/slides.csv")) == 1
+
+    def test_wrong_calls(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        cases = [
+            (["score", tmp_path / "nothing.svs", "-m", model, "-o", tmp_path / "r"], "no such file"),
+            (["score", slides / "a.svs", "-m", "nosuch", "-o", tmp_path / "r"], "no such model"),
+            (["score", tmp_path, "-m", model, "-o", tmp_path / "r"], "holds no slides"),
+            (["score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "--reader", "paint"], "Known readers"),
+            (["score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "--positive", "lymphoma"], "lymphoma"),
+            (["info", tmp_path / "nothing.svs"], "no such file"),
+        ]
+        for arguments, says in cases:
+            code, _, stderr = wsi(*arguments)
+            assert code == 2 and says in stderr and len(stderr.splitlines()) == 1, arguments
+        assert wsi("score")[0] == 2
+
+    def test_manifest(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        (slides / "list.csv").write_text("slide,mpp\na.svs,\nb.svs,0.25\n")
+        code, _, _ = wsi("score", slides / "list.csv", "-m", model, "-o", tmp_path / "r", "-q")
+        table = rows(tmp_path / "r/slides.csv")
+        assert code == 0 and [row["mpp_source"] for row in table] == ["vendor:aperio", "user"]
+        for text, says in (
+            ("path\na.svs\n", "no column 'slide'"),
+            ("slide,mpp\na.svs,fine\n", "line 2: mpp is 'fine'"),
+            ("slide\na.svs\nz.svs\n", "line 3: there is no slide"),
+            ("slide\n", "names no slides"),
+            ("slide\n\u00e9".encode("utf-16").decode("latin-1"), "no column"),
+        ):
+            (slides / "bad.csv").write_text(text)
+            code, _, stderr = wsi("score", slides / "bad.csv", "-m", model, "-o", tmp_path / "x")
+            assert code == 2 and says in stderr
+        (slides / "bad.csv").unlink()
+        (slides / "list.csv").unlink()
+
+    def test_same_stem_in_two_folders(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        for case, source in (("one", "a"), ("two", "b")):
+            (tmp_path / case).mkdir()
+            (tmp_path / case / "slide.svs").write_bytes((slides / f"{source}.svs").read_bytes())
+        both = [tmp_path / "one/slide.svs", tmp_path / "two/slide.svs"]
+        assert wsi("score", *both, "-m", model, "-o", tmp_path / "r", "-q")[0] == 0
+        table = rows(tmp_path / "r/slides.csv")
+        assert len({row["slide_id"] for row in table}) == 2 and {row["slide"] for row in table} == set(map(str, both))
+        # one after the other into the same folder: the second must not overwrite the first
+        for path in both:
+            assert wsi("score", path, "-m", model, "-o", tmp_path / "s", "-q")[0] == 0
+        assert {row["slide"] for row in rows(tmp_path / "s/slides.csv")} == set(map(str, both))
+
+    def test_no_tissue_is_a_warning(self, wsi: Run, model: Path, tmp_path: Path) -> None:
+        blank = np.clip(np.random.default_rng(0).normal(243, 2, (600, 800, 3)), 0, 255).astype(np.uint8)
+        write_pyramid(tmp_path / "blank.svs", [blank], 0.5, svs=True)
+        code, _, _ = wsi("score", tmp_path / "blank.svs", "-m", model, "-o", tmp_path / "r", "-q")
+        row = rows(tmp_path / "r/slides.csv")[0]
+        assert code == 0 and row["flags"] == "no-tissue" and row["n_tiles"] == "0"
+        assert row["grade"] == row["positive_mm2"] == row["prob_tumour"] == ""
+        result = json.loads((tmp_path / "r/blank/result.json").read_text())
+        assert result["reasons"]["grade"] == "no tissue" and result["warnings"]
+        assert json.loads((tmp_path / "r/blank/regions.geojson").read_text())["features"] == []
+        assert wsi("score", tmp_path / "blank.svs", "-m", model, "-o", tmp_path / "r", "-q")[0] == 0
+
+    def test_a_coarse_slide_is_flagged(self, wsi: Run, model: Path, tmp_path: Path) -> None:
+        write_pyramid(tmp_path / "coarse.svs", [section(200, 150)], 4.0, svs=True)
+        wsi("score", tmp_path / "coarse.svs", "-m", model, "-o", tmp_path / "r", "-q")
+        assert rows(tmp_path / "r/slides.csv")[0]["flags"] == "upsampled"
+
+    def test_nowhere_to_write(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        for out in (tmp_path / "file", tmp_path / "file/r"):
+            code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", out, "-q")
+            assert code == 2 and "cannot be written" in stderr and "-o" in stderr
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", slides, "-q")
+        assert code == 2 and "not results of ours" in stderr
+
+    @pytest.mark.parametrize(("code", "after"), [(errno.ENOSPC, 12), (errno.ENOSPC, 27), (errno.EACCES, 3)])
+    def test_a_full_disk_loses_nothing(
+        self, wsi: Run, slides: Path, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        code: int, after: int,
+    ) -> None:  # fmt: skip
+        replace, count = os.replace, 0
+
+        def full(source: str, target: str) -> None:
+            nonlocal count
+            count += 1
+            if count > after:
+                raise OSError(code, os.strerror(code), str(target))
+            replace(source, target)
+
+        arguments = ("score", slides / "b.svs", "-m", model, "-o", tmp_path, "-q", "--stride", STRIDE)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", full)
+            patched.setattr(Path, "replace", full)
+            status, _, stderr = wsi(*arguments)
+        assert status == 2 and os.strerror(code) in stderr and len(stderr.splitlines()) == 1
+        kept = {name: sha for name, sha in digest(tmp_path).items() if "/." not in f"/{name}"}
+        assert kept.items() <= digest(whole).items()
+        assert wsi(*arguments)[0] == 0
+        assert digest(tmp_path) == digest(whole)
+
+    def test_a_bug_shows_its_traceback_and_the_rest_go_on(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        score_slide = archive.score_slide
+
+        def sometimes(path: str, *arguments: object, **more: object) -> object:
+            if path.endswith("a.svs"):
+                raise ZeroDivisionError("oops")
+            return score_slide(path, *arguments, **more)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(archive, "score_slide", sometimes)
+        code, _, stderr = wsi("score", slides, "-m", model, "-o", tmp_path, "-q")
+        assert code == 3 and "Traceback" in stderr
+        assert rows(tmp_path / "failures.csv")[0]["error"] == "ZeroDivisionError: oops"
+        assert len(rows(tmp_path / "slides.csv")) == 1
+
+
+class TestOtherVerbs:
+    def test_info(self, wsi: Run, slides: Path) -> None:
+        code, stdout, _ = wsi("info", slides / "a.svs", "--json")
+        facts = json.loads(stdout)
+        assert code == 0 and facts["size_px"] == [900, 700] and facts["mpp"] == [0.5, 0.5]
+        assert [level["size_px"] for level in facts["levels"]] == [[900, 700], [450, 350]]
+        code, stdout, _ = wsi("info", slides / "a.svs")
+        assert "900 x 700 px" in stdout and "vendor:aperio" in stdout
+
+    def test_doctor(self, wsi: Run) -> None:
+        code, stdout, _ = wsi("doctor", "--json")
+        facts = json.loads(stdout)
+        assert code == 0 and facts["problems"] == [] and facts["openslide library"] >= "4.0.1"
+
+    def test_help_is_fast_and_loads_nothing_heavy(self) -> None:
+        code = (
+            "import sys; sys.argv = ['wsi', '--help']\n"
+            "from wsi.cli import main\n"
+            "try: main()\n"
+            "except SystemExit: pass\n"
+            "heavy = {'torch', 'timm', 'zarr', 'dask', 'openslide', 'tiffslide', 'numpy', 'matplotlib', 'skimage'}\n"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        for verb in ("score", "info", "demo", "doctor"):
+            assert verb in done.stdout
+
+    def test_every_verb_shows_an_example(self, wsi: Run) -> None:
+        for verb in ("score", "info", "demo", "doctor"):
+            code, stdout, _ = wsi(verb, "--help")
+            assert code == 0 and f"wsi {verb}" in stdout.split("Example")[1]
