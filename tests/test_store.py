@@ -96,7 +96,7 @@ def test_pixels_are_cut_from_the_slide_where_none_are_kept(tmp_path: Path) -> No
     assert lazy.shape == (len(grid), 20, 20, 3)
     for i in (0, SHARD_TILES - 1, SHARD_TILES, len(grid) - 1):
         np.testing.assert_array_equal(lazy[i].compute(scheduler="threads"), slide.read(grid.box(i), (20, 20)))
-    with pytest.raises(StoreError, match="keeps no pixels"):
+    with pytest.raises(StoreError, match="names no slide"):
         store.dask()
 
 

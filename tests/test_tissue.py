@@ -161,12 +161,19 @@ def test_black_of_the_scanner_dust_and_coverslip_edges_are_no_tissue():
     found = find_tissue(
         slide_of(
             ((2, 3, 2), 0, 0, 300, 25), ((2, 3, 2), 270, 0, 30, 300), ((150, 150, 148), 60, 240, 60, 30),
-            ((190, 190, 192), 20, 30, 3, 250), (STROMA, 90, 60, 100, 100),
+            ((190, 190, 192), 20, 30, 3, 250), ((70, 78, 82), 160, 220, 50, 50), (STROMA, 90, 60, 100, 100),
         )
     )  # fmt: skip
     truth = np.zeros((300, 300), bool)
     truth[60:160, 90:190] = True
     assert iou(found.mask, truth) > 0.93 and not found.pen.any()
+
+
+def test_the_glass_is_found_beside_white_that_was_never_scanned():
+    rgb = slide_of((STROMA, 20, 20, 100, 100), glass=(222, 216, 204)).rgb
+    rgb[:, 150:] = 255
+    found = tissue_module._glass_colour(rgb, rgb.min(axis=2), rgb.max(axis=2))
+    assert found == pytest.approx((222, 216, 204), abs=1.5)
 
 
 def test_specks_and_holes_are_judged_by_their_area():

@@ -50,10 +50,11 @@ _FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")
 
 @dataclass(frozen=True)
 class SlideRef:
-    """A slide to score: where it is, and its microns per pixel where the user gave them."""
+    """A slide to score: where it is, and its microns per level-0 pixel where somebody gave them, and who."""
 
     path: str
     mpp: float | None = None
+    mpp_source: str = "user"
 
 
 @dataclass
@@ -174,7 +175,15 @@ def score_archive(
             try:
                 numbers = _finished(folder / slide_id, ref)
                 if numbers is None:
-                    result = score_slide(ref.path, folder / slide_id, engine, config, mpp=ref.mpp, progress=watch)
+                    result = score_slide(
+                        ref.path,
+                        folder / slide_id,
+                        engine,
+                        config,
+                        mpp=ref.mpp,
+                        mpp_source=ref.mpp_source,
+                        progress=watch,
+                    )
                     rows[slide_id] = _row(result, engine)
                 elif slide_id not in rows:  # stopped between result.json and the table: only the seconds are lost
                     rows[slide_id] = _row(SlideResult(numbers, {}), engine)
@@ -225,7 +234,7 @@ def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
                     raise ManifestError(where, "names no slide", "Fill in the column 'slide'")
                 given = (row.get("mpp") or "").strip()
                 try:
-                    own_mpp = float(given) if given else mpp
+                    own = (float(given), "manifest") if given else (mpp, "user")
                 except ValueError:
                     raise ManifestError(
                         where, f"mpp is {given!r}, not a number", "Microns per pixel, such as 0.25"
@@ -233,7 +242,7 @@ def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
                 slide = name if is_url(name) else str(path.parent / name)
                 if not is_url(name) and not Path(slide).exists():
                     raise ManifestError(where, f"there is no slide {slide}", "Paths are relative to the manifest")
-                refs.append(SlideRef(slide, own_mpp))
+                refs.append(SlideRef(slide, *own))
     except UnicodeDecodeError as error:
         raise ManifestError(path, f"is not UTF-8 text ({error.reason})", "Save it as CSV in UTF-8") from error
     if not refs:
@@ -250,7 +259,7 @@ def _finished(folder: Path, ref: SlideRef) -> dict[str, Any] | None:
     result = read_result(folder)
     if result is None or _key(str(result.get("slide"))) != _key(ref.path):
         return None
-    if ref.mpp is not None and (result["mpp_source"] != "user" or abs(result["mpp"] / ref.mpp - 1) > 1e-5):
+    if ref.mpp is not None and (result["mpp_source"] != ref.mpp_source or abs(result["mpp"] / ref.mpp - 1) > 1e-5):
         raise ConfigMismatch(
             folder,
             f"was scored at {result['mpp']:g} microns per pixel ({result['mpp_source']}), now {ref.mpp:g} is given",

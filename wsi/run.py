@@ -108,6 +108,7 @@ def score_slide(
     config: ScoreConfig | None = None,
     *,
     mpp: float | None = None,
+    mpp_source: str = "user",
     slide_id: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
@@ -123,6 +124,8 @@ def score_slide(
     config : ScoreConfig, optional
     mpp : float, optional
         Microns per level-0 pixel, where the file's own are missing or wrong.
+    mpp_source : str
+        Who gave `mpp`.
     slide_id : str, optional
         Default: the folder's name.
     progress : callable
@@ -140,7 +143,7 @@ def score_slide(
     slide_id = slide_id or folder.name
     clock = _Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_slide(path, config.reader, mpp=mpp) as slide:
+    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source) as slide:
         with clock.stage("tissue"):
             tissue = find_tissue(slide, config.tissue)
         with clock.stage("grid"):
@@ -185,7 +188,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def _store(path: Path, grid: TileGrid, slide: Slide, engine: Engine, config: ScoreConfig) -> PatchStore:
     """Open what an earlier run left, if it is of the same slide, grid and model, or make an empty store."""
     identity = {
-        "slide": {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader},
+        "slide": {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader},  # it may have moved
         "model_sha256": engine.model.sha256,
         "precision": engine.model.precision,
         "wsi_version": __version__,
@@ -197,7 +200,9 @@ def _store(path: Path, grid: TileGrid, slide: Slide, engine: Engine, config: Sco
             arrays["features"] = ((engine.model.num_features,), "float16")
         if engine.mil is not None:
             arrays["attention"] = ((), "float32")
-        return PatchStore.create(path, grid, arrays, pixels=config.keep_pixels, attributes=identity)
+        return PatchStore.create(
+            path, grid, arrays, pixels=config.keep_pixels, attributes=identity | {"slide_path": slide.path}
+        )
     store = PatchStore.open(path)
     found = {key: store.attributes.get(key) for key in identity}
     changed = [key for key in identity if found[key] != identity[key]]

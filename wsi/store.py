@@ -253,8 +253,13 @@ class PatchStore:
     def dask(self, slide: Slide | None = None) -> dask.array.Array:
         """Return the patches as a lazy array, uint8 (n, h, w, 3), in chunks of one shard.
 
-        Kept pixels are read from the store; otherwise each chunk is cut from `slide` when it is
-        computed, in whatever process that happens (the slide is pickled by its path).
+        Kept pixels are read from the store; otherwise each chunk is cut from the slide when it is
+        computed, in whatever process that happens (slides are pickled by their path).
+
+        Parameters
+        ----------
+        slide : Slide, optional
+            Where the patches were cut from; default: the path the store was made with.
         """
         import dask.array as da
 
@@ -262,10 +267,8 @@ class PatchStore:
         if "pixels" in self.arrays:
             kept: dask.array.Array = da.from_array(self._array("pixels"), chunks=(SHARD_TILES, side, side, 3))
             return kept
-        if slide is None:
-            raise StoreError(self.path, "keeps no pixels", "Give the slide, or score with --keep-pixels")
         # As bytes: dask would otherwise look into the slide to name the graph. Reading is by path.
-        source, boxes = pickle.dumps(slide), self.grid.boxes()
+        source, boxes = pickle.dumps(slide or self._slide()), self.grid.boxes()
 
         def cut(block_info: Any = None) -> npt.NDArray[np.uint8]:
             start, stop = block_info[None]["array-location"][0]
@@ -277,6 +280,16 @@ class PatchStore:
             cut, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0, 0), np.uint8)
         )
         return lazy
+
+    def _slide(self) -> Slide:
+        from wsi.slide import open_slide
+
+        path = self.attributes.get("slide_path")
+        if path is None:
+            raise StoreError(self.path, "keeps no pixels and names no slide", "Give the slide")
+        facts = self.attributes["slide"]
+        with open_slide(path, facts["reader"], mpp=facts["mpp"][0]) as slide:
+            return slide
 
     def _array(self, name: str) -> Any:
         if name not in self.arrays:

@@ -141,6 +141,13 @@ class TestResults:
                     store.get("probabilities")[i], patch_model(rgb[None]).probabilities[0], atol=2e-5
                 )
 
+    def test_the_lazy_array_cuts_the_same_patches(self, whole: Path, slides: Path) -> None:
+        store = PatchStore.open(whole / "b/store.zarr")
+        lazy = store.dask()
+        assert lazy.shape == (len(store), 32, 32, 3)
+        with open_slide(slides / "b.svs") as slide:
+            np.testing.assert_array_equal(lazy[700].compute(), slide.read(store.grid.box(700), (32, 32)))
+
     def test_threads_and_batches_change_no_byte(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
         for threads, name in ((1, "one"), (8, "eight")):
             wsi("score", slides, "-m", model, "-o", tmp_path / name, "--threads", threads, "-q")
@@ -275,7 +282,7 @@ class TestBadInput:
         (slides / "list.csv").write_text("slide,mpp\na.svs,\nb.svs,0.25\n")
         code, _, _ = wsi("score", slides / "list.csv", "-m", model, "-o", tmp_path / "r", "-q")
         table = rows(tmp_path / "r/slides.csv")
-        assert code == 0 and [row["mpp_source"] for row in table] == ["vendor:aperio", "user"]
+        assert code == 0 and [row["mpp_source"] for row in table] == ["vendor:aperio", "manifest"]
         for text, says in (
             ("path\na.svs\n", "no column 'slide'"),
             ("slide,mpp\na.svs,fine\n", "line 2: mpp is 'fine'"),

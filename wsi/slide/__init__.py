@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat
-from wsi.slide.base import Slide
+from wsi.slide.base import GivenMpp, Slide
 
 __all__ = ["READERS", "Slide", "is_url", "open_slide"]
 
@@ -21,7 +21,9 @@ __all__ = ["READERS", "Slide", "is_url", "open_slide"]
 READERS = ("auto", "openslide", "tiffslide")
 
 
-def open_slide(path: str | os.PathLike[str], reader: str = "auto", *, mpp: float | None = None) -> Slide:
+def open_slide(
+    path: str | os.PathLike[str], reader: str = "auto", *, mpp: float | None = None, mpp_source: str = "user"
+) -> Slide:
     """Open a slide.
 
     Parameters
@@ -30,13 +32,16 @@ def open_slide(path: str | os.PathLike[str], reader: str = "auto", *, mpp: float
         A file, or an fsspec URL (``s3://``, ``https://``), which tiffslide reads.
     reader : {"auto", "openslide", "tiffslide"}
     mpp : float, optional
-        Microns per level-0 pixel; overrides what the file says and is recorded as given by the user.
+        Microns per level-0 pixel; overrides what the file says.
+    mpp_source : str
+        Who gave `mpp`; recorded as the slide's ``mpp_source`` where `mpp` is given.
 
     Raises
     ------
     SlideNotFound, SlideUnreadable, MppError
     """
     name = os.fspath(path)
+    given = None if mpp is None else GivenMpp(mpp, mpp_source)
     if reader not in READERS:
         raise SlideError(f"reader={reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
     if not is_url(name):
@@ -47,14 +52,14 @@ def open_slide(path: str | os.PathLike[str], reader: str = "auto", *, mpp: float
         if not os.access(name, os.R_OK):
             raise SlideUnreadable(name, "may not be read by this user", "Check the file's permissions")
     if reader == "tiffslide" or is_url(name):
-        return _with_tiffslide(name, mpp)
+        return _with_tiffslide(name, given)
     if reader == "openslide":
-        return _with_openslide(name, mpp)
+        return _with_openslide(name, given)
     try:
-        return _with_openslide(name, mpp)
+        return _with_openslide(name, given)
     except UnknownFormat:
         # Only what OpenSlide does not know: a file that it knows and finds damaged must not be read anyway.
-        return _with_tiffslide(name, mpp)
+        return _with_tiffslide(name, given)
 
 
 def is_url(path: str) -> bool:
@@ -62,13 +67,13 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def _with_openslide(name: str, mpp: float | None) -> Slide:
+def _with_openslide(name: str, given: GivenMpp | None) -> Slide:
     from wsi.slide.openslide import OpenSlideReader
 
-    return OpenSlideReader(name, mpp)
+    return OpenSlideReader(name, given)
 
 
-def _with_tiffslide(name: str, mpp: float | None) -> Slide:
+def _with_tiffslide(name: str, given: GivenMpp | None) -> Slide:
     from wsi.slide.tiffslide import TiffSlideReader
 
-    return TiffSlideReader(name, mpp)
+    return TiffSlideReader(name, given)

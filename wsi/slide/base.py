@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,13 @@ _LEVEL_TOLERANCE = 1.005
 _BLOCK_PX = 4_000_000
 
 
+class GivenMpp(NamedTuple):
+    """Microns per level-0 pixel that somebody gave, and who."""
+
+    mpp: float
+    source: str
+
+
 class Slide(ABC):
     """Pixels and their resolution; knows nothing of tiles.
 
@@ -47,7 +54,7 @@ class Slide(ABC):
     mpp : Mpp
         Microns per level-0 pixel.
     mpp_source : str
-        Where `mpp` comes from: "user", "vendor:<name>" or "tiff-tags".
+        Where `mpp` comes from: "vendor:<name>", "tiff-tags", "user" or "manifest".
     bounds : Box
         The scanned part of the level-0 plane; the whole plane where the file names none.
     """
@@ -168,13 +175,13 @@ class Slide(ABC):
         self.close()
 
 
-def resolve_mpp(path: str, user: float | None, found: tuple[float, float] | None, source: str) -> tuple[Mpp, str]:
+def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, float] | None, source: str) -> tuple[Mpp, str]:
     """Decide the slide's microns per pixel, or say why it has none.
 
     Parameters
     ----------
-    user : float, optional
-        Given by the user; wins.
+    given : GivenMpp, optional
+        Wins.
     found : (float, float), optional
         What the file says, x and y.
     source : str
@@ -187,10 +194,10 @@ def resolve_mpp(path: str, user: float | None, found: tuple[float, float] | None
     """
     low, high = MPP_RANGE
     remedy = "Give it with --mpp (microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
-    if user is not None:
-        if not (math.isfinite(user) and low <= user <= high):
-            raise MppError(path, f"--mpp {user:g} is outside {low}-{high} microns per pixel")
-        return Mpp(user, user), "user"
+    if given is not None:
+        if not (math.isfinite(given.mpp) and low <= given.mpp <= high):
+            raise MppError(path, f"{given.mpp:g} microns per pixel ({given.source}) is outside {low}-{high}")
+        return Mpp(given.mpp, given.mpp), given.source
     if found is None:
         raise MppError(path, "the file does not say how many microns a pixel measures", remedy)
     x, y = found

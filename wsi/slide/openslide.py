@@ -10,7 +10,7 @@ import openslide
 import tifffile
 
 from wsi.errors import SlideUnreadable, UnknownFormat
-from wsi.slide.base import U8, Slide, compose_on_white, refuse_turned, resolve_mpp
+from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, refuse_turned, resolve_mpp
 from wsi.units import Box
 
 #: OpenSlide takes mpp of these vendors from TIFF resolution tags, which any converter may have left at 72 dpi.
@@ -29,7 +29,7 @@ class OpenSlideReader(Slide):
 
     reader = "openslide"
 
-    def __init__(self, path: str, mpp: float | None = None) -> None:
+    def __init__(self, path: str, given: GivenMpp | None = None) -> None:
         try:
             self._slide = openslide.OpenSlide(path)
         except openslide.OpenSlideUnsupportedFormatError as error:
@@ -44,13 +44,13 @@ class OpenSlideReader(Slide):
         self.path = path
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         self.level_sizes = self._slide.level_dimensions
-        self._user_mpp = mpp
+        self._given = given
         source = "tiff-tags" if self.vendor in _TIFF_TAG_VENDORS else f"vendor:{self.vendor}"
         try:
             if self.vendor in _TIFF_TAG_VENDORS:
                 with tifffile.TiffFile(path) as tiff:
                     refuse_turned(path, tiff.pages.first)
-            self.mpp, self.mpp_source = resolve_mpp(path, mpp, _mpp_of(properties), source)
+            self.mpp, self.mpp_source = resolve_mpp(path, given, _mpp_of(properties), source)
             self.bounds = _bounds_of(properties, self.size)
         except BaseException:
             self._slide.close()
@@ -81,7 +81,7 @@ class OpenSlideReader(Slide):
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickle as path and resolution."""
-        return type(self), (self.path, self._user_mpp)
+        return type(self), (self.path, self._given)
 
 
 def library_version() -> str:

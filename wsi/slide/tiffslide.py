@@ -13,7 +13,7 @@ import tifffile
 import tiffslide
 
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable
-from wsi.slide.base import U8, Slide, compose_on_white, refuse_turned, resolve_mpp
+from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, refuse_turned, resolve_mpp
 from wsi.units import Box
 
 # tiffslide and its decoders raise whatever they meet in a damaged file: struct.error, IndexError,
@@ -26,9 +26,9 @@ class TiffSlideReader(Slide):
 
     reader = "tiffslide"
 
-    def __init__(self, path: str, mpp: float | None = None) -> None:
+    def __init__(self, path: str, given: GivenMpp | None = None) -> None:
         self.path = path
-        self._user_mpp = mpp
+        self._given = given
         self._lock = threading.Lock()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tiffslide warns of every tag it does not know
@@ -60,7 +60,7 @@ class TiffSlideReader(Slide):
             )
         refuse_turned(self.path, page)
         source = "tiff-tags" if self.vendor == "generic-tiff" else f"vendor:{self.vendor}"
-        self.mpp, self.mpp_source = resolve_mpp(self.path, self._user_mpp, _mpp_of(properties), source)
+        self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, _mpp_of(properties), source)
         self._holes = [_missing_tiles(page) for page in self._pages]
         self.bounds = _present(self._holes[0], page, self.size)
 
@@ -101,7 +101,7 @@ class TiffSlideReader(Slide):
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Pickle as path and resolution."""
-        return type(self), (self.path, self._user_mpp)
+        return type(self), (self.path, self._given)
 
 
 def _missing_tiles(page: tifffile.TiffPage) -> npt.NDArray[np.bool_] | None:
