@@ -4,7 +4,7 @@ Stained tissue is *coloured* and glass, dust, shadow and coverslip edges are gre
 on its own glass and tissue is where the optical density differs between the channels (Lambert-Beer: the
 difference grows with the amount of stain, however dark or faint). Otsu's threshold is used, but only within
 a range where tissue is known to begin: a blank slide stays empty and a slide full of tissue is not cut in
-two. Marker ink is told from stain by ratios of the three densities that no histological stain reaches.
+two. Marker ink is told from stain by ratios of the three densities that H&E and DAB do not reach.
 """
 
 from __future__ import annotations
@@ -327,7 +327,7 @@ def _ink(density: npt.NDArray[np.float32], mean: Float2d, chroma: Float2d, pixel
     patches of 207 patients; none of their tissue is taken for ink.
     """
     r, g, b = density
-    markers = (  # (pale ink, a spot that is surely ink)
+    markers = (  # green, blue, red, black: (ink however pale, a spot that is surely ink)
         ((r - g > 0.05) & (r > b) & (b > 0.8 * g), (r - g > 0.12) & (r > 1.3 * b) & (b > 0.8 * g)),
         ((r > 0.15) & (b < 0.35 * r) & (g < 0.9 * r), (r > 0.35) & (b < 0.2 * r) & (g < 0.85 * r)),
         ((g > 0.15) & (r < 0.2 * g) & (b > 0.6 * g), (g > 0.55) & (r < 0.12 * g) & (b > 0.6 * g)),
