@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
@@ -59,8 +60,13 @@ def test_every_error_is_on_the_tree() -> None:
 
 
 def test_every_model_has_its_papers() -> None:
-    for folder in (REPOSITORY / "models").iterdir():
-        if folder.is_dir() and not folder.name.startswith((".", "__")):
-            for part in (folder, folder / "mil"):
-                for name in ("config.json", "weights.safetensors", "CARD.md", "train.py", "figures.json"):
-                    assert (part / name).is_file(), part / name
+    folders = sorted(config.parent for config in (REPOSITORY / "models").glob("*/config.json"))
+    assert len(folders) >= 2
+    for folder in folders:
+        for name in ("CARD.md", "train.py", "figures.json", "weights.safetensors", "mil/config.json"):
+            assert (folder / name).is_file(), folder / name
+        config = json.loads((folder / "config.json").read_text())
+        head = json.loads((folder / "mil/config.json").read_text())
+        assert head["encoder_sha256"] == config["weights_sha256"]
+        card = (folder / "CARD.md").read_text()
+        assert config["weights_sha256"] in card and "esearch" in card

@@ -151,7 +151,8 @@ def write_phantom(
         with replacing(path.with_name(f"{path.stem}.truth.geojson")) as file:
             file.write(json.dumps(_geojson(scene.truth, config), separators=(",", ":")).encode())
     except OSError as error:
-        raise OutputError.of(error, path) from error
+        # Named by the path asked for: the error's own may be a temporary one.
+        raise OutputError.of(OSError(error.errno, error.strerror), path) from error
     return scene.truth
 
 
