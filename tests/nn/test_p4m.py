@@ -5,13 +5,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from wsi.nn.p4m import P4MConv, P4MNet, P4MNorm, dihedral_group, turned_filter_index  # noqa: E402
+from wsi.nn.p4m import P4MConv, P4MNet, P4MNorm, conv_norm, dihedral_group, turned_filter_index  # noqa: E402
 
 SMALL = {"widths": (2, 3, 4), "depths": (1, 1, 1), "stem": 2, "head": 5}
 
 
 def act(g: int, image: "torch.Tensor") -> "torch.Tensor":
-    """Turn an image (..., h, w) by element `g` as torch does it: mirror the columns first, then quarter turns."""
+    """Turn an image (..., h, w) by element `g` as torch does it: mirror the columns, then quarter turns."""
     return torch.rot90(image.flip(-1) if g >= 4 else image, g % 4, (-2, -1))
 
 
@@ -79,6 +79,16 @@ def test_the_norm_shares_its_statistics_among_the_orientations():
     torch.testing.assert_close(y, expected.flatten(1, 2), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_the_norm_folded_into_the_filters_is_the_norm():
+    torch.manual_seed(0)
+    conv, norm = P4MConv(3, 2, 3, padding=1), lively(P4MNorm(2))
+    norm.weight.uniform_(0.5, 2.0)
+    norm.bias.normal_()
+    x = torch.randn(2, 24, 6, 6)
+    torch.testing.assert_close(conv_norm(conv, norm, x), norm(conv(x)), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("g", range(8))
 @pytest.mark.parametrize("members", [1, 2])
 @torch.no_grad()
@@ -118,7 +128,9 @@ def test_memory_layout_and_bf16_change_little_and_repeats_nothing():
     plain = net(x)
     assert torch.equal(net(x), plain)
     net = net.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(net(x.contiguous(memory_format=torch.channels_last)), plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        net(x.contiguous(memory_format=torch.channels_last)), plain, atol=1e-4, rtol=1e-4
+    )
     with torch.autocast("cpu", torch.bfloat16):
         rounded = net(x).float()
     torch.testing.assert_close(rounded.softmax(1), plain.softmax(1), atol=0.03, rtol=0)
