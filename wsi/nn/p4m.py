@@ -1,19 +1,20 @@
-"""A small convolutional network that cannot tell a patch from its rotations by 90 degrees and mirror images.
+"""A small convolutional network that cannot tell a patch from its quarter turns and mirror images.
 
 Tissue has no up and no handedness. A group convolution (Cohen & Welling, "Group Equivariant Convolutional
 Networks", ICML 2016, arXiv:1602.07576) builds that into the layers: each filter is applied in all eight
 orientations of the dihedral group D4 (the point group of p4m), and from the second layer on it also sees the
-eight orientations of its input. Veeling et al., "Rotation Equivariant CNNs for Digital Pathology", MICCAI 2018
-(arXiv:1806.03962) showed on lymph node patches that this helps most where patients are few.
+eight orientations of its input. Veeling et al., "Rotation Equivariant CNNs for Digital Pathology", MICCAI
+2018 (arXiv:1806.03962) showed on lymph node patches that this helps most where training patients are few.
 
-Layout: a feature map on the group is a tensor ``(b, 8 * c, h, w)``, orientation-major: channel ``g * c + i`` is
-map ``i`` seen in orientation ``g``. To ``conv2d`` it is an ordinary image, so channels_last and bf16 autocast
-work as for any network. Turning the input turns the maps and permutes their eight orientations; averaging over
+Layout: a map on the group is a tensor ``(b, 8 * c, h, w)``, orientation-major: channel ``g * c + i`` is map
+``i`` in orientation ``g``. To ``conv2d`` it is an ordinary image, so channels_last and bf16 autocast work as
+for any network. Turning the input turns the maps and permutes their eight orientations; averaging over
 orientations and positions gives features that do not change at all.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +71,8 @@ def turned_filter_index(side: int, in_orientations: int) -> Tensor:
 class P4MConv(nn.Module):
     """Group convolution over p4m, ``(b, in_orientations * c_in, h, w)`` -> ``(b, 8 * c_out, h', w')``.
 
-    One filter is learnt a map and turned into its eight orientations at each call, which is why the weights are
-    an eighth of those of a plain convolution of the same width (Cohen & Welling 2016, section 7).
+    One filter is learnt a map and turned into its eight orientations at each call, which is why it has an
+    eighth of the weights of a plain convolution of the same width (Cohen & Welling 2016, section 7).
     """
 
     index: Tensor
@@ -89,7 +90,7 @@ class P4MConv(nn.Module):
         self.register_buffer("index", turned_filter_index(side, in_orientations), persistent=False)
 
     def filters(self) -> Tensor:
-        """Return all orientations of the filters, as conv2d takes them: (8 * c_out, orientations * c_in, s, s)."""
+        """Return the filters in all orientations, as conv2d takes them: (8 * c_out, 8 * c_in, side, side)."""
         c_out, c_in, _ = self.weight.shape
         turned = self.weight[:, :, self.index.flatten()]
         turned = turned.view(c_out, c_in, ORIENTATIONS, -1, self.side, self.side)
@@ -97,8 +98,11 @@ class P4MConv(nn.Module):
         return turned.reshape(ORIENTATIONS * c_out, -1, self.side, self.side)
 
     def forward(self, x: Tensor) -> Tensor:
-        filters = self.filters().contiguous(memory_format=torch.channels_last)
-        return functional.conv2d(x, filters, padding=self.padding)
+        return self.convolve(x, self.filters(), None)
+
+    def convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+        filters = filters.contiguous(memory_format=torch.channels_last)
+        return functional.conv2d(x, filters, bias, padding=self.padding)
 
 
 class P4MNorm(nn.BatchNorm2d):
@@ -112,8 +116,20 @@ class P4MNorm(nn.BatchNorm2d):
         return x.permute(0, 2, 3, 1).reshape(b, h, w, ORIENTATIONS * self.num_features).permute(0, 3, 1, 2)
 
 
+def conv_norm(conv: P4MConv, norm: P4MNorm, x: Tensor) -> Tensor:
+    """Return ``norm(conv(x))``; at inference the normalisation goes into the filters, and a pass is saved."""
+    if norm.training:
+        normed: Tensor = norm(conv(x))
+        return normed
+    assert norm.running_var is not None and norm.running_mean is not None  # for mypy: they are tracked
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # (c,)
+    bias = norm.bias - norm.running_mean * scale
+    filters = conv.filters() * scale.repeat(ORIENTATIONS).view(-1, 1, 1, 1)
+    return conv.convolve(x, filters, bias.repeat(ORIENTATIONS))
+
+
 class P4MBlock(nn.Module):
-    """Two group convolutions and a shortcut (He et al. 2016), ``(b, 8 * c_in, h, w)`` -> ``(b, 8 * c, h, w)``."""
+    """Two group convolutions and a shortcut (He 2016), ``(b, 8 * c_in, h, w)`` -> ``(b, 8 * c, h, w)``."""
 
     def __init__(self, c_in: int, c: int) -> None:
         super().__init__()
@@ -121,13 +137,15 @@ class P4MBlock(nn.Module):
         self.norm1 = P4MNorm(c)
         self.conv2 = P4MConv(c, c, 3, padding=1)
         self.norm2 = P4MNorm(c)
-        self.shortcut: nn.Module = nn.Identity()
-        if c_in != c:
-            self.shortcut = nn.Sequential(P4MConv(c_in, c, 1), P4MNorm(c))
+        self.shortcut = nn.ModuleList([P4MConv(c_in, c, 1), P4MNorm(c)] if c_in != c else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = functional.relu(self.norm1(self.conv1(x)))
-        return functional.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+        h = functional.relu(conv_norm(self.conv1, self.norm1, x))
+        h = conv_norm(self.conv2, self.norm2, h)
+        if self.shortcut:
+            conv, norm = cast("tuple[P4MConv, P4MNorm]", tuple(self.shortcut))
+            x = conv_norm(conv, norm, x)
+        return functional.relu(h + x)
 
 
 class P4MTrunk(nn.Module):
@@ -151,11 +169,11 @@ class P4MTrunk(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # No padding here: 50 -> 48, which the three poolings divide evenly, so that none cuts a border off.
-        x = functional.relu(self.stem_norm(self.stem(x)))  # (b, 8 * stem, 48, 48)
+        x = functional.relu(conv_norm(self.stem, self.stem_norm, x))  # (b, 8 * stem, 48, 48)
         for i, stage in enumerate(self.stages):
             x = functional.max_pool2d(x, 2) if i == 0 else functional.avg_pool2d(x, 2)
             x = stage(x)  # (b, 8 * widths[i], 24, 24), then 12, then 6
-        x = functional.relu(self.head_norm(self.head(x)))  # (b, 8 * head, 6, 6)
+        x = functional.relu(conv_norm(self.head, self.head_norm, x))  # (b, 8 * head, 6, 6)
         by_orientation: Tensor = x.float().mean((2, 3)).unflatten(1, (ORIENTATIONS, -1))  # (b, 8, head)
         return by_orientation.mean(1)
 
@@ -163,16 +181,16 @@ class P4MTrunk(nn.Module):
 class P4MNet(nn.Module):
     """A patch classifier whose answer is the same for all eight orientations of the patch.
 
-    Several members of one shape, trained from different seeds, can live in one network: the features are those
-    of all members side by side and the logits are the mean of theirs.
+    Several members of one shape, trained apart, can live in one network: its features are those of all
+    members side by side, and its logits the mean of theirs.
 
     Parameters
     ----------
     num_classes : int
         Number of classes ``k``.
     widths, depths : sequence of int
-        Maps and residual blocks of each stage; a stage works at half the resolution of the one before it, and a
-        map has eight orientations, so a width of 24 costs what 192 plain channels cost.
+        Maps and residual blocks of each stage; a stage works at half the resolution of the one before it.
+        A map has eight orientations, so a width of 24 costs what 192 plain channels cost.
     stem, head : int
         Maps of the first layer (at full resolution) and of the last.
     members : int
@@ -189,14 +207,14 @@ class P4MNet(nn.Module):
 
     Notes
     -----
-    Exactly invariant (to rounding) where the maps divide evenly by the poolings, as those of 50 x 50 px patches
-    do: ``(side - 2) % 2**stages == 0``. For other sizes the poolings drop the odd row, and it holds nearly.
+    Invariant to rounding where the poolings divide the maps evenly, as they do for 50 x 50 px patches:
+    ``(side - 2) % 2**stages == 0``. For other sizes they drop the odd row, and it holds only nearly.
 
     References
     ----------
     Cohen & Welling, "Group Equivariant Convolutional Networks", ICML 2016, arXiv:1602.07576.
-    Veeling, Linmans, Winkens, Cohen & Welling, "Rotation Equivariant CNNs for Digital Pathology", MICCAI 2018,
-    arXiv:1806.03962.
+    Veeling, Linmans, Winkens, Cohen & Welling, "Rotation Equivariant CNNs for Digital Pathology", MICCAI
+    2018, arXiv:1806.03962.
     He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385.
 
     Examples
