@@ -100,7 +100,7 @@ def load_mil_model(name: str | Path, encoder: PatchModel) -> MilModel:
         )
     state = load_weights(config)
     try:
-        net = GatedAttentionMil(num_classes=len(config.class_names), **config.architecture_args)
+        net = GatedAttentionMil(**{"num_classes": len(config.class_names), **config.architecture_args})
     except TypeError as error:
         raise ModelError(config.folder / "config.json", f"architecture_args do not fit: {error}") from error
     fit_weights(net, state, config)
