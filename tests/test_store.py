@@ -128,6 +128,7 @@ class TestRefuses:
     def test_what_is_no_store(self, store: PatchStore, tmp_path: Path, grid: TileGrid) -> None:
         with pytest.raises(StoreError, match="there is no patch store"):
             PatchStore.open(tmp_path / "nothing.zarr")
+        assert not (tmp_path / "nothing.zarr").exists()
         with pytest.raises(StoreError, match="is there already"):
             PatchStore.create(store.path, grid, ARRAYS)
         zarr.create_group(str(tmp_path / "other.zarr"))

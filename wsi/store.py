@@ -149,6 +149,8 @@ class PatchStore:
         """
         path = Path(path)
         remedy = "Delete it and run again: it will be computed anew"
+        if not path.is_dir():  # opening for writing would make the folder
+            raise StoreError(path, "there is no patch store", "Check the path")
         try:
             group = zarr.open_group(LocalStore(path), mode="r+", zarr_format=3)
             attributes: Any = group.attrs["wsi"]
@@ -163,9 +165,7 @@ class PatchStore:
                 int(geometry["tile_px"]),
                 float(geometry["mpp"]),
             )
-        except FileNotFoundError as error:
-            raise StoreError(path, "there is no patch store", "Check the path") from error
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, FileNotFoundError) as error:
             raise StoreError(path, f"is damaged or no patch store ({error})", remedy) from error
         return cls(path, group, grid)
 
