@@ -44,8 +44,8 @@ LABEL_SMOOTHING = 0.05
 EMA = 0.995
 NET = {"widths": [8, 16, 24], "depths": [1, 1, 1], "stem": 4, "head": 64, "members": 2}
 
-# Two members that err differently: one sees its patches moved and restained, the other sees them as they are.
-# On the validation patients this pair was better than two members of either kind.
+# Two members that err differently: one sees its patches moved, restained and through a JPEG codec, the other
+# as they are. On the validation patients this pair was better than two members of either kind.
 MEMBERS = ({"epochs": 22, "augmented": True}, {"epochs": 18, "augmented": False})
 MOVED = 0.7  # share of patches turned, zoomed and shifted
 STAIN_SCALE, STAIN_SHIFT, BRIGHTNESS = 0.15, 0.05, 0.10  # twice these cost 0.02 of validation AUROC
@@ -145,7 +145,7 @@ def through_jpeg(image: np.ndarray, quality: int, subsampling: int) -> np.ndarra
 def recompress(x: Tensor) -> Tensor:
     """Pass half of the patches, float (b, 3, h, w) in 0..1, through a JPEG codec: slides are stored as JPEG.
 
-    Without this the probabilities shift with the compression, most of all those of the augmented member.
+    Without this the augmented member learns that what is sharp was not moved, and codecs mislead it.
     """
     images = (x * 255).round().byte().permute(0, 2, 3, 1).numpy()  # (b, h, w, 3)
     patches = []
@@ -210,8 +210,8 @@ def fit(
         for rows in torch.randperm(len(rgb)).split(BATCH):
             if len(rows) < BATCH:
                 continue
-            x = augment(rgb[rows]) if augmented else rgb[rows].float() / 255  # (b, 3, 50, 50)
-            x = transform(recompress(x))
+            x = recompress(augment(rgb[rows])) if augmented else rgb[rows].float() / 255
+            x = transform(x)  # (b, 3, 50, 50)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = net(x)  # (b, 2)
             loss = functional.cross_entropy(logits.float(), labels[rows], label_smoothing=LABEL_SMOOTHING)
@@ -231,16 +231,11 @@ def fit(
     return {name: value.numpy() for name, value in average.items()}
 
 
-def train_members(
-    images: np.ndarray, labels: np.ndarray, mean: list[float], std: list[float], workers: int
-) -> P4MNet:
+def train_members(images: np.ndarray, labels: np.ndarray, mean: list[float], std: list[float], workers: int) -> P4MNet:
     """Train the members side by side, a process each, and put them into one network."""
     net = P4MNet(**NET, mean=mean, std=std)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        fits = [
-            pool.submit(fit, SEED + i, images, labels, mean, std, **member)
-            for i, member in enumerate(MEMBERS)
-        ]
+        fits = [pool.submit(fit, SEED + i, images, labels, mean, std, **member) for i, member in enumerate(MEMBERS)]
         for i, member in enumerate(fits):
             for name, value in member.result().items():
                 kind, _, rest = name.split(".", 2)  # "trunks.0.stem.weight": a member was the only one there
@@ -328,9 +323,7 @@ def hand_made_features(rgb: np.ndarray) -> np.ndarray:
     maps = np.concatenate([density, stain], axis=3)
     columns = [maps.mean((1, 2)), maps.std((1, 2)), *np.percentile(maps, [10, 50, 90], axis=(1, 2))]
     for _ in range(3):
-        columns.append(
-            np.abs(np.diff(stain, axis=1)).mean((1, 2)) + np.abs(np.diff(stain, axis=2)).mean((1, 2))
-        )
+        columns.append(np.abs(np.diff(stain, axis=1)).mean((1, 2)) + np.abs(np.diff(stain, axis=2)).mean((1, 2)))
         n, h, w, c = stain.shape
         stain = stain[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
     return np.concatenate(columns, axis=1)
@@ -342,14 +335,10 @@ def hand_made_features(rgb: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train and measure the breast IDC patch classifier.")
     default_data = Path(os.environ.get("WSI_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
-    parser.add_argument(
-        "--data", type=Path, default=default_data, help="folder with patches/idc_breast_dev_*.zip"
-    )
+    parser.add_argument("--data", type=Path, default=default_data, help="folder with patches/idc_breast_dev_*.zip")
     parser.add_argument("--out", type=Path, default=Path("idc-breast"), help="folder for what is written")
     parser.add_argument("--workers", type=int, default=2, help="members trained at once, one core each")
-    parser.add_argument(
-        "--test-closed", action="store_true", help="design mode: score validation patients only"
-    )
+    parser.add_argument("--test-closed", action="store_true", help="design mode: score validation patients only")
     parser.add_argument("--measure", action="store_true", help="do not train: measure the weights in --out")
     args = parser.parse_args()
     torch.set_num_threads(args.workers)
@@ -388,9 +377,7 @@ def main() -> None:
 
     for part in opened[:2]:
         of = parts == part
-        stored = torch.from_numpy(np.stack([through_jpeg(image, 75, 2) for image in images[of]])).permute(
-            0, 3, 1, 2
-        )
+        stored = torch.from_numpy(np.stack([through_jpeg(image, 75, 2) for image in images[of]])).permute(0, 3, 1, 2)
         score = predict(net, stored, transform)
         figures[f"{part}_as_jpeg_75"] = measure(labels[of], score, patients[of], threshold)
     if not args.test_closed:

@@ -69,9 +69,7 @@ def test_the_shipped_network_does_not_see_the_orientation():
 def test_glass_is_no_cancer():
     config = read(MODEL, "config.json")
     normalise = config["transform"][1]["arguments"]
-    glass = (torch.tensor([0.95, 0.95, 0.95]) - torch.tensor(normalise["mean"])) / torch.tensor(
-        normalise["std"]
-    )
+    glass = (torch.tensor([0.95, 0.95, 0.95]) - torch.tensor(normalise["mean"])) / torch.tensor(normalise["std"])
     with torch.no_grad():
         probability = load(MODEL)(glass.view(1, 3, 1, 1).expand(1, 3, 50, 50)).softmax(1)[0, 1]
     assert probability < config["threshold"]

@@ -128,9 +128,7 @@ def test_memory_layout_and_bf16_change_little_and_repeats_nothing():
     plain = net(x)
     assert torch.equal(net(x), plain)
     net = net.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(
-        net(x.contiguous(memory_format=torch.channels_last)), plain, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(net(x.contiguous(memory_format=torch.channels_last)), plain, atol=1e-4, rtol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = net(x).float()
     torch.testing.assert_close(rounded.softmax(1), plain.softmax(1), atol=0.03, rtol=0)

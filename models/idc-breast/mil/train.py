@@ -57,9 +57,7 @@ class Bag(NamedTuple):
     fraction: float  # asked for; 0 in negative bags
 
 
-def draw_pair(
-    labels: np.ndarray, of: np.ndarray, patient: str, fraction: float, rng
-) -> tuple[Bag, Bag] | None:
+def draw_pair(labels: np.ndarray, of: np.ndarray, patient: str, fraction: float, rng) -> tuple[Bag, Bag] | None:
     """A positive and a negative bag of a patient, equally large, no tile twice; None if tiles are too few."""
     idc, other = of[labels[of] == 1], of[labels[of] == 0]
     largest = min(SIZES[1], len(other))
@@ -73,9 +71,7 @@ def draw_pair(
         np.concatenate([rng.choice(idc, k, replace=False), rng.choice(other, n - k, replace=False)])
     )
     negative = rng.choice(other, n, replace=False)
-    return Bag(positive, 1, labels[positive], patient, fraction), Bag(
-        negative, 0, labels[negative], patient, 0.0
-    )
+    return Bag(positive, 1, labels[positive], patient, fraction), Bag(negative, 0, labels[negative], patient, 0.0)
 
 
 def draw_bags(labels: np.ndarray, patients: np.ndarray, of: np.ndarray, pairs: int, seed: int) -> list[Bag]:
@@ -186,14 +182,10 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train and measure the MIL head of the breast IDC model.")
     default_data = Path(os.environ.get("WSI_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
-    parser.add_argument(
-        "--data", type=Path, default=default_data, help="folder with patches/idc_breast_dev_*.zip"
-    )
+    parser.add_argument("--data", type=Path, default=default_data, help="folder with patches/idc_breast_dev_*.zip")
     parser.add_argument("--encoder", type=Path, default=HERE.parent, help="the patch model's folder")
     parser.add_argument("--out", type=Path, default=Path("idc-mil"), help="folder for weights and figures")
-    parser.add_argument(
-        "--test-closed", action="store_true", help="design mode: leave test patients unscored"
-    )
+    parser.add_argument("--test-closed", action="store_true", help="design mode: leave test patients unscored")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
