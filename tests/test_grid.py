@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from wsi.errors import GridError
@@ -28,6 +28,7 @@ def test_covers_the_slide_without_a_tile_too_many(
     w: int, h: int, mpp: float, skew: float, tile_px: int, overlap: float
 ) -> None:
     slide_mpp = Mpp(mpp, mpp * skew)
+    assume(tile_px / slide_mpp.x < w and tile_px / slide_mpp.y < h)
     stride_px = max(1, int(tile_px * overlap))
     grid = TileGrid.cover((w, h), slide_mpp=slide_mpp, mpp=1.0, tile_px=tile_px, stride_px=stride_px)
     boxes = grid.boxes()
@@ -47,8 +48,16 @@ def test_one_tile_where_the_slide_is_one_tile() -> None:
     assert len(grid) == 56 * 47
     assert grid.box(57) == Box(50, 50, 50, 50)
     assert len(TileGrid.cover((512, 512), slide_mpp=SQUARE, mpp=1.0, tile_px=256)) == 1
+    # 350 * (0.88 / 0.7) is a hair above 440: a slide of exactly one tile is not smaller than it
+    assert len(TileGrid.cover((440, 440), slide_mpp=Mpp(0.7, 0.7), mpp=0.88, tile_px=350)) == 1
     # 0.1 + 0.2 must not make a column of nothing
     assert len(TileGrid.cover((300, 100), slide_mpp=Mpp(0.1, 0.1), mpp=0.1, tile_px=100)) == 3
+
+
+def test_gaps_start_no_tile_outside() -> None:
+    for stride_px, n in ((100, 25), (150, 16), (1000, 1), (2000, 1)):
+        grid = TileGrid.cover((1000, 1000), slide_mpp=SQUARE, mpp=1.0, tile_px=100, stride_px=stride_px)
+        assert len(grid) == n and grid.boxes()[:, :2].max() < 1000
 
 
 def test_keep_and_pickle() -> None:

@@ -6,7 +6,10 @@
       run.json         configuration, versions, model hashes, command line
       slides.csv       a row a scored slide, grows as slides finish
       failures.csv     slide, stage, error, remedy
-      <slide_id>/      store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, result.json
+      <slide_id>/      store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, seconds.json, result.json;
+                       or failure.json
+
+The tables are made of what lies in the slides' folders, so they can be lost, edited, or written by two runs at once.
 """
 
 from __future__ import annotations
@@ -36,15 +39,17 @@ from wsi.errors import (
 )
 from wsi.files import write_csv, write_json
 from wsi.run import Engine, Progress, ScoreConfig, SlideResult, read_result, score_slide
-from wsi.slide import is_url
+from wsi.slide import absolute, is_url
 
-#: What a folder is searched for. DICOM is one slide a folder: its files are levels and frames of one.
+#: What a folder is searched for. DICOM files of one series are levels and parts of one slide.
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".dicom")
 _DICOM = (".dcm", ".dicom")
 
 _SLIDE_COLUMNS = ("slide_id", "slide", "status", "grade")
 _NUMBER_COLUMNS = ("n_tiles", "tissue_mm2", "positive_mm2", "largest_region_um", "mpp", "mpp_source", "flags")
 _STAGES = ("tissue", "grid", "tiles", "grade", "export")
+_FAILURE = "failure.json"
+_OUR_FILES = ("run.json", "slides.csv", "failures.csv")
 _FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")
 
 
@@ -99,30 +104,32 @@ def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRe
         else:
             refs = [SlideRef(name, mpp)]
         for ref in refs:
-            found.setdefault(_key(ref.path), ref)
+            earlier = found.setdefault(absolute(ref.path), ref)
+            if earlier.mpp != ref.mpp:
+                raise ManifestError(ref.path, f"is named twice, with mpp {earlier.mpp} and {ref.mpp}", "Keep one")
     return list(found.values())
 
 
 def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
-    """Name each slide's results: the file's stem, with a hash of its place where two share a stem.
+    """Name each slide's results: the file's stem, with a hash of its place where another slide has that name.
 
-    A folder that already holds the results of another slide counts as taken.
+    A slide keeps the name under which `folder` already holds its results.
     """
     stems = [Path(ref.path.rstrip("/")).stem for ref in refs]
     count = Counter(stem.lower() for stem in stems)
     ids = []
     for ref, stem in zip(refs, stems, strict=True):
-        earlier = read_result(folder / stem)
-        taken = earlier is not None and _key(str(earlier.get("slide"))) != _key(ref.path)
-        if count[stem.lower()] > 1 or taken:
-            stem = f"{stem}-{hashlib.sha256(_key(ref.path).encode()).hexdigest()[:8]}"
+        earlier = _earlier(folder / stem)
+        own = earlier is not None and _is_of(earlier, ref)
+        if not own and (earlier is not None or count[stem.lower()] > 1 or stem in _OUR_FILES):
+            stem = f"{stem}-{hashlib.sha256(absolute(ref.path).encode()).hexdigest()[:8]}"
         ids.append(stem)
     return ids
 
 
 def score_archive(
     refs: Sequence[SlideRef],
-    folder: Path,
+    folder: str | os.PathLike[str],
     engine: Engine,
     config: ScoreConfig,
     *,
@@ -136,10 +143,10 @@ def score_archive(
     Parameters
     ----------
     refs : sequence of SlideRef
-    folder : Path
+    folder : path
         The results folder; made where it is not there.
     force : bool
-        Throw earlier results of another configuration away.
+        Throw earlier results of these slides away; those of other slides stay.
     command : sequence of str
         Recorded in run.json.
     started : callable
@@ -150,18 +157,17 @@ def score_archive(
     Raises
     ------
     ConfigMismatch
-        The folder holds results of another configuration; the difference is named.
+        The folder holds results of another configuration; the difference is named, and nothing is touched.
     OutputError
         The folder cannot be written to (full, read-only): going on would be of no use.
     """
     config.check(engine.model.config)
+    folder = Path(folder)
+    summary = Summary()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _claim(folder, engine, config, force=force, command=command)
         ids = slide_ids(refs, folder)
-        rows = {row["slide_id"]: row for row in _read_csv(folder / "slides.csv")}
-        failures = {row["slide_id"]: row for row in _read_csv(folder / "failures.csv")}
-        summary = Summary()
+        _claim(folder, engine, config, refs, ids, force=force, command=command)
         for i, (ref, slide_id) in enumerate(zip(refs, ids, strict=True)):
             started(i, slide_id)
             stage = "open"
@@ -171,30 +177,21 @@ def score_archive(
                 stage = name
                 progress(name, done, total)
 
-            failures.pop(slide_id, None)
+            own = folder / slide_id
             try:
-                numbers = _finished(folder / slide_id, ref)
-                if numbers is None:
-                    result = score_slide(
-                        ref.path,
-                        folder / slide_id,
-                        engine,
-                        config,
-                        mpp=ref.mpp,
-                        mpp_source=ref.mpp_source,
-                        progress=watch,
-                    )
-                    rows[slide_id] = _row(result, engine)
-                elif slide_id not in rows:  # stopped between result.json and the table: only the seconds are lost
-                    rows[slide_id] = _row(SlideResult(numbers, {}), engine)
-                summary.scored.append(rows[slide_id])
+                result = read_result(own) or score_slide(
+                    ref.path, own, engine, config, mpp=ref.mpp, mpp_source=ref.mpp_source, progress=watch
+                )
+                (own / _FAILURE).unlink(missing_ok=True)
+                summary.scored.append(_row(result))
             except Exception as error:
-                if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error):
+                if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, folder):
                     raise
-                rows.pop(slide_id, None)
-                failures[slide_id] = _failure(ref, slide_id, stage, error)
-                summary.failed.append(failures[slide_id])
-            _write_tables(folder, rows, failures, engine)
+                failure = _failure(ref, slide_id, stage, error)
+                summary.failed.append(failure)
+                own.mkdir(exist_ok=True)
+                write_json(own / _FAILURE, failure)
+            _write_tables(folder)
     except OSError as error:
         if isinstance(error, WsiError):
             raise
@@ -203,17 +200,30 @@ def score_archive(
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    slides, dicom_folders = [], set()
+    slides, series = [], set()
     for path in sorted(folder.rglob("*")):
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES or path.name.startswith(".") or not path.is_file():
             continue
         if suffix in _DICOM:
-            if path.parent in dicom_folders:
+            uid = _dicom_series(path)
+            if (path.parent, uid) in series:
                 continue
-            dicom_folders.add(path.parent)
+            series.add((path.parent, uid))
         slides.append(path)
     return slides
+
+
+def _dicom_series(path: Path) -> bytes:
+    """Return the SeriesInstanceUID (0020,000E): files of one series are levels and parts of one slide."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    at = head.find(b"\x20\x00\x0e\x00")
+    if at < 0:
+        return path.name.encode()  # each file for itself
+    explicit = head[at + 4 : at + 6] == b"UI"
+    length = int.from_bytes(head[at + 6 : at + 8] if explicit else head[at + 4 : at + 8], "little")
+    return head[at + 8 : at + 8 + length].strip(b"\0 ")
 
 
 def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
@@ -221,6 +231,7 @@ def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
             if "slide" not in (reader.fieldnames or ()):
                 raise ManifestError(
                     path,
@@ -250,30 +261,37 @@ def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
     return refs
 
 
-def _key(path: str) -> str:
-    return path if is_url(path) else str(Path(path).resolve())
-
-
-def _finished(folder: Path, ref: SlideRef) -> dict[str, Any] | None:
-    """Return the numbers of a slide that an earlier run finished."""
+def _earlier(folder: Path) -> dict[str, Any] | None:
+    """Return what a slide folder says of its slide: of a finished one, or of one that failed."""
     result = read_result(folder)
-    if result is None or _key(str(result.get("slide"))) != _key(ref.path):
+    if result is not None:
+        return result.numbers
+    try:
+        found = json.loads((folder / _FAILURE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    if ref.mpp is not None and (result["mpp_source"] != ref.mpp_source or abs(result["mpp"] / ref.mpp - 1) > 1e-5):
-        raise ConfigMismatch(
-            folder,
-            f"was scored at {result['mpp']:g} microns per pixel ({result['mpp_source']}), now {ref.mpp:g} is given",
-            "Choose another results folder, or start over with --force",
-        )
-    return result
+    return found if isinstance(found, dict) else None
 
 
-def _claim(folder: Path, engine: Engine, config: ScoreConfig, *, force: bool, command: Sequence[str]) -> None:
-    """Write run.json, or refuse a folder of another configuration."""
+def _is_of(earlier: dict[str, Any], ref: SlideRef) -> bool:
+    return earlier.get("slide") == absolute(ref.path)
+
+
+def _claim(
+    folder: Path,
+    engine: Engine,
+    config: ScoreConfig,
+    refs: Sequence[SlideRef],
+    ids: Sequence[str],
+    *,
+    force: bool,
+    command: Sequence[str],
+) -> None:
+    """Write run.json, or refuse a folder of another configuration before anything is touched."""
     identity = json.loads(
         json.dumps(
             {
-                "model": engine.model.config.folder.name,
+                "model": engine.model.name,
                 "model_sha256": engine.model.sha256,
                 "mil_sha256": engine.mil.sha256 if engine.mil else None,
                 "precision": engine.model.precision,
@@ -283,35 +301,39 @@ def _claim(folder: Path, engine: Engine, config: ScoreConfig, *, force: bool, co
         )
     )
     path = folder / "run.json"
+    remedy = "Choose another folder with -o, or start these slides over with --force"
+    others = sorted(
+        child.name for child in folder.iterdir() if child.name not in {*ids, *_OUR_FILES} and child.name[0] != "."
+    )
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))["configuration"]
     except FileNotFoundError:
-        others = [name.name for name in folder.iterdir() if not name.name.startswith(".")]
-        if others:
-            raise OutputError(
-                folder,
-                f"holds files that are not results of ours ({', '.join(sorted(others)[:3])})",
-                "Choose an empty folder",
-            ) from None
         earlier = identity
-    except (ValueError, KeyError, TypeError) as error:
-        if not force:
-            raise ConfigMismatch(
-                path, "is damaged", "Choose another results folder, or start over with --force"
-            ) from error
-        earlier = None
-    if earlier != identity and not force:
+        if others:
+            what = f"holds files that are not results of ours ({', '.join(others[:3])})"
+            raise OutputError(folder, what, "Choose an empty folder") from None
+    except (ValueError, KeyError, TypeError):
+        earlier = {}
+    if earlier != identity and (not force or others):
         changed = sorted(key for key in {*identity, *earlier} if identity.get(key) != earlier.get(key))
-        raise ConfigMismatch(
-            folder,
-            "holds results of another configuration: "
-            + ", ".join(
-                f"{key} was {json.dumps(earlier.get(key))}, now {json.dumps(identity.get(key))}" for key in changed
-            ),
-            "Choose another folder with -o, or start over with --force",
+        what = "holds results of another configuration: " + ", ".join(
+            f"{key} was {json.dumps(earlier.get(key))}, now {json.dumps(identity.get(key))}" for key in changed
         )
-    if force:
-        _clear(folder)
+        if others and force:
+            raise ConfigMismatch(
+                folder, f"{what}; and of other slides ({', '.join(others[:3])})", "Choose another folder"
+            )
+        raise ConfigMismatch(folder, what, remedy)
+    for ref, slide_id in zip(refs, ids, strict=True):
+        own = folder / slide_id
+        result = read_result(own)
+        if force:
+            shutil.rmtree(own, ignore_errors=True)
+        elif result is not None and result.numbers.get("mpp_given") != ref.mpp:
+            given = [value or "the file's own" for value in (result.numbers.get("mpp_given"), ref.mpp)]
+            raise ConfigMismatch(
+                own, f"was scored at {given[0]} microns per pixel, now {given[1]} is asked for", remedy
+            )
     write_json(
         path,
         {
@@ -322,15 +344,6 @@ def _claim(folder: Path, engine: Engine, config: ScoreConfig, *, force: bool, co
             "versions": _versions(),
         },
     )
-
-
-def _clear(folder: Path) -> None:
-    """Remove what this package made in a results folder, and nothing else."""
-    for child in folder.iterdir():
-        if child.is_dir() and ((child / "store.zarr").exists() or (child / "result.json").exists()):
-            shutil.rmtree(child)
-    for name in ("slides.csv", "failures.csv", "run.json"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:
@@ -354,23 +367,18 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _row(result: SlideResult, engine: Engine) -> dict[str, Any]:
+def _row(result: SlideResult) -> dict[str, Any]:
     numbers = result.numbers
-    probabilities = numbers["probabilities"] or {}
     return {
         "slide_id": numbers["slide_id"],
         "slide": numbers["slide"],
         "status": "scored",
         "grade": numbers["grade"],
-        **{f"prob_{name}": probabilities.get(name) for name in _grades(engine)},
+        **{f"prob_{name}": value for name, value in (numbers["probabilities"] or {}).items()},
         **{name: numbers[name] for name in _NUMBER_COLUMNS if name != "flags"},
         "flags": " ".join(numbers["flags"]),
-        **{f"seconds_{stage}": _seconds(result.seconds.get(stage)) for stage in _STAGES},
+        **{f"seconds_{stage}": round(value, 3) for stage, value in result.seconds.items()},
     }
-
-
-def _seconds(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
 
 
 def _failure(ref: SlideRef, slide_id: str, stage: str, error: Exception) -> dict[str, Any]:
@@ -379,36 +387,26 @@ def _failure(ref: SlideRef, slide_id: str, stage: str, error: Exception) -> dict
         traceback.print_exception(error, file=sys.stderr)
     return {
         "slide_id": slide_id,
-        "slide": ref.path,
+        "slide": absolute(ref.path),
         "stage": stage,
         "error": f"{error.where}: {error.what}" if isinstance(error, WsiError) else f"{type(error).__name__}: {error}",
         "remedy": error.remedy if isinstance(error, WsiError) else "Please report this: it should not happen",
     }
 
 
-def _grades(engine: Engine) -> tuple[str, ...]:
-    return engine.mil.config.class_names if engine.mil else ()
-
-
-def _write_tables(
-    folder: Path, rows: dict[str, dict[str, Any]], failures: dict[str, dict[str, Any]], engine: Engine
-) -> None:
-    columns = (
-        *_SLIDE_COLUMNS,
-        *(f"prob_{name}" for name in _grades(engine)),
-        *_NUMBER_COLUMNS,
-        *(f"seconds_{stage}" for stage in _STAGES),
-    )
-    write_csv(folder / "slides.csv", columns, [rows[key] for key in sorted(rows)])
-    write_csv(folder / "failures.csv", _FAILURE_COLUMNS, [failures[key] for key in sorted(failures)])
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []
+def _write_tables(folder: Path) -> None:
+    """Make slides.csv and failures.csv of what lies in the slide folders, whoever wrote it."""
+    rows, failures = [], []
+    for own in sorted(child for child in folder.iterdir() if child.is_dir()):
+        result = read_result(own)
+        if result is not None:
+            rows.append(_row(result))
+        elif (failure := _earlier(own)) is not None:
+            failures.append(failure)
+    grades = sorted({name for row in rows for name in row if name.startswith("prob_")})
+    columns = (*_SLIDE_COLUMNS, *grades, *_NUMBER_COLUMNS, *(f"seconds_{stage}" for stage in _STAGES))
+    write_csv(folder / "slides.csv", columns, rows)
+    write_csv(folder / "failures.csv", _FAILURE_COLUMNS, failures)
 
 
 def default_threads() -> int:

@@ -114,14 +114,9 @@ class OutputError(WsiError, OSError):
         return mapped
 
 
-def is_output_error(error: OSError) -> bool:
-    """Whether an ``OSError`` speaks of the place written to (full disk, permission, read-only)."""
-    return error.errno in {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOTDIR,
-        errno.EEXIST,
-    }
+def is_output_error(error: OSError, folder: str | os.PathLike[str]) -> bool:
+    """Whether an ``OSError`` says that `folder` cannot be written to (and not that something cannot be read)."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+        return True
+    inside = os.path.abspath(os.fsdecode(error.filename or "")).startswith(os.path.abspath(folder))  # noqa: PTH100
+    return inside and error.errno in {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}

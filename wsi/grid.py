@@ -42,7 +42,7 @@ class TileGrid:
     def cover(
         cls, size: tuple[int, int], *, slide_mpp: Mpp, mpp: float, tile_px: int, stride_px: int | None = None
     ) -> Self:
-        """Lay tiles over a slide so that every pixel lies in one; the last may reach outside.
+        """Lay tiles over a slide so that every pixel lies in one (or a gap, if asked for); the last may reach outside.
 
         Parameters
         ----------
@@ -80,14 +80,18 @@ class TileGrid:
         scale = mpp / slide_mpp.x, mpp / slide_mpp.y
         tile = tile_px * scale[0], tile_px * scale[1]
         stride = stride_px * scale[0], stride_px * scale[1]
-        if tile[0] > size[0] or tile[1] > size[1]:
+        # Rounded before comparing: 0.1 + 0.2 must neither refuse a slide of one tile nor make an extra column.
+        if round(tile[0] - size[0], 6) > 0 or round(tile[1] - size[1], 6) > 0:
             raise GridError(
                 f"slide of {size[0]} x {size[1]} px",
                 f"is smaller than one tile of {tile_px} px at {mpp:g} mpp ({tile[0]:.1f} x {tile[1]:.1f} level-0 px)",
                 "Use a smaller tile, or check the slide's microns per pixel",
             )
-        # Rounding before the ceiling: 0.1 + 0.2 must not make an extra column.
-        n_columns, n_rows = (1 + math.ceil(round((size[i] - tile[i]) / stride[i], 6)) for i in (0, 1))
+        # The last tile is the first to reach the end; with gaps there may be none, and none starts outside.
+        n_columns, n_rows = (
+            min(1 + math.ceil(round((size[i] - tile[i]) / stride[i], 6)), math.ceil(round(size[i] / stride[i], 6)))
+            for i in (0, 1)
+        )
         rows, columns = np.divmod(np.arange(n_rows * n_columns, dtype=np.int64), n_columns)
         return cls(columns.astype(np.int32), rows.astype(np.int32), tile, stride, tile_px, mpp)
 

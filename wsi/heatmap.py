@@ -89,8 +89,13 @@ class Heatmap:
         np.divide(total, weight, out=mean, where=weight > 0, casting="same_kind")
         return mean
 
+    @property
+    def _has_gaps(self) -> bool:
+        """Whether the stride is longer than the tile."""
+        return any(t < s * (1 - 1e-9) for t, s in zip(self.grid.tile, self.grid.stride, strict=True))
+
     def regions(self, threshold: float, within: Box) -> list[shapely.Polygon]:
-        """Return the areas where the raster is at least `threshold`.
+        """Return the areas where the raster is at least `threshold`; of tiles with gaps between them, the tiles.
 
         Parameters
         ----------
@@ -104,11 +109,16 @@ class Heatmap:
             Level-0 pixels; valid, holes kept; cells that share an edge are one region, cells that share a corner are
             not. By falling area, then x and y.
         """
-        stride = np.array(self.grid.stride)
-        with np.errstate(invalid="ignore"):
-            cells = mask_polygons(self.raster() >= threshold)
         limit = shapely.box(within.x, within.y, within.x + within.w, within.y + within.h)
-        clipped = [shapely.intersection(shapely.transform(cell, lambda xy: xy * stride), limit) for cell in cells]
+        if self._has_gaps:
+            x, y, w, h = self.grid.keep(self.values >= threshold).boxes().T
+            shapes = list(shapely.box(x, y, x + w, y + h))
+        else:
+            stride = np.array(self.grid.stride)
+            with np.errstate(invalid="ignore"):
+                cells = mask_polygons(self.raster() >= threshold)
+            shapes = [shapely.transform(cell, lambda xy: xy * stride) for cell in cells]
+        clipped = shapely.intersection(shapes, limit)
         # Clipping may cut one in two, and leaves a line where a region only touches the limit.
         parts = [part for part in shapely.get_parts(clipped) if part.geom_type == "Polygon" and part.area > 0]
         return sorted(parts, key=lambda p: (-p.area, *p.bounds))
@@ -267,17 +277,20 @@ def _blend(
     """Lay the raster on the picture of `bounds`; a pixel takes the cell that its centre lies in."""
     raster = heatmap.raster()
     cells = []
-    for n, start, length, stride, last in zip(
+    for n, start, length, stride, tile, last in zip(
         picture.shape[:2],
         (bounds.y, bounds.x),
         (bounds.h, bounds.w),
         heatmap.grid.stride[::-1],
+        heatmap.grid.tile[::-1],
         raster.shape,
         strict=True,
     ):
-        cell = np.floor((start + (np.arange(n) + 0.5) * (length / n)) / stride).astype(np.intp)
-        # One more row and column, where there is no tile.
-        cells.append(np.where((cell >= 0) & (cell < last), cell, last))
+        position = (start + (np.arange(n) + 0.5) * (length / n)) / stride
+        cell = np.floor(position).astype(np.intp)
+        # One more row and column, where there is no tile: outside the grid, and in the gaps of a long stride.
+        on_tile = (cell >= 0) & (cell < last) & (position - cell < tile / stride)
+        cells.append(np.where(on_tile, cell, last))
     values = np.pad(raster, ((0, 1), (0, 1)), constant_values=np.nan)[np.ix_(*cells)]
     scored = ~np.isnan(values)
     step = np.clip((values[scored] - vmin) / (vmax - vmin), 0, 1) * (len(colours) - 1)

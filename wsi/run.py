@@ -7,6 +7,7 @@ stage is a plain function elsewhere; this file only strings them together and ke
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,9 +29,9 @@ from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.grade import MilModel, SlideScores, pick_class
 from wsi.nn.patch import PatchModel
-from wsi.slide import READERS, Slide, open_slide
+from wsi.slide import READERS, Slide, absolute, open_slide
 from wsi.store import PatchStore
-from wsi.tissue import TissueConfig, find_tissue
+from wsi.tissue import TissueConfig, TissueMask, find_tissue
 
 #: Colours of classes in QuPath: the positive ones as its built-in Tumor, the others apart from them.
 _POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
@@ -53,7 +54,7 @@ class ScoreConfig:
     stride_px : int, optional
         Distance between tiles in pixels at the model's mpp; None for tiles side by side.
     min_tissue : float
-        Share of a tile's area that must be tissue for the tile to be scored.
+        Share of a tile's area that must be tissue for the tile to be scored; 0 scores every tile.
     keep_pixels : bool
         Keep the patches in the store.
     reader : str
@@ -75,12 +76,15 @@ class ScoreConfig:
         if unknown:
             known = ", ".join(model.class_names)
             raise ModelError(
-                f"positive={unknown[0]!r}", f"{model.folder.name} has no such class", f"Its classes: {known}"
+                f"positive={unknown[0]!r}", f"{model.folder.resolve().name} has no such class", f"Its classes: {known}"
             )
         if self.reader not in READERS:
             raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
         if self.stride_px is not None and self.stride_px < 1:
             raise GridError(f"stride={self.stride_px}", "the stride must be at least 1 px")
+        for name, value in (("threshold", self.threshold), ("min_tissue", self.min_tissue)):
+            if value is not None and not 0 <= value <= 1:
+                raise GridError(f"{name}={value:g}", "must be from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class SlideResult:
 
 def score_slide(
     path: str,
-    folder: Path,
+    folder: str | os.PathLike[str],
     engine: Engine,
     config: ScoreConfig | None = None,
     *,
@@ -140,6 +144,7 @@ def score_slide(
     """
     config = config or ScoreConfig()
     config.check(engine.model.config)
+    folder = Path(folder)
     slide_id = slide_id or folder.name
     clock = _Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +156,7 @@ def score_slide(
             grid = TileGrid.cover(
                 slide.size, slide_mpp=slide.mpp, mpp=model.mpp, tile_px=model.tile_px, stride_px=config.stride_px
             )
-            grid = grid.keep(tissue.fraction(grid.boxes()) >= max(config.min_tissue, 1e-9))
+            grid = grid.keep(tissue.fraction(grid.boxes()) >= config.min_tissue)
             store = _store(folder / "store.zarr", grid, slide, engine, config)
         with clock.stage("tiles") as report:
             score_tiles(
@@ -168,42 +173,45 @@ def score_slide(
             if slide_scores is not None:
                 store.put("attention", slide_scores.attention)
         with clock.stage("export"):
-            numbers = _export(
-                folder, slide, slide_id, tissue.outlines(), grid, probabilities, slide_scores, engine, config
-            )
-            numbers["tissue_mm2"] = _rounded(tissue.area_mm2)
-            write_json(folder / "result.json", numbers)
+            numbers = _export(folder, slide, slide_id, tissue, grid, probabilities, slide_scores, engine, config)
+            numbers["mpp_given"] = mpp
+    write_json(folder / "seconds.json", {stage: round(value, 3) for stage, value in clock.seconds.items()})
+    write_json(folder / "result.json", numbers)
     return SlideResult(numbers, clock.seconds)
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a slide folder's result.json, or None where the slide is not finished."""
+def read_result(folder: Path) -> SlideResult | None:
+    """Return what an earlier run found of a slide, or None where it is not finished."""
     try:
-        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        numbers = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return found if isinstance(found, dict) and "slide_id" in found else None
+    return SlideResult(numbers, seconds) if isinstance(numbers, dict) and "slide_id" in numbers else None
 
 
 def _store(path: Path, grid: TileGrid, slide: Slide, engine: Engine, config: ScoreConfig) -> PatchStore:
     """Open what an earlier run left, if it is of the same slide, grid and model, or make an empty store."""
     identity = {
-        "slide": {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader},  # it may have moved
+        "slide_path": absolute(slide.path),
+        "slide": {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader},
         "model_sha256": engine.model.sha256,
         "precision": engine.model.precision,
         "wsi_version": __version__,
     }
+    classes = len(engine.model.config.class_names)
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {"probabilities": ((classes,), "float32")}
+    if engine.model.num_features:
+        arrays["features"] = ((engine.model.num_features,), "float16")
+    if engine.mil is not None:
+        arrays["attention"] = ((), "float32")
     if not path.exists():
-        classes = len(engine.model.config.class_names)
-        arrays: dict[str, tuple[tuple[int, ...], str]] = {"probabilities": ((classes,), "float32")}
-        if engine.model.num_features:
-            arrays["features"] = ((engine.model.num_features,), "float16")
-        if engine.mil is not None:
-            arrays["attention"] = ((), "float32")
-        return PatchStore.create(
-            path, grid, arrays, pixels=config.keep_pixels, attributes=identity | {"slide_path": slide.path}
-        )
+        return PatchStore.create(path, grid, arrays, pixels=config.keep_pixels, attributes=identity)
     store = PatchStore.open(path)
+    if set(arrays) | ({"pixels"} if config.keep_pixels else set()) != set(store.arrays):
+        raise ConfigMismatch(
+            path, f"holds {', '.join(store.arrays)}, and others are asked for", "Choose another folder"
+        )
     found = {key: store.attributes.get(key) for key in identity}
     changed = [key for key in identity if found[key] != identity[key]]
     if changed:
@@ -211,11 +219,11 @@ def _store(path: Path, grid: TileGrid, slide: Slide, engine: Engine, config: Sco
             path,
             "was made with another "
             + ", ".join(f"{key} ({json.dumps(found[key])}, now {json.dumps(identity[key])})" for key in changed),
-            "Choose another results folder, or start over with --force",
+            "Choose another folder",
         )
     same_tiles = np.array_equal(store.grid.columns, grid.columns) and np.array_equal(store.grid.rows, grid.rows)
     if not same_tiles or (store.grid.tile, store.grid.stride) != (grid.tile, grid.stride):
-        raise StoreError(path, "holds other tiles than this slide gives", "Start over with --force")
+        raise StoreError(path, "holds other tiles than this slide gives", "Choose another folder")
     return store
 
 
@@ -223,7 +231,7 @@ def _export(
     folder: Path,
     slide: Slide,
     slide_id: str,
-    tissue_outlines: list[shapely.Polygon],
+    tissue: TissueMask,
     grid: TileGrid,
     probabilities: npt.NDArray[np.float32],
     slide_scores: SlideScores | None,
@@ -235,7 +243,7 @@ def _export(
     names = model.class_names
     positive = config.positive or model.positive_classes
     threshold = model.threshold if config.threshold is None else config.threshold
-    metadata = {"model": model.folder.name, "model_sha256": engine.model.sha256, "use": "research only"}
+    metadata = {"model": engine.model.name, "model_sha256": engine.model.sha256, "use": "research only"}
     called = pick_class(probabilities, replace(model, positive_classes=positive), threshold)
 
     measurements: dict[str, npt.NDArray[Any]] = {f"prob_{name}": probabilities[:, i] for i, name in enumerate(names)}
@@ -253,6 +261,7 @@ def _export(
         metadata=metadata,
     )
 
+    tissue_outlines = tissue.outlines()
     regions = [
         Region(outline, PathClass("Tissue", _TISSUE_RGB), f"Tissue {i}", {"area_mm2": _mm2(outline, slide)})
         for i, outline in enumerate(tissue_outlines, 1)
@@ -282,12 +291,13 @@ def _export(
         tissue_outlines=tissue_outlines,
         label=f"probability of {' or '.join(positive)}" if positive else "",
     )
-    return _numbers(slide, slide_id, grid, outlines, positive, threshold, slide_scores, engine)
+    return _numbers(slide, slide_id, tissue, grid, outlines, positive, threshold, slide_scores, engine)
 
 
 def _numbers(
     slide: Slide,
     slide_id: str,
+    tissue: TissueMask,
     grid: TileGrid,
     outlines: list[shapely.Polygon],
     positive: tuple[str, ...],
@@ -298,40 +308,42 @@ def _numbers(
     """Assemble result.json; what is undefined is None, and `reasons` says why."""
     model, mil = engine.model.config, engine.mil
     flags, warnings, reasons = [], [], {}
+    nothing = "no tile holds enough tissue" if tissue.mask.any() else "no tissue"
     if not len(grid):
-        flags.append("no-tissue")
-        warnings.append("no tile holds enough tissue; look at overlay.png, and lower --min-tissue if there is tissue")
+        flags.append("no-tile" if tissue.mask.any() else "no-tissue")
+        warnings.append(f"{nothing}; look at overlay.png, and lower --min-tissue or --stride if there is tissue")
     if max(slide.mpp) > model.mpp * 1.1:
         flags.append("upsampled")
         warnings.append(
             f"the slide has {max(slide.mpp):.4g} microns per pixel, the model wants {model.mpp:g}: patches are enlarged"
         )
     if slide_scores is None:
-        reasons["grade"] = "no MIL model" if mil is None else "no tissue"
+        reasons["grade"] = "no MIL model" if mil is None else nothing
     if not positive:
         reasons["positive_mm2"] = reasons["largest_region_um"] = "the model names no positive classes; use --positive"
     elif not len(grid):
-        reasons["positive_mm2"] = reasons["largest_region_um"] = "no tissue"
+        reasons["positive_mm2"] = reasons["largest_region_um"] = nothing
     elif not outlines:
         reasons["largest_region_um"] = "no positive region"
     return {
         "slide_id": slide_id,
-        "slide": slide.path,
+        "slide": absolute(slide.path),
+        "mpp_given": None,
         "use": "research only",
         "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
         "probabilities": (
             {
-                name: _rounded(float(p))
-                for name, p in zip(mil.config.class_names, slide_scores.probabilities, strict=True)
+                name: None if slide_scores is None else _rounded(float(slide_scores.probabilities[i]))
+                for i, name in enumerate(mil.config.class_names)
             }
-            if mil and slide_scores
+            if mil
             else None
         ),
         "n_tiles": len(grid),
-        "tissue_mm2": None,
+        "tissue_mm2": _rounded(tissue.area_mm2),
         "positive_mm2": None
         if "positive_mm2" in reasons
-        else _rounded(sum(_mm2(outline, slide) for outline in outlines)),
+        else _rounded(_mm2(_common(outlines, tissue.outlines()), slide)),
         "largest_region_um": None
         if "largest_region_um" in reasons
         else _rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)),
@@ -349,7 +361,7 @@ def _numbers(
         "reasons": reasons,
         "provenance": {
             "wsi": __version__,
-            "model": model.folder.name,
+            "model": engine.model.name,
             "model_sha256": engine.model.sha256,
             "mil_sha256": mil.sha256 if mil else None,
             "precision": engine.model.precision,
@@ -369,7 +381,12 @@ def _percentile_rank(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.asarray(np.searchsorted(np.sort(values), values) * (100 / len(values)), np.float64)
 
 
-def _mm2(outline: shapely.Polygon, slide: Slide) -> float:
+def _common(regions: list[shapely.Polygon], tissue: list[shapely.Polygon]) -> shapely.Geometry:
+    """What of the regions, which are whole tiles, is tissue."""
+    return shapely.intersection(shapely.union_all(regions), shapely.union_all(tissue))
+
+
+def _mm2(outline: shapely.Geometry, slide: Slide) -> float:
     return slide.mpp.area_um2(outline.area) / 1e6
 
 

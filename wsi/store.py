@@ -17,7 +17,6 @@ is missing is what has no file.
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -267,12 +266,12 @@ class PatchStore:
         if "pixels" in self.arrays:
             kept: dask.array.Array = da.from_array(self._array("pixels"), chunks=(SHARD_TILES, side, side, 3))
             return kept
-        # As bytes: dask would otherwise look into the slide to name the graph. Reading is by path.
-        source, boxes = pickle.dumps(slide or self._slide()), self.grid.boxes()
+        # By path: each chunk opens the slide where it is computed.
+        (reopen, arguments), boxes = (slide or self._slide()).__reduce__(), self.grid.boxes()
 
         def cut(block_info: Any = None) -> npt.NDArray[np.uint8]:
             start, stop = block_info[None]["array-location"][0]
-            with pickle.loads(source) as opened:
+            with reopen(*arguments) as opened:
                 return np.stack([opened.read(Box(*box), (side, side)) for box in boxes[start:stop].tolist()])
 
         chunks = (tuple(len(self.tiles(i)) for i in range(-(-len(self) // SHARD_TILES))), (side,), (side,), (3,))

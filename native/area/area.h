@@ -6,7 +6,8 @@ namespace wsi {
 
 constexpr int kFixedPointBits = 12;            // cell edges are in 1/4096 source pixel
 constexpr int64_t kOnePixel = int64_t{1} << kFixedPointBits;
-constexpr int64_t kMaxCell = kOnePixel << 12;  // a cell spans at most 4096 px: sums fit 32 (rows) and 64 bits
+// A cell spans at most 1024 px: its sum stays below 2^52, so that doubles hold it exactly, here and in the twin.
+constexpr int64_t kMaxCell = kOnePixel << 10;
 
 // source: (h, w, 3), rows source_stride bytes apart. edges: strictly increasing, in [0, 4096 * size].
 // out: (out_h, out_w, 3), rows out_stride bytes apart. row_sums: scratch of 3 * w.

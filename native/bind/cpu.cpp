@@ -34,7 +34,7 @@ void check_edges(const char* name, const Edges& edges, int64_t out_size, int64_t
     throw std::invalid_argument(n + ": edges lie outside the source");
   for (int64_t i = 0; i < out_size; ++i)
     if (e[i + 1] <= e[i] || e[i + 1] - e[i] > wsi::kMaxCell)
-      throw std::invalid_argument(n + ": edges must increase, by 4096 source pixels at most");
+      throw std::invalid_argument(n + ": edges must increase, by 1024 source pixels at most");
 }
 
 void area_average(Image source, Edges edges_y, Edges edges_x, Output out) {

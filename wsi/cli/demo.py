@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from wsi.cli.display import say, watching
+from wsi.errors import OutputError
 
 
 def demo(
@@ -32,7 +33,10 @@ def demo(
     from wsi.run import ScoreConfig
 
     slide = out / f"phantom-{size}-{seed}.tif"
-    slide.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError.of(error, out) from error
     truth = write_phantom(slide, PhantomConfig(size=(size, size), seed=seed))
     engine = load_engine(
         "phantom", None, device="auto", precision="auto", torchscript=False, batch_size=64, threads=default_threads()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from wsi.cli.display import say, watching
+
+if TYPE_CHECKING:
+    from wsi.run import Engine
 
 
 def score(
@@ -18,13 +21,18 @@ def score(
     out: Annotated[Path, typer.Option("-o", "--out", help="Results folder; the same command again resumes.")],
     mil: Annotated[
         str | None,
-        typer.Option(help="MIL head: a name or folder, or 'none'. Default: the one inside the model's folder."),
+        typer.Option(help="MIL head: a name, a folder, or 'none'. Default: the one inside the model's folder."),
     ] = None,
-    mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, where the files do not say.")] = None,
+    mpp: Annotated[
+        float | None,
+        typer.Option(min=0.05, max=20, help="Microns per level-0 pixel of all these slides, overriding what they say."),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Distance between tiles in pixels at the model's mpp. Default: side by side.")
     ] = None,
-    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Share of a tile that must be tissue.")] = 0.25,
+    min_tissue: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a tile that is tissue; 0 scores all.")
+    ] = 0.25,
     threshold: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Probability from which a tile is positive. Default: the model's."),
@@ -36,10 +44,10 @@ def score(
     reader: Annotated[str, typer.Option(help="auto, openslide or tiffslide.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Patches a forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=256, help="Patches a forward pass.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")] = None,
     torchscript: Annotated[bool, typer.Option(help="Allow TorchScript weights: they run code.")] = False,
-    force: Annotated[bool, typer.Option(help="Throw away results of another configuration and start over.")] = False,
+    force: Annotated[bool, typer.Option(help="Throw away earlier results of these slides and start over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
 ) -> None:
@@ -53,7 +61,7 @@ def score(
       wsi score slide.svs --model hf-hub:OWNER/NAME --positive tumor -o results
     """
     from wsi.archive import default_threads, find_slides, score_archive
-    from wsi.run import Engine, ScoreConfig
+    from wsi.run import ScoreConfig
 
     refs = find_slides(slides, mpp)
     engine = load_engine(
@@ -68,7 +76,6 @@ def score(
         keep_pixels=keep_pixels,
         reader=reader,
     )
-    assert isinstance(engine, Engine)
     with watching(len(refs), quiet=quiet) as watcher:
         summary = score_archive(
             refs, out, engine, config,
@@ -77,7 +84,8 @@ def score(
     if as_json:
         print(json.dumps({"scored": summary.scored, "failed": summary.failed}, indent=2))
     for row in summary.failed:
-        say(f"wsi: {row['error']} [{row['stage']}]. {row['remedy']}")
+        where = "" if row["slide"] in row["error"] else f"{row['slide']}: "
+        say(f"wsi: {where}{row['error']} [{row['stage']}]. {row['remedy']}")
     say(f"{len(summary.scored)} of {len(refs)} slides scored: {out / 'slides.csv'}", quiet=quiet)
     if summary.failed:
         say(f"{len(summary.failed)} failed: {out / 'failures.csv'}", quiet=quiet)
@@ -86,7 +94,7 @@ def score(
 
 def load_engine(
     model: str, mil: str | None, *, device: str, precision: str, torchscript: bool, batch_size: int, threads: int
-) -> Any:
+) -> Engine:
     """Load the models; the MIL head inside the patch model's folder unless told otherwise."""
     from wsi.nn.grade import load_mil_model
     from wsi.nn.patch import load_patch_model

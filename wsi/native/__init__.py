@@ -18,5 +18,6 @@ except ImportError:  # installed without a compiler
     area_average = twin.area_average
 
 FIXED_POINT_BITS = twin.FIXED_POINT_BITS
+MAX_CELL_PX = twin.MAX_CELL_PX
 
-__all__ = ["FIXED_POINT_BITS", "HAVE_CPU", "area_average"]
+__all__ = ["FIXED_POINT_BITS", "HAVE_CPU", "MAX_CELL_PX", "area_average"]

@@ -8,6 +8,9 @@ import numpy.typing as npt
 #: Cell edges are given in 1/4096 of a source pixel, so that every sum below is an exact integer.
 FIXED_POINT_BITS = 12
 
+#: A cell spans at most so many source pixels, for sums to stay exact.
+MAX_CELL_PX = 1024
+
 
 def area_average(
     source: npt.NDArray[np.uint8],
@@ -21,7 +24,8 @@ def area_average(
     ----------
     source : uint8 (h, w, 3)
     edges_y : int64 (out_h + 1,)
-        Strictly increasing cell edges in 1/4096 source pixel, within [0, 4096 * h].
+        Strictly increasing cell edges in 1/4096 source pixel, within [0, 4096 * h]; a cell spans at most
+        1024 pixels.
     edges_x : int64 (out_w + 1,)
         Likewise along x, within [0, 4096 * w].
     out : uint8 (out_h, out_w, 3)
@@ -29,7 +33,7 @@ def area_average(
 
     Notes
     -----
-    Coverages are integers and all sums stay below 2**53, so float64 holds them exactly and neither
+    Coverages are integers and all sums stay below 2**52, so float64 holds them exactly and neither
     the order of summation nor the instruction set can change a bit.
 
     Examples

@@ -43,6 +43,8 @@ class ModelConfig:
     architecture_args : dict
         Keyword arguments of the network's constructor.
     class_names : tuple of str
+    num_logits : int
+        Outputs of the network: one a class, or 1 for two classes told apart by a sigmoid.
     positive_classes : tuple of str
         Classes that the heatmap shows and regions are drawn for; empty where the folder does not say.
     threshold : float
@@ -63,6 +65,7 @@ class ModelConfig:
     task: Literal["patch", "mil"]
     architecture: str
     class_names: tuple[str, ...]
+    num_logits: int
     architecture_args: dict[str, Any] = field(default_factory=dict)
     positive_classes: tuple[str, ...] = ()
     threshold: float = 0.5
@@ -128,6 +131,8 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
         names = tuple(str(name) for name in raw["class_names"])
         if int(raw["num_classes"]) != len(names) or len(set(names)) != len(names):
             raise TypeError(f"num_classes is {raw['num_classes']} and class_names are {list(names)}")
+        if len(names) == 1:  # one logit, a sigmoid: shown as two classes, so that probabilities sum to 1
+            names = (f"not {names[0]}", names[0])
         positive = tuple(str(name) for name in raw.get("positive_classes", ()))
         if not set(positive) <= set(names):
             raise TypeError(f"positive_classes {list(positive)} are not among class_names {list(names)}")
@@ -139,6 +144,7 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
             "class_names": names,
             "positive_classes": positive,
             "threshold": float(raw.get("threshold", 0.5)),
+            "num_logits": int(raw["num_classes"]),
             "weights_sha256": raw.get("weights_sha256"),
             "encoder_sha256": raw.get("encoder_sha256"),
         }

@@ -87,7 +87,10 @@ def load_mil_model(name: str | Path, encoder: PatchModel) -> MilModel:
     ModelError
         Also where the head was trained on the features of another model: its grades would mean nothing.
     """
-    config = read_config(find_model(str(name)), "mil")
+    folder = find_model(str(name))
+    if (folder / "mil" / "config.json").is_file():  # a patch model's folder: the head inside it
+        folder = folder / "mil"
+    config = read_config(folder, "mil")
     if config.architecture != "gated-attention":
         raise ModelError(config.folder, f"is of architecture {config.architecture!r}", "Known: gated-attention")
     if not encoder.num_features:

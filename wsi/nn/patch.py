@@ -12,6 +12,7 @@ import torch
 
 from wsi.errors import ModelError
 from wsi.nn.checkpoint import (
+    HUB_PREFIX,
     TORCHSCRIPT,
     ModelConfig,
     find_model,
@@ -48,6 +49,8 @@ class PatchModel:
     Attributes
     ----------
     config : ModelConfig
+    name : str
+        The name it was asked for by, or its folder's.
     sha256 : str
         Of the weights file.
     num_features : int
@@ -64,9 +67,18 @@ class PatchModel:
     """
 
     def __init__(
-        self, config: ModelConfig, net: torch.nn.Module, *, num_features: int, sha256: str, device: str, precision: str
+        self,
+        config: ModelConfig,
+        net: torch.nn.Module,
+        *,
+        name: str,
+        num_features: int,
+        sha256: str,
+        device: str,
+        precision: str,
     ) -> None:
         self.config = config
+        self.name = name
         self.sha256 = sha256
         self.num_features = num_features
         self.device = device
@@ -103,13 +115,15 @@ class PatchModel:
                 logits = self._net(x)
                 features = logits[:, :0]
         logits = logits.float()
-        if logits.shape != (len(rgb), len(self.config.class_names)):
+        if logits.shape != (len(rgb), self.config.num_logits):
             raise ModelError(
                 self.config.folder,
-                f"the network gives {tuple(logits.shape)}, not {len(rgb)} x {len(self.config.class_names)} logits",
+                f"the network gives {tuple(logits.shape)}, not {len(rgb)} x {self.config.num_logits} logits",
                 "Correct class_names in its config.json",
             )
-        probabilities = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+        if self.config.num_logits == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)  # whose softmax is the sigmoid
+        probabilities = logits.softmax(1)
         scores = PatchScores(features.float().cpu().numpy(), probabilities.cpu().numpy())
         if not (np.isfinite(scores.features).all() and np.isfinite(scores.probabilities).all()):
             raise ModelError(
@@ -146,16 +160,17 @@ def load_patch_model(
     device = pick_device(device)
     precision = pick_precision(precision, device)
     sha256 = weights_sha256(config)
+    shown = name if name.startswith(HUB_PREFIX) else folder.resolve().name
     if torchscript and (folder / TORCHSCRIPT).is_file():
         try:
             script: torch.nn.Module = torch.jit.load(str(folder / TORCHSCRIPT), map_location="cpu")
         except RuntimeError as error:
             raise ModelError(folder / TORCHSCRIPT, "is damaged", "Fetch the model again") from error
-        return PatchModel(config, script, num_features=0, sha256=sha256, device=device, precision="float32")
+        return PatchModel(config, script, name=shown, num_features=0, sha256=sha256, device=device, precision="float32")
     net: Any = _network(config)
     fit_weights(net, load_weights(config), config)
     return PatchModel(
-        config, net, num_features=int(net.num_features), sha256=sha256, device=device, precision=precision
+        config, net, name=shown, num_features=int(net.num_features), sha256=sha256, device=device, precision=precision
     )
 
 
@@ -192,7 +207,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def _network(config: ModelConfig) -> Any:
-    arguments = {"num_classes": len(config.class_names), **config.architecture_args}
+    arguments = {"num_classes": config.num_logits, **config.architecture_args}
     try:
         if config.architecture in OUR_NETS:
             module, name = OUR_NETS[config.architecture]

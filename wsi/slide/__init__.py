@@ -15,7 +15,7 @@ from pathlib import Path
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat
 from wsi.slide.base import GivenMpp, Slide
 
-__all__ = ["READERS", "Slide", "is_url", "open_slide"]
+__all__ = ["READERS", "Slide", "absolute", "is_url", "open_slide"]
 
 #: Names accepted as `reader`. "auto" is OpenSlide, then tiffslide for what OpenSlide does not open.
 READERS = ("auto", "openslide", "tiffslide")
@@ -60,6 +60,11 @@ def open_slide(
     except UnknownFormat:
         # Only what OpenSlide does not know: a file that it knows and finds damaged must not be read anyway.
         return _with_tiffslide(name, given)
+
+
+def absolute(path: str) -> str:
+    """Return a path that means the same from every working directory; URLs as they are."""
+    return path if is_url(path) else str(Path(path).resolve())
 
 
 def is_url(path: str) -> bool:

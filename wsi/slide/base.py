@@ -125,11 +125,6 @@ class Slide(ABC):
         ]
         return max(fine_enough, default=0, key=lambda level: self.size[0] / self.level_sizes[level][0])
 
-    def thumbnail(self, mpp: float, within: Box | None = None) -> U8:
-        """Return `within` (default: the whole slide) at `mpp` microns per pixel, uint8 (h, w, 3)."""
-        box = within or Box(0, 0, *self.size)
-        return self.read(box, (max(1, round(box.w * self.mpp.x / mpp)), max(1, round(box.h * self.mpp.y / mpp))))
-
     def _read_block(self, level: int, edges_x: npt.NDArray[np.int64], edges_y: npt.NDArray[np.int64], out: U8) -> None:
         one = 1 << native.FIXED_POINT_BITS
         x0, y0 = int(edges_x[0]) // one, int(edges_y[0]) // one
@@ -196,7 +191,8 @@ def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, float] | 
     remedy = "Give it with --mpp (microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
     if given is not None:
         if not (math.isfinite(given.mpp) and low <= given.mpp <= high):
-            raise MppError(path, f"{given.mpp:g} microns per pixel ({given.source}) is outside {low}-{high}")
+            what = f"{given.mpp:g} microns per pixel ({given.source}) is outside {low}-{high}"
+            raise MppError(path, what, "Give the microns that one full-resolution pixel measures")
         return Mpp(given.mpp, given.mpp), given.source
     if found is None:
         raise MppError(path, "the file does not say how many microns a pixel measures", remedy)
@@ -235,6 +231,10 @@ def _cell_edges(start: float, length: float, n: int, scale: float) -> npt.NDArra
     edges: npt.NDArray[np.int64] = np.rint(position).astype(np.int64)
     if (np.diff(edges) < 1).any():
         raise ValueError(f"cannot enlarge {length:g} level-0 px to {n} px")
+    if (np.diff(edges) > native.MAX_CELL_PX << native.FIXED_POINT_BITS).any():
+        raise ValueError(
+            f"cannot reduce {length:g} level-0 px to {n} px: more than {native.MAX_CELL_PX}-fold for a level"
+        )
     return edges
 
 

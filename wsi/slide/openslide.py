@@ -17,6 +17,9 @@ from wsi.units import Box
 _TIFF_TAG_VENDORS = {"generic-tiff"}
 
 
+_AGAIN = "Copy it from the source again"
+
+
 class OpenSlideReader(Slide):
     """A slide opened with openslide-python. Associated images (label, macro) are never touched.
 
@@ -37,9 +40,7 @@ class OpenSlideReader(Slide):
                 path, "is not a format that OpenSlide reads", "Convert it to a pyramidal TIFF"
             ) from error
         except openslide.OpenSlideError as error:
-            raise SlideUnreadable(
-                path, f"is damaged or incomplete ({error})", "Copy it from the source again"
-            ) from error
+            raise SlideUnreadable(path, f"is damaged or incomplete ({error})", _AGAIN) from error
         properties = self._slide.properties
         self.path = path
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
@@ -48,8 +49,11 @@ class OpenSlideReader(Slide):
         source = "tiff-tags" if self.vendor in _TIFF_TAG_VENDORS else f"vendor:{self.vendor}"
         try:
             if self.vendor in _TIFF_TAG_VENDORS:
-                with tifffile.TiffFile(path) as tiff:
-                    refuse_turned(path, tiff.pages.first)
+                try:
+                    with tifffile.TiffFile(path) as tiff:
+                        refuse_turned(path, tiff.pages.first)
+                except (tifffile.TiffFileError, OSError) as error:
+                    raise SlideUnreadable(path, f"is damaged or incomplete ({error})", _AGAIN) from error
             self.mpp, self.mpp_source = resolve_mpp(path, given, _mpp_of(properties), source)
             self.bounds = _bounds_of(properties, self.size)
         except BaseException:
@@ -67,11 +71,12 @@ class OpenSlideReader(Slide):
             )
         except openslide.OpenSlideError as error:
             # An OpenSlide handle stays in error once it met one: open a fresh one for the reads to come.
+            # The old one closes with its last reference; other threads may be reading from it.
             self._slide = openslide.OpenSlide(self.path)
             raise SlideUnreadable(
                 self.path,
                 f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({error})",
-                "Copy it from the source again",
+                _AGAIN,
             ) from error
         return compose_on_white(np.asarray(rgba)[y - y0 :, x - x0 :])
 

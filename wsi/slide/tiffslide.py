@@ -34,6 +34,10 @@ class TiffSlideReader(Slide):
             warnings.simplefilter("ignore")  # tiffslide warns of every tag it does not know
             try:
                 self._slide = tiffslide.TiffSlide(path)
+            except ImportError as error:  # fsspec without the package for this kind of URL
+                raise SlideUnreadable(
+                    path, f"needs a further package ({error})", "pip install 'wsi[remote]'"
+                ) from error
             except FileNotFoundError as error:
                 raise SlideNotFound(path, "there is no such file", "Check the path") from error
             except _DAMAGE as error:
