@@ -83,9 +83,7 @@ class P4MConv(nn.Module):
         self.side = side
         self.padding = padding
         taps = in_orientations * side * side
-        self.weight = nn.Parameter(
-            torch.randn(c_out, c_in, taps) * (2 / (c_in * taps)) ** 0.5
-        )  # He et al. 2015
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, taps) * (2 / (c_in * taps)) ** 0.5)  # He et al. 2015
         self.register_buffer("index", turned_filter_index(side, in_orientations), persistent=False)
 
     def filters(self) -> Tensor:
