@@ -116,11 +116,10 @@ def test_torchstains_pair_by_the_literal_method(data_dir, turned):
 
 
 def histolab_mask(rgb: np.ndarray) -> np.ndarray:
-    """Tissue as histolab finds it in a tile: Otsu on grey, dilated, filled."""
-    grey = np.asarray(Image.fromarray(rgb).convert("L"))
-    return ndimage.binary_fill_holes(
-        ndimage.binary_dilation(grey < threshold_otsu(grey), disk(2)), structure=np.ones((20, 20))
-    )
+    """Tissue as histolab finds it in a tile: on a white border, Otsu on grey, dilated, filled."""
+    grey = np.asarray(Image.fromarray(np.pad(rgb, ((10, 10), (10, 10), (0, 0)), constant_values=255)).convert("L"))
+    dark = ndimage.binary_dilation(grey < threshold_otsu(grey), disk(2))
+    return ndimage.binary_fill_holes(dark, structure=np.ones((20, 20)))[10:-10, 10:-10]
 
 
 @pytest.fixture
