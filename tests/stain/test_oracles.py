@@ -175,18 +175,18 @@ def test_sparse_amounts_are_the_lassos():
     density = np.abs(rng.normal(0.4, 0.4, (60, 3)))
     lasso = Lasso(alpha=0.1 / 3, positive=True, fit_intercept=False, tol=1e-12, max_iter=100_000)  # mean over 3 rows
     expected = [lasso.fit(stains.T, pixel).coef_.copy() for pixel in density]
-    np.testing.assert_allclose(sparse_amounts(density, stains, 0.1), expected, atol=1e-6)
+    np.testing.assert_allclose(sparse_amounts(density.T, stains, 0.1).T, expected, atol=1e-6)
 
 
 def test_factors_are_found_from_a_poor_start_and_never_get_worse():
     rng = np.random.default_rng(0)
     amounts = rng.gamma(0.5, 0.8, (5000, 2))  # most pixels have little of one of them
-    density = amounts @ TRUE_HE.T
+    density = TRUE_HE @ amounts.T
     found = factor(density, np.array([[0.8, 0.5, 0.3], [0.1, 0.7, 0.7]]), 0.01)
     np.testing.assert_allclose(found, TRUE_HE.T, atol=0.03)
 
     def objective(stains: np.ndarray) -> float:
         h = sparse_amounts(density, stains, 0.01)
-        return 0.5 * ((density - h @ stains) ** 2).sum() + 0.01 * h.sum()
+        return 0.5 * ((density - stains.T @ h) ** 2).sum() + 0.01 * h.sum()
 
     assert objective(found) <= objective(TRUE_HE.T.copy())

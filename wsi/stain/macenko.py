@@ -9,7 +9,7 @@ import numpy as np
 
 from wsi.slide.base import U8
 from wsi.stain.config import FitConfig
-from wsi.stain.pixels import brightest_tissue, density_table, tissue_pixels
+from wsi.stain.pixels import density_of, tissue_density
 from wsi.stain.statistics import F64, MIN_VARIANCE_RATIO, Stains, Unmeasurable
 
 #: The percentile of a stain's amounts that is its full strength.
@@ -48,20 +48,19 @@ def measure(rgb: U8, config: FitConfig) -> Stains:
     >>> stains.vectors[0][0] > stains.vectors[1][0]
     True
     """
-    table = density_table(config.io, clamp=not config.published)
-    density = table[tissue_pixels(rgb, brightest_tissue(config))]
+    density = tissue_density(rgb, config)
     vectors, variances = directions(density, config.alpha)
-    return Stains.of(vectors, full_strength(vectors, density, rgb, config), len(density), variances)
+    return Stains.of(vectors, full_strength(vectors, density, rgb, config), density.shape[1], variances)
 
 
 def directions(density: F64, alpha: float) -> tuple[F64, F64]:
-    """Find the extreme directions of optical densities (n, 3): unit vectors (2, 3), and the variances (3,)."""
-    variances, axes = np.linalg.eigh(np.cov(density, rowvar=False))
+    """Find the extreme directions of optical densities (3, n): unit vectors (2, 3), and the variances (3,)."""
+    variances, axes = np.linalg.eigh(np.cov(density))
     if not variances[1] > MIN_VARIANCE_RATIO * variances[2]:
         raise Unmeasurable("one-colour")
     plane = axes[:, 1:]
-    along = density @ plane
-    angles = np.percentile(np.arctan2(along[:, 1], along[:, 0]), (alpha, 100 - alpha))
+    second, first = plane.T @ density
+    angles = np.percentile(np.arctan2(first, second), (alpha, 100 - alpha))
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ plane.T
     return haematoxylin_first(vectors), variances
 
@@ -74,5 +73,5 @@ def haematoxylin_first(vectors: F64) -> F64:
 def full_strength(vectors: F64, density: F64, rgb: U8, config: FitConfig) -> F64:
     """99th percentile of each stain's amount, float64 (2,): over tissue; over all pixels in the published programs."""
     if config.published:
-        density = density_table(config.io, clamp=False)[rgb.reshape(-1, 3)]
-    return np.percentile(np.linalg.pinv(vectors.T) @ density.T, FULL_STRENGTH, axis=1)
+        density = density_of(rgb, config)
+    return np.percentile(np.linalg.pinv(vectors.T) @ density, FULL_STRENGTH, axis=1)

@@ -119,6 +119,25 @@ def density_table(io: float, *, clamp: bool) -> F64:
     return np.asarray(np.maximum(density, 0.0)) if clamp else density
 
 
+def tissue_density(rgb: U8, config: FitConfig) -> F64:
+    """Optical density of tissue, float64 (3, n): contiguous channels, which NumPy is fast on.
+
+    Tissue is where every channel's density is at least beta.
+
+    Raises
+    ------
+    Unmeasurable
+        Too little tissue.
+    """
+    return density_of(tissue_pixels(rgb, brightest_tissue(config)), config)
+
+
+def density_of(rgb: U8, config: FitConfig) -> F64:
+    """Optical density of pixels uint8 (..., 3), float64 (3, n)."""
+    table = density_table(config.io, clamp=not config.published)
+    return table[np.ascontiguousarray(rgb.reshape(-1, 3).T)]
+
+
 def brightest_tissue(config: FitConfig) -> int:
     """Return the brightest byte whose optical density is at least beta; -1 where none is."""
     return int(np.count_nonzero(density_table(config.io, clamp=False) >= config.beta)) - 1

@@ -43,18 +43,18 @@ def measure(rgb: U8, config: FitConfig) -> LabStatistics:
     >>> round(measure(tile, FitConfig()).mean[0], 1)
     53.1
     """
-    lab = rgb_to_lab(thinned(rgb.reshape(-1, 3), MAX_PIXELS))
+    lab = _lab_channels(thinned(rgb.reshape(-1, 3), MAX_PIXELS))
     if not config.published:
-        n = len(lab)
-        lab = lab[lab[:, 0] < TISSUE_L]
-        if len(lab) == 0:
+        n = lab.shape[1]
+        lab = lab[:, lab[0] < TISSUE_L]
+        if lab.shape[1] == 0:
             raise Unmeasurable("blank")
-        if len(lab) < max(MIN_PIXELS, MIN_FRACTION * n):
+        if lab.shape[1] < max(MIN_PIXELS, MIN_FRACTION * n):
             raise Unmeasurable("few-pixels")
-    mean, std = lab.mean(axis=0), lab.std(axis=0)
+    mean, std = lab.mean(axis=1), lab.std(axis=1)
     if not (std > _FLAT).all():
         raise Unmeasurable("flat")
-    return LabStatistics(tuple(mean.tolist()), tuple(std.tolist()), len(lab))
+    return LabStatistics(tuple(mean.tolist()), tuple(std.tolist()), lab.shape[1])
 
 
 def rgb_to_lab(rgb: npt.NDArray[Any]) -> F64:
@@ -65,9 +65,14 @@ def rgb_to_lab(rgb: npt.NDArray[Any]) -> F64:
     >>> rgb_to_lab(np.uint8([200, 100, 150])).round(1).tolist()
     [55.7, 45.5, -8.8]
     """
-    xyz = linear_light(np.arange(256) / 255)[rgb] @ TO_XYZ.T
-    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+    return np.moveaxis(_lab_channels(rgb.reshape(-1, 3)).reshape(3, *rgb.shape[:-1]), 0, -1)
+
+
+def _lab_channels(rgb: U8) -> F64:
+    """CIELAB of pixels (n, 3), float64 (3, n): contiguous channels, which NumPy is fast on."""
+    xyz = TO_XYZ @ linear_light(np.arange(256) / 255)[np.ascontiguousarray(rgb.T)]
+    fx, fy, fz = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * ((29 / 6) ** 2 / 3) + 4 / 29)
+    return np.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
 
 
 def linear_light(srgb: F64) -> F64:

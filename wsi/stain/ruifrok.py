@@ -13,7 +13,7 @@ import numpy as np
 from wsi.slide.base import U8
 from wsi.stain.config import FitConfig
 from wsi.stain.macenko import full_strength
-from wsi.stain.pixels import brightest_tissue, density_table, tissue_pixels
+from wsi.stain.pixels import tissue_density
 from wsi.stain.statistics import Stains, Vector
 
 #: Optical density of red, green and blue; not of unit length, as everybody uses them.
@@ -33,10 +33,9 @@ def measure(rgb: U8, config: FitConfig) -> Stains:
     >>> bool(np.allclose(measured, np.percentile(amounts, 99, axis=(0, 1)), rtol=0.1))
     True
     """
-    table = density_table(config.io, clamp=not config.published)
-    density = table[tissue_pixels(rgb, brightest_tissue(config))]
+    density = tissue_density(rgb, config)
     vectors = np.array([HAEMATOXYLIN, EOSIN])
-    return Stains.of(vectors, full_strength(vectors, density, rgb, config), len(density))
+    return Stains.of(vectors, full_strength(vectors, density, rgb, config), density.shape[1])
 
 
 def in_fixed_stains(target: Stains) -> Stains:

@@ -12,7 +12,7 @@ import numpy as np
 from wsi.slide.base import U8
 from wsi.stain import macenko
 from wsi.stain.config import FitConfig
-from wsi.stain.pixels import brightest_tissue, density_table, thinned, tissue_pixels
+from wsi.stain.pixels import thinned, tissue_density
 from wsi.stain.statistics import F64, Stains, Unmeasurable
 
 #: Pixels factored.
@@ -37,15 +37,15 @@ def measure(rgb: U8, config: FitConfig) -> Stains:
     >>> bool(haematoxylin @ [0.65, 0.70, 0.29] > 0.995)  # the cosine of the angle between them
     True
     """
-    table = density_table(config.io, clamp=not config.published)
-    density = table[tissue_pixels(rgb, brightest_tissue(config))]
+    density = tissue_density(rgb, config)
     seed, variances = macenko.directions(density, config.alpha)
-    vectors = macenko.haematoxylin_first(factor(thinned(density, MAX_PIXELS), seed, config.sparsity))
-    return Stains.of(vectors, macenko.full_strength(vectors, density, rgb, config), len(density), variances)
+    sample = np.ascontiguousarray(thinned(density.T, MAX_PIXELS).T)
+    vectors = macenko.haematoxylin_first(factor(sample, seed, config.sparsity))
+    return Stains.of(vectors, macenko.full_strength(vectors, density, rgb, config), density.shape[1], variances)
 
 
 def factor(density: F64, seed: F64, sparsity: float) -> F64:
-    """Descend from `seed` (2, 3) to the factors of `density` (n, 3): unit vectors (2, 3), not negative.
+    """Descend from `seed` (2, 3) to the factors of `density` (3, n): unit vectors (2, 3), not negative.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def factor(density: F64, seed: F64, sparsity: float) -> F64:
     total, before = float((density**2).sum()), np.inf
     for _ in range(_MAX_STEPS):
         amounts = sparse_amounts(density, stains, sparsity)
-        seen, among = amounts.T @ density, amounts.T @ amounts  # (2, 3), (2, 2): all that the stains depend on
+        seen, among = amounts @ density.T, amounts @ amounts.T  # (2, 3), (2, 2): all that the stains depend on
         if min(among[0, 0], among[1, 1]) <= 0:
             raise Unmeasurable("one-colour")
         for _ in range(10):
@@ -75,17 +75,17 @@ def factor(density: F64, seed: F64, sparsity: float) -> F64:
 
 
 def sparse_amounts(density: F64, stains: F64, sparsity: float) -> F64:
-    """Amounts (n, 2) >= 0 that minimise ``1/2 |v - h W|^2 + sparsity * sum(h)`` for each pixel, exactly.
+    """Amounts (2, n) >= 0 that minimise ``1/2 |v - W h|^2 + sparsity * sum(h)`` for each pixel of (3, n), exactly.
 
     Examples
     --------
-    >>> sparse_amounts(np.array([[1.0, 0.0, 0.0]]), np.eye(3)[:2], 0.1).tolist()
-    [[0.9, 0.0]]
+    >>> sparse_amounts(np.array([[1.0], [0.0], [0.0]]), np.eye(3)[:2], 0.1).tolist()
+    [[0.9], [0.0]]
     """
-    wanted = density @ stains.T - sparsity  # the stains have unit length
+    h, e = stains @ density - sparsity  # the stains have unit length
     overlap = float(stains[0] @ stains[1])
-    both = (wanted - overlap * wanted[:, ::-1]) / (1 - overlap**2)
-    alone = np.maximum(wanted, 0.0)
+    both_h, both_e = (h - overlap * e) / (1 - overlap**2), (e - overlap * h) / (1 - overlap**2)
+    both = (both_h > 0) & (both_e > 0)
     # Where not both are positive, the better one alone: it lowers the objective by half the square of its amount.
-    alone[np.arange(len(alone)), np.argmin(alone, axis=1)] = 0.0
-    return np.where((both > 0).all(axis=1, keepdims=True), both, alone)
+    alone_h, alone_e = np.where(h > e, np.maximum(h, 0.0), 0.0), np.where(h > e, 0.0, np.maximum(e, 0.0))
+    return np.stack([np.where(both, both_h, alone_h), np.where(both, both_e, alone_e)])
