@@ -141,7 +141,7 @@ class StainTransform:
     @property
     def is_identity(self) -> bool:
         """Whether every pixel stays what it is."""
-        return self.source == self.target and not self.published
+        return self.source is None or (self.source == self.target and self.io == 256 and not self.published)
 
     @cached_property
     def arguments(self) -> tuple[Any, ...]:
