@@ -71,10 +71,11 @@ void od_map_planes(Stain::Images rgb, Stain::OdTables tables, float bias, Stain:
   });
 }
 
+template <auto kernel>
 void lab_map(Stain::Pixels rgb, Stain::Linear linear, Stain::Codes codes, Stain::Values values, Stain::Out out) {
   const int64_t n_px = Stain::check(rgb, out);
   nb::gil_scoped_release release;
-  wsi::lab_map(rgb.data(), n_px, {linear.data(), codes.data(), values.data()}, out.data());
+  kernel(rgb.data(), n_px, {linear.data(), codes.data(), values.data()}, out.data());
 }
 
 void lab_map_planes(Stain::Images rgb, Stain::Linear linear, Stain::Codes codes, Stain::Values values,
@@ -99,8 +100,11 @@ NB_MODULE(_cpu, m) {
         "out"_a.noconvert(), "What od_map is on a processor without AVX2, for tests.");
   m.def("od_map_planes", &od_map_planes, "rgb"_a.noconvert(), "tables"_a.noconvert(), "bias"_a,
         "levels"_a.noconvert(), "out"_a.noconvert(), "od_map, and on to planes; see wsi.native.twin.");
-  m.def("lab_map", &lab_map, "rgb"_a.noconvert(), "linear"_a.noconvert(), "codes"_a.noconvert(),
+  m.def("lab_map", &lab_map<wsi::lab_map>, "rgb"_a.noconvert(), "linear"_a.noconvert(), "codes"_a.noconvert(),
         "values"_a.noconvert(), "out"_a.noconvert(), "Scale and shift CIELAB channels; see wsi.native.twin.");
+  m.def("lab_map_portable", &lab_map<wsi::lab_map_portable>, "rgb"_a.noconvert(), "linear"_a.noconvert(),
+        "codes"_a.noconvert(), "values"_a.noconvert(), "out"_a.noconvert(),
+        "What lab_map is on the oldest processor of its kind, for tests.");
   m.def("lab_map_planes", &lab_map_planes, "rgb"_a.noconvert(), "linear"_a.noconvert(), "codes"_a.noconvert(),
         "values"_a.noconvert(), "levels"_a.noconvert(), "out"_a.noconvert(),
         "lab_map, and on to planes; see wsi.native.twin.");

@@ -44,7 +44,10 @@ struct StainArrays {
   static int64_t check(const Images& rgb, const Levels& levels, const Planes& out) {
     if (out.shape(0) != rgb.shape(0) || out.shape(2) != rgb.shape(1) || out.shape(3) != rgb.shape(2))
       throw std::invalid_argument("out: must be (n, 3, h, w) for rgb (n, h, w, 3)");
-    if (levels.dtype() != out.dtype() || (out.itemsize() != 2 && out.itemsize() != 4))
+    // NumPy has no bfloat16: its bits come as uint16.
+    const bool bits = levels.dtype() == nb::dtype<uint16_t>() &&
+                      out.dtype() == nb::dlpack::dtype{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
+    if (!(levels.dtype() == out.dtype() || bits) || (out.itemsize() != 2 && out.itemsize() != 4))
       throw std::invalid_argument("levels: must have the dtype of out, of 2 or 4 bytes");
     return static_cast<int64_t>(rgb.shape(1) * rgb.shape(2));
   }

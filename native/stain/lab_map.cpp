@@ -10,7 +10,7 @@ namespace {
 constexpr int kBlock = 256;
 
 // Table look-ups apart from arithmetic, so that the compiler makes vector code of the arithmetic.
-WSI_CLONES void map_pixels(const uint8_t* rgb, int64_t n_px, const float* linear, const uint8_t* to_byte,
+WSI_INLINE void map_blocks(const uint8_t* rgb, int64_t n_px, const float* linear, const uint8_t* to_byte,
                            const float* values, uint8_t* out) {
   float v[26];
   std::copy(values, values + 26, v);  // a local copy: no store below can change it
@@ -35,7 +35,16 @@ WSI_CLONES void map_pixels(const uint8_t* rgb, int64_t n_px, const float* linear
   }
 }
 
+WSI_CLONES void map_pixels(const uint8_t* rgb, int64_t n_px, const float* linear, const uint8_t* to_byte,
+                           const float* values, uint8_t* out) {
+  map_blocks(rgb, n_px, linear, to_byte, values, out);
+}
+
 }  // namespace
+
+void lab_map_portable(const uint8_t* rgb, int64_t n_px, const LabMap& map, uint8_t* out) {
+  map_blocks(rgb, n_px, map.linear, map.codes, map.values, out);
+}
 
 void lab_map(const uint8_t* rgb, int64_t n_px, const LabMap& map, uint8_t* out) {
   map_pixels(rgb, n_px, map.linear, map.codes, map.values, out);

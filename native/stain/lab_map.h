@@ -72,6 +72,9 @@ WSI_INLINE void map_pixel(float r, float g, float b, const float* v, int32_t* co
 // rgb, out: (n_px, 3), not overlapping.
 void lab_map(const uint8_t* rgb, int64_t n_px, const LabMap& map, uint8_t* out);
 
+// What lab_map is on the oldest processor of its kind; the same bytes, for tests.
+void lab_map_portable(const uint8_t* rgb, int64_t n_px, const LabMap& map, uint8_t* out);
+
 // rgb: (n_images, n_px, 3). levels: (3, 256). out: (n_images, 3, n_px), as od_map_planes.
 template <typename Element>
 void lab_map_planes(const uint8_t* rgb, int64_t n_images, int64_t n_px, const LabMap& map, const Element* levels,

@@ -43,7 +43,8 @@ __attribute__((target("avx2"))) void map_pixels_avx2(const uint8_t* rgb, int64_t
   int64_t i = 0;
   for (; i + 10 <= n_px; i += 8) {  // two pixels more, so that the last four bytes are still ours
     const uint8_t* px = rgb + 3 * i;
-    const __m256i low = _mm256_packs_epi32(map_two(px, px + 12, tables, bias8), map_two(px + 3, px + 15, tables, bias8));
+    const __m256i low =
+        _mm256_packs_epi32(map_two(px, px + 12, tables, bias8), map_two(px + 3, px + 15, tables, bias8));
     const __m256i high =
         _mm256_packs_epi32(map_two(px + 6, px + 18, tables, bias8), map_two(px + 9, px + 21, tables, bias8));
     const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(low, high), drop_fourth);

@@ -47,16 +47,17 @@ def test_arrays_that_do_not_begin_at_a_word(pair):
     assert out[0].max() == 0
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("float32", torch.float32), ("float16", torch.float16)])
-def test_planes(pair, dtype, kind):
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_planes(pair, dtype):
     transform, on_device = pair
     rgb = np.random.default_rng(0).integers(0, 256, (3, 33, 47, 3), np.uint8)
-    out = torch.empty((3, 3, 33, 47), dtype=kind, device="cuda")
+    out = torch.empty((3, 3, 33, 47), dtype=getattr(torch, dtype), device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     on_device.planes(upload(rgb), MEAN, STD, out, dtype=dtype, stream=stream.cuda_stream)
     stream.synchronize()
-    np.testing.assert_array_equal(out.cpu().numpy(), transform.planes(rgb, MEAN, STD, dtype=dtype))
+    expected = torch.from_numpy(transform.planes(rgb, MEAN, STD, dtype=dtype))
+    assert torch.equal(out.cpu(), expected.view(torch.bfloat16) if dtype == "bfloat16" else expected)
 
 
 def test_what_does_not_fit_is_refused(pair):

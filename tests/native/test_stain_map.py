@@ -79,11 +79,11 @@ def test_the_lab_twin_is_scikit_image(published):
 
 
 @needs_compiled
-@pytest.mark.parametrize("kernel", ["od_map", "od_map_portable", "lab_map"])
+@pytest.mark.parametrize("kernel", ["od_map", "od_map_portable", "lab_map", "lab_map_portable"])
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 300))
 def test_pixels(kernel, seed, n):
-    arguments = lab_arguments(seed) if kernel == "lab_map" else od_arguments(seed)
+    arguments = lab_arguments(seed) if kernel.startswith("lab") else od_arguments(seed)
     rgb = images(seed, n)
     ours = run(getattr(native._cpu, kernel), rgb, *arguments)
     np.testing.assert_array_equal(ours, run(getattr(twin, kernel.removesuffix("_portable")), rgb, *arguments))
@@ -102,6 +102,18 @@ def test_planes(kernel, dtype, shape):
     getattr(native, kernel)(rgb, *arguments, table, ours)
     getattr(twin, kernel)(rgb, *arguments, table, theirs)
     np.testing.assert_array_equal(ours.view(np.uint8), theirs.view(np.uint8))
+
+
+@needs_compiled
+def test_arrays_come_by_dlpack_and_bfloat16_takes_its_bits():
+    torch = pytest.importorskip("torch")
+    table = levels((0.48, 0.45, 0.40), (0.22, 0.23, 0.26), "bfloat16")
+    rgb = images(9, 2, 7, 5)
+    expected = np.zeros((2, 3, 7, 5), np.uint16)
+    native.od_map_planes(rgb, *od_arguments(5), table, expected)
+    out = torch.zeros(2, 3, 7, 5, dtype=torch.bfloat16)
+    native.od_map_planes(torch.from_numpy(rgb), *od_arguments(5), table, out)
+    assert torch.equal(out, torch.from_numpy(expected).view(torch.bfloat16))
 
 
 @needs_compiled

@@ -56,7 +56,7 @@ class DeviceStain:
     def planes(
         self, rgb: Any, mean: tuple[float, ...], std: tuple[float, ...], out: Any, *, dtype: str, stream: int
     ) -> None:
-        """Queue ``StainTransform.planes``: uint8 (n, h, w, 3) to (n, 3, h, w); bfloat16 as int16 or uint16 bits."""
+        """Queue ``StainTransform.planes``: uint8 (n, h, w, 3) to (n, 3, h, w) of `dtype`."""
         key = (tuple(mean), tuple(std), dtype)
         if key not in self._levels:
             self._levels[key] = self._upload(levels(mean, std, dtype))
