@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.array_slide import ArraySlide
@@ -13,7 +15,8 @@ from wsi.errors import StainError
 from wsi.stain import FALLBACKS, METHODS, TARGETS, FitConfig, StainTransform, fit
 from wsi.stain.macenko import measure
 from wsi.stain.pixels import sample_slide
-from wsi.tissue import find_tissue
+from wsi.tissue import TissueMask, find_tissue
+from wsi.units import Box, Mpp
 
 
 def slide_of(rgb: np.ndarray, mpp: float = 1.0) -> ArraySlide:
@@ -89,6 +92,14 @@ def test_slides_of_any_size_and_resolution_are_sampled(mpp, tile_px):
     slide = ArraySlide(two_stains(120, 90), mpp)
     tiles = sample_slide(slide, FitConfig(tile_px=tile_px))
     assert tiles.shape[1] <= min(tile_px, 90) and tiles.size
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.06, 15), st.integers(1, 200))
+def test_no_slide_is_too_small_to_be_sampled(h, w, mpp, tile_px):
+    tissue = TissueMask(np.ones((1, 1), bool), np.zeros((1, 1), bool), Box(0, 0, w, h), Mpp(mpp, mpp))
+    slide = ArraySlide(np.zeros((h, w, 3), np.uint8), mpp)
+    assert len(sample_slide(slide, FitConfig(tile_px=tile_px), tissue)) >= 1
 
 
 # --- where statistics fail -------------------------------------------------------------------------------------------

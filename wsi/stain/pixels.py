@@ -60,9 +60,10 @@ def sample_slide(slide: Slide, config: FitConfig, tissue: TissueMask | None = No
         No tissue.
     """
     tissue = tissue or find_tissue(slide)
-    mpp = max(config.mpp, slide.mpp.x, slide.mpp.y)
-    sides = slide.size[0] * slide.mpp.x / mpp, slide.size[1] * slide.mpp.y / mpp
-    tile_px = max(1, min(config.tile_px, *map(int, sides)))
+    # A hair less than fits, so that rounding never makes a tile larger than the slide.
+    sides_um = [side * mpp * (1 - 1e-9) for side, mpp in zip(slide.size, slide.mpp, strict=True)]
+    mpp = min(max(config.mpp, *slide.mpp), *sides_um)
+    tile_px = max(1, min(config.tile_px, *(int(side / mpp) for side in sides_um)))
     grid = TileGrid.cover(slide.size, slide_mpp=slide.mpp, mpp=mpp, tile_px=tile_px)
     fraction = tissue.fraction(grid.boxes())
     rows = np.flatnonzero(fraction >= 0.5)
