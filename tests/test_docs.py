@@ -19,7 +19,7 @@ from wsi.cli import app
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(wsi.__path__, "wsi.")
-    if not module.name.endswith("._cpu") and ".models" not in module.name
+    if not module.name.endswith(("._cpu", "._cuda")) and ".models" not in module.name
 )
 
 

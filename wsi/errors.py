@@ -9,6 +9,7 @@
     |   |   `-- UnknownFormat
     |   `-- MppError                 also ValueError   no plausible microns per pixel
     |-- GridError                    also ValueError   tile, stride or mpp that make no grid
+    |-- StainError                   also ValueError   pixels, a matrix or a target that cannot be normalised with
     |-- StoreError                   also ValueError   a patch store that cannot be trusted
     |-- ModelError                   also ValueError   a model folder that cannot be used
     |   `-- ModelNotFound            also LookupError
@@ -71,6 +72,10 @@ class MppError(SlideError, ValueError):
 
 class GridError(WsiError, ValueError):
     """Tile size, stride or resolution that make no grid."""
+
+
+class StainError(WsiError, ValueError):
+    """Pixels, a stain matrix or a target that stain normalisation cannot work with."""
 
 
 class StoreError(WsiError, ValueError):

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../area/area.h"
+#include "stain.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -50,10 +51,61 @@ void area_average(Image source, Edges edges_y, Edges edges_x, Output out) {
                     out.data(), out.stride(0), row_sums.data());
 }
 
+using Stain = wsi::StainArrays<nb::device::cpu>;
+
+template <auto kernel>
+void od_map(Stain::Pixels rgb, Stain::OdTables tables, float bias, Stain::Out out) {
+  const int64_t n_px = Stain::check(rgb, out);
+  Stain::check_bias(bias);
+  nb::gil_scoped_release release;
+  kernel(rgb.data(), n_px, tables.data(), bias, out.data());
+}
+
+void od_map_planes(Stain::Images rgb, Stain::OdTables tables, float bias, Stain::Levels levels, Stain::Planes out) {
+  const int64_t n_px = Stain::check(rgb, levels, out);
+  Stain::check_bias(bias);
+  const int64_t n = rgb.shape(0);
+  nb::gil_scoped_release release;
+  wsi::with_element(levels, out, [&](auto* from, auto* to) {
+    wsi::od_map_planes(rgb.data(), n, n_px, tables.data(), bias, from, to);
+  });
+}
+
+template <auto kernel>
+void lab_map(Stain::Pixels rgb, Stain::Linear linear, Stain::Codes codes, Stain::Values values, Stain::Out out) {
+  const int64_t n_px = Stain::check(rgb, out);
+  nb::gil_scoped_release release;
+  kernel(rgb.data(), n_px, {linear.data(), codes.data(), values.data()}, out.data());
+}
+
+void lab_map_planes(Stain::Images rgb, Stain::Linear linear, Stain::Codes codes, Stain::Values values,
+                    Stain::Levels levels, Stain::Planes out) {
+  const int64_t n_px = Stain::check(rgb, levels, out);
+  const int64_t n = rgb.shape(0);
+  nb::gil_scoped_release release;
+  wsi::with_element(levels, out, [&](auto* from, auto* to) {
+    wsi::lab_map_planes(rgb.data(), n, n_px, {linear.data(), codes.data(), values.data()}, from, to);
+  });
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels; wsi.native.twin specifies them.";
   m.def("area_average", &area_average, "source"_a.noconvert(), "edges_y"_a.noconvert(), "edges_x"_a.noconvert(),
         "out"_a.noconvert(), "Average source over the cells between the edges into out; see wsi.native.twin.");
+  m.def("od_map", &od_map<wsi::od_map>, "rgb"_a.noconvert(), "tables"_a.noconvert(), "bias"_a, "out"_a.noconvert(),
+        "Map pixels by a product of table rows into out; see wsi.native.twin.");
+  m.def("od_map_portable", &od_map<wsi::od_map_portable>, "rgb"_a.noconvert(), "tables"_a.noconvert(), "bias"_a,
+        "out"_a.noconvert(), "What od_map is on a processor without AVX2, for tests.");
+  m.def("od_map_planes", &od_map_planes, "rgb"_a.noconvert(), "tables"_a.noconvert(), "bias"_a,
+        "levels"_a.noconvert(), "out"_a.noconvert(), "od_map, and on to planes; see wsi.native.twin.");
+  m.def("lab_map", &lab_map<wsi::lab_map>, "rgb"_a.noconvert(), "linear"_a.noconvert(), "codes"_a.noconvert(),
+        "values"_a.noconvert(), "out"_a.noconvert(), "Scale and shift CIELAB channels; see wsi.native.twin.");
+  m.def("lab_map_portable", &lab_map<wsi::lab_map_portable>, "rgb"_a.noconvert(), "linear"_a.noconvert(),
+        "codes"_a.noconvert(), "values"_a.noconvert(), "out"_a.noconvert(),
+        "What lab_map is on the oldest processor of its kind, for tests.");
+  m.def("lab_map_planes", &lab_map_planes, "rgb"_a.noconvert(), "linear"_a.noconvert(), "codes"_a.noconvert(),
+        "values"_a.noconvert(), "levels"_a.noconvert(), "out"_a.noconvert(),
+        "lab_map, and on to planes; see wsi.native.twin.");
 }

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+#: Steps of linear light that the way from CIELAB back to bytes tells apart.
+LAB_CODES = 16384
 
 #: Cell edges are given in 1/4096 of a source pixel, so that every sum below is an exact integer.
 FIXED_POINT_BITS = 12
@@ -57,3 +65,124 @@ def _coverage(edges: npt.NDArray[np.int64], n_px: int) -> npt.NDArray[np.float64
     start = np.arange(n_px, dtype=np.int64) << FIXED_POINT_BITS
     overlap = np.minimum(edges[1:, None], start + (1 << FIXED_POINT_BITS)) - np.maximum(edges[:-1, None], start)
     return np.asarray(np.maximum(overlap, 0), np.float64)
+
+
+def od_map(rgb: U8, tables: F32, bias: float, out: U8) -> None:
+    """Map pixels by a product of three table rows: any fixed 3x3 map in optical density, without an exponential.
+
+    ``out_c = floor(clamp((T[0, r, c] * T[1, g, c]) * T[2, b, c] + bias, 0, 255))``, because
+    ``exp(-sum_k M[c, k] OD(v_k))`` is a product of one factor for each input channel.
+
+    Parameters
+    ----------
+    rgb : uint8 (..., 3)
+    tables : float32 (3, 256, 4)
+        For each input channel and each of its values, the factors of red, green, blue; the fourth is not used.
+        Not negative, and all products finite.
+    bias : float
+        Above -1 and at most 1; 0.5 rounds to the nearest level.
+    out : uint8 (..., 3)
+        Written in place; must not overlap `rgb`.
+
+    Notes
+    -----
+    float32 products in the order written and one sum, nothing contracted: every build gives the same bits.
+
+    Examples
+    --------
+    >>> darker = np.ones((3, 256, 4), np.float32)
+    >>> darker[0] = 100
+    >>> out = np.empty((1, 3), np.uint8)
+    >>> od_map(np.array([[7, 8, 9]], np.uint8), darker, 0.5, out)
+    >>> out.tolist()
+    [[100, 100, 100]]
+    """
+    red, green, blue = (tables[k][rgb[..., k], :3] for k in range(3))
+    out[...] = np.clip(red * green * blue + np.float32(bias), 0, 255).astype(np.uint8)
+
+
+def od_map_planes(rgb: U8, tables: F32, bias: float, levels: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+    """``od_map``, and on to the planes a network eats.
+
+    Parameters
+    ----------
+    rgb : uint8 (n, h, w, 3)
+    tables, bias
+        As in ``od_map``.
+    levels : (3, 256), any dtype of 2 or 4 bytes
+        What each mapped value becomes, by channel: ``(value / 255 - mean) / std`` rounded once.
+    out : (n, 3, h, w), dtype of `levels`
+        Written in place.
+    """
+    mapped = np.empty_like(rgb)
+    od_map(rgb, tables, bias, mapped)
+    _to_planes(mapped, levels, out)
+
+
+def lab_map(rgb: U8, linear: F32, codes: U8, values: F32, out: U8) -> None:
+    """Scale and shift each channel of CIELAB (Reinhard's colour transfer), in float32.
+
+    Parameters
+    ----------
+    rgb : uint8 (..., 3)
+    linear : float32 (256,)
+        Linear light of each byte, 0 to 1.
+    codes : uint8 (16384,)
+        The byte of each step of linear light.
+    values : float32 (26,)
+        Linear light to XYZ with white at 1 (3x3 by rows), its inverse, scales (3), shifts (3), and the ramp
+        ``weight = clamp(values[24] - L * values[25], 0, 1)`` by which the change is weighted.
+    out : uint8 (..., 3)
+        Written in place; must not overlap `rgb`.
+
+    Notes
+    -----
+    CIE 15:2004. The cube root is two steps of Halley's iteration from the exponent divided by three, so that only
+    + - * / in a fixed order are used and every build gives the same bits.
+    """
+    r, g, b = (linear[rgb[..., k]] for k in range(3))
+    fx, fy, fz = (_response(_row(values[3 * k :], r, g, b)) for k in range(3))
+    lab = [116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)]
+    weight = np.clip(values[24] - lab[0] * values[25], 0, 1)
+    light, a, b = (c + weight * ((c * values[18 + k] + values[21 + k]) - c) for k, c in enumerate(lab))
+    fy = (light + 16) * np.float32(0.00862069)
+    xyz = [_inverse_response(f) for f in (fy + a * np.float32(0.002), fy, fy - b * np.float32(0.005))]
+    for k in range(3):
+        step = _row(values[9 + 3 * k :], *xyz) * np.float32(LAB_CODES - 1) + np.float32(0.5)
+        out[..., k] = codes[np.clip(step, 0, LAB_CODES - 1).astype(np.int32)]
+
+
+def lab_map_planes(
+    rgb: U8, linear: F32, codes: U8, values: F32, levels: npt.NDArray[Any], out: npt.NDArray[Any]
+) -> None:
+    """``lab_map``, and on to planes as in ``od_map_planes``."""
+    mapped = np.empty_like(rgb)
+    lab_map(rgb, linear, codes, values, mapped)
+    _to_planes(mapped, levels, out)
+
+
+def _to_planes(mapped: U8, levels: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+    for channel in range(3):
+        out[:, channel] = levels[channel][mapped[..., channel]]
+
+
+def _row(m: F32, a: F32, b: F32, c: F32) -> F32:
+    return np.asarray(m[0] * a + m[1] * b + m[2] * c)
+
+
+def _response(x: F32) -> F32:
+    threshold = np.float32(0.008856452)
+    line = np.float32(7.787037) * x + np.float32(0.13793103)
+    return np.where(x > threshold, _cube_root(np.maximum(x, threshold)), line)
+
+
+def _inverse_response(f: F32) -> F32:
+    return np.where(f > np.float32(0.20689656), f * f * f, (f - np.float32(0.13793103)) * np.float32(0.12841855))
+
+
+def _cube_root(x: F32) -> F32:
+    y: F32 = (np.ascontiguousarray(x).view(np.int32) // 3 + np.int32(709921077)).view(np.float32)
+    for _ in range(2):
+        cube = y * y * y
+        y = np.asarray(y * ((cube + (x + x)) / ((cube + cube) + x)))
+    return y

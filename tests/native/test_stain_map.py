@@ -1,0 +1,177 @@
+"""The stain kernels against their NumPy twins, and the twins against exponentials and scikit-image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage import color
+
+from wsi import native
+from wsi.native import twin
+from wsi.stain.reinhard import lab_tables
+from wsi.stain.statistics import LabStatistics
+from wsi.stain.transform import levels, od_tables
+
+needs_compiled = pytest.mark.skipif(not native.HAVE_CPU, reason="installed without a C++ compiler")
+IDENTITY = LabStatistics((60.0, 20.0, -10.0), (10.0, 6.0, 7.0))
+EVERY_BYTE = np.stack([np.arange(256, dtype=np.uint8)] * 3, axis=1)
+
+
+def od_arguments(seed: int) -> tuple[np.ndarray, float]:
+    """The tables of a random map that stays within what a fit may give."""
+    rng = np.random.default_rng(seed)
+    return od_tables(np.eye(3) + rng.uniform(-1.2, 1.2, (3, 3)), 256.0, published=bool(seed % 2))
+
+
+def lab_arguments(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    target = LabStatistics(tuple(rng.uniform(-20, 80, 3)), tuple(rng.uniform(1, 20, 3)))
+    return lab_tables(IDENTITY, target, published=bool(seed % 2))
+
+
+def images(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), np.uint8)
+
+
+def run(kernel, rgb: np.ndarray, *arguments) -> np.ndarray:
+    out = np.full_like(rgb, 77)
+    kernel(rgb, *arguments, out)
+    return out
+
+
+# --- what the twins say --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_product_of_rows_is_the_map_in_optical_density(seed):
+    matrix = np.eye(3) + np.random.default_rng(seed).uniform(-0.5, 0.5, (3, 3))
+    rgb = images(seed, 500)
+    expected = 256 * np.exp(np.log((rgb + 1.0) / 256) @ matrix.T) - 1
+    got = run(twin.od_map, rgb, *od_tables(matrix, 256.0)).astype(float)
+    assert np.abs(got - np.clip(expected, 0, 255)).max() < 0.501  # rounding, and the last digit of float32
+
+
+def test_every_colour_and_identity():
+    r, g, b = np.meshgrid(np.arange(256), np.arange(256), np.arange(0, 256, 5), indexing="ij")
+    rgb = np.ascontiguousarray(np.stack([r, g, b], axis=-1).astype(np.uint8))
+    np.testing.assert_array_equal(run(native.od_map, rgb, *od_tables(np.eye(3), 256.0)), rgb)
+    np.testing.assert_array_equal(run(native.lab_map, rgb, *lab_tables(IDENTITY, IDENTITY, published=False)), rgb)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_lab_twin_is_scikit_image(published):
+    rgb = images(3, 40, 40)
+    target = LabStatistics((55.0, 25.0, -15.0), (12.0, 5.0, 9.0))
+    scale = np.array(target.std) / IDENTITY.std
+    lab = color.rgb2lab(rgb)
+    moved = (lab - IDENTITY.mean) * scale + target.mean
+    weight = 1.0 if published else np.clip((100 - lab[..., :1]) / 20, 0, 1)
+    expected = 255 * color.lab2rgb(lab + weight * (moved - lab))
+    got = run(twin.lab_map, rgb, *lab_tables(IDENTITY, target, published=published))
+    inside = (np.abs(expected - 127.5) < 127).all(axis=-1)  # scikit-image clips out of gamut in another place
+    assert inside.mean() > 0.2
+    assert np.abs(got - expected)[inside].max() < 0.7
+
+
+# --- the compiled ones give the twins' bytes -------------------------------------------------------------------------
+
+
+@needs_compiled
+@pytest.mark.parametrize("kernel", ["od_map", "od_map_portable", "lab_map", "lab_map_portable"])
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 300))
+def test_pixels(kernel, seed, n):
+    arguments = lab_arguments(seed) if kernel.startswith("lab") else od_arguments(seed)
+    rgb = images(seed, n)
+    ours = run(getattr(native._cpu, kernel), rgb, *arguments)
+    np.testing.assert_array_equal(ours, run(getattr(twin, kernel.removesuffix("_portable")), rgb, *arguments))
+
+
+@needs_compiled
+@pytest.mark.parametrize("kernel", ["od_map_planes", "lab_map_planes"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 5), (3, 33, 47)])
+def test_planes(kernel, dtype, shape):
+    arguments = lab_arguments(5) if kernel == "lab_map_planes" else od_arguments(5)
+    table = levels((0.48, 0.45, 0.40), (0.22, 0.23, 0.26), dtype)
+    rgb = images(9, *shape)
+    ours = np.zeros((shape[0], 3, *shape[1:]), table.dtype)
+    theirs = ours.copy()
+    getattr(native, kernel)(rgb, *arguments, table, ours)
+    getattr(twin, kernel)(rgb, *arguments, table, theirs)
+    np.testing.assert_array_equal(ours.view(np.uint8), theirs.view(np.uint8))
+
+
+@needs_compiled
+def test_arrays_come_by_dlpack_and_bfloat16_takes_its_bits():
+    torch = pytest.importorskip("torch")
+    table = levels((0.48, 0.45, 0.40), (0.22, 0.23, 0.26), "bfloat16")
+    rgb = images(9, 2, 7, 5)
+    expected = np.zeros((2, 3, 7, 5), np.uint16)
+    native.od_map_planes(rgb, *od_arguments(5), table, expected)
+    out = torch.zeros(2, 3, 7, 5, dtype=torch.bfloat16)
+    native.od_map_planes(torch.from_numpy(rgb), *od_arguments(5), table, out)
+    assert torch.equal(out, torch.from_numpy(expected).view(torch.bfloat16))
+
+
+@needs_compiled
+def test_nothing_is_written_beyond_the_end():
+    for n in range(1, 40):
+        batch = np.full((n + 2, 3), 7, np.uint8)
+        native.od_map(images(n, n), *od_arguments(1), batch[1 : n + 1])
+        assert (batch[0] == 7).all() and (batch[-1] == 7).all()
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+GOOD = np.zeros((4, 4, 3), np.uint8)
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    ("rgb", "out", "error"),
+    [
+        (GOOD.astype(np.uint16), GOOD.copy(), TypeError),
+        (GOOD, GOOD.astype(np.float32), TypeError),
+        (np.zeros((4, 8, 3), np.uint8)[:, ::2], GOOD.copy(), TypeError),
+        (GOOD, np.zeros((4, 8, 3), np.uint8)[:, ::2], TypeError),
+        (np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), ValueError),
+        (GOOD, np.zeros((4, 5, 3), np.uint8), ValueError),
+        (GOOD, np.zeros((1, 4, 4, 3), np.uint8), ValueError),
+        (GOOD, GOOD, ValueError),
+    ],
+)
+def test_pixels_that_do_not_fit_are_refused_and_never_copied(rgb, out, error):
+    with pytest.raises(error):
+        native.od_map(rgb, *od_arguments(0), out)
+    with pytest.raises(error):
+        native.lab_map(rgb, *lab_arguments(0), out)
+
+
+@needs_compiled
+def test_read_only_outputs_wrong_tables_and_wrong_planes_are_refused():
+    frozen = GOOD.copy()
+    frozen.flags.writeable = False
+    tables, bias = od_arguments(0)
+    with pytest.raises(TypeError):
+        native.od_map(GOOD, tables, bias, frozen)
+    with pytest.raises(TypeError):
+        native.od_map(GOOD, tables.astype(np.float64), bias, GOOD.copy())
+    with pytest.raises(TypeError):
+        native.od_map(GOOD, tables[:, :, :3], bias, GOOD.copy())
+    for wrong in (-1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="bias"):
+            native.od_map(GOOD, tables, wrong, GOOD.copy())
+    table = levels((0.5,) * 3, (0.5,) * 3)
+    tiles = GOOD[None]
+    for out, error in [
+        (np.zeros((1, 3, 4, 5), np.float32), ValueError),
+        (np.zeros((1, 3, 4, 4), np.float16), ValueError),
+        (np.zeros((1, 3, 4, 4), np.float64), ValueError),
+        (np.zeros((1, 4, 4, 3), np.float32), (TypeError, ValueError)),
+        (np.zeros((1, 3, 8, 4), np.float32)[:, :, ::2], TypeError),
+    ]:
+        with pytest.raises(error):
+            native.od_map_planes(tiles, tables, bias, table, out)

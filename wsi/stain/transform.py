@@ -1,0 +1,289 @@
+"""What a fit returns: frozen, as JSON in a line, and applied at memory speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi import native
+from wsi.errors import StainError
+from wsi.slide.base import U8
+from wsi.stain.pixels import checked, density_table
+from wsi.stain.reinhard import lab_tables
+from wsi.stain.statistics import F64, MAX_GAIN, LabStatistics, Stains, Unmeasurable
+
+_FORMAT = 1
+_BF16_ROUND = np.uint32(0x7FFF)
+
+
+@dataclass(frozen=True)
+class StainTransform:
+    """Maps each pixel from a slide's colours to a target's; without both statistics, every pixel to itself.
+
+    Attributes
+    ----------
+    method : str
+        "macenko", "vahadane", "ruifrok" or "reinhard".
+    source, target : Stains or LabStatistics, or None
+        What was measured, and what is wanted.
+    io : float
+        Intensity of glass plus one.
+    published : bool
+        As the published programs, cast on glass included.
+    fallback : str, optional
+        Why this is not what was asked for, a key of ``FALLBACKS``: the identity, or another slide's transform.
+
+    Raises
+    ------
+    StainError
+        Source and target of different kinds, or a map that amplifies too much.
+
+    Examples
+    --------
+    >>> veta = Stains(((0.5626, 0.7201, 0.4062), (0.2159, 0.8012, 0.5581)), (1.9705, 1.0308))
+    >>> pale = dataclasses.replace(veta, max_amounts=(1.5, 0.8))
+    >>> StainTransform("macenko", pale, veta).apply(np.uint8([[150, 90, 140], [255, 255, 255]])).tolist()
+    [[127, 66, 116], [255, 255, 255]]
+    """
+
+    method: str
+    source: Stains | LabStatistics | None = None
+    target: Stains | LabStatistics | None = None
+    io: float = 256.0
+    published: bool = False
+    fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.source) is not type(self.target):
+            raise StainError(self.method, "source and target must be of one kind, or both be left out")
+        if not 1 <= self.io <= 256:
+            raise StainError(f"io={self.io:g}", "the intensity of glass plus one must be from 1 to 256")
+        _ = self.arguments  # refuses maps that amplify too much
+
+    def apply(self, rgb: U8, out: U8 | None = None) -> U8:
+        """Map pixels, one by one: batches and order change nothing.
+
+        Parameters
+        ----------
+        rgb : uint8 (..., 3)
+            C-contiguous.
+        out : uint8, shape of `rgb`, optional
+            C-contiguous, apart from `rgb`; written in place, and returned.
+
+        Returns
+        -------
+        uint8, shape of `rgb`
+
+        Raises
+        ------
+        StainError
+            Of another dtype or shape, empty, strided, or overlapping: nothing is copied silently.
+        """
+        checked(rgb)
+        if out is None:
+            out = np.empty(rgb.shape, np.uint8)
+        elif out.dtype != np.uint8 or out.shape != rgb.shape or np.may_share_memory(rgb, out):
+            raise StainError("out", f"is {out.dtype} {out.shape}, or overlaps rgb", f"Give other uint8 {rgb.shape}")
+        _check_contiguous(rgb=rgb, out=out)
+        kernel: Callable[..., None] = native.lab_map if isinstance(self.source, LabStatistics) else native.od_map
+        kernel(rgb, *self.arguments, out)
+        return out
+
+    def planes(
+        self,
+        rgb: U8,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        out: npt.NDArray[Any] | None = None,
+        dtype: str = "float32",
+    ) -> npt.NDArray[Any]:
+        """Map tiles to what a network eats, in one pass: ``apply``, ``(value / 255 - mean) / std``, planes.
+
+        Parameters
+        ----------
+        rgb : uint8 (n, h, w, 3)
+            C-contiguous.
+        mean, std : 3 floats
+            Of the network's normalisation, for values of 0 to 1.
+        out : (n, 3, h, w), optional
+            C-contiguous, float32, float16, or uint16 for bfloat16; written in place, and returned.
+        dtype : {"float32", "float16", "bfloat16"}
+            NumPy has no bfloat16: its bits come as uint16 (``torch.from_numpy(out).view(torch.bfloat16)``).
+
+        Returns
+        -------
+        (n, 3, h, w)
+            Each of the 768 possible values is computed in float64 and rounded (to bfloat16 by way of float32).
+        """
+        checked(rgb)
+        table = levels(mean, std, dtype)
+        if rgb.ndim != 4:
+            raise StainError("rgb", f"is not a batch: its shape is {rgb.shape}", "Give uint8 (n, h, w, 3)")
+        n, h, w, _ = rgb.shape
+        if out is None:
+            out = np.empty((n, 3, h, w), table.dtype)
+        elif out.dtype != table.dtype or out.shape != (n, 3, h, w):
+            raise StainError("out", f"is {out.dtype} {out.shape}", f"Give {table.dtype} {(n, 3, h, w)}")
+        _check_contiguous(rgb=rgb, out=out)
+        kernel: Callable[..., None] = (
+            native.lab_map_planes if isinstance(self.source, LabStatistics) else native.od_map_planes
+        )
+        kernel(rgb, *self.arguments, table, out)
+        return out
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every pixel stays what it is."""
+        return self.source is None or (self.source == self.target and self.io == 256 and not self.published)
+
+    @cached_property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the kernel takes between `rgb` and `out`: tables and numbers."""
+        if isinstance(self.source, LabStatistics) and isinstance(self.target, LabStatistics):
+            return lab_tables(self.source, self.target, published=self.published)
+        if isinstance(self.source, Stains) and isinstance(self.target, Stains):
+            matrix = od_matrix(self.source, self.target, residual=not self.published)
+            return od_tables(matrix, self.io, published=self.published)
+        return od_tables(np.eye(3), 256.0)
+
+    def to_json(self) -> str:
+        """One line of JSON, sorted keys; ``from_json`` gives back an equal transform."""
+        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> StainTransform:
+        """Read what ``to_json`` wrote.
+
+        Raises
+        ------
+        StainError
+            Not JSON, of another format, or with values that make no transform.
+        """
+        try:
+            values = json.loads(text)
+            if values.pop("format") != _FORMAT:
+                raise StainError("stain transform", "is of another format", "Fit it again")
+            for side in ("source", "target"):
+                values[side] = _statistics(values[side])
+            return cls(**values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, StainError):
+                raise
+            raise StainError("stain transform", f"is not one that to_json wrote ({error})", "Fit it again") from error
+
+
+def od_matrix(source: Stains, target: Stains, *, residual: bool) -> F64:
+    """Make the map in optical density, float64 (3, 3): ``out = matrix @ in``.
+
+    Amounts of the source's stains are scaled to the target's full strength and shown in the target's colours. With
+    `residual` what is perpendicular to both stains is carried over as it is; else it is dropped, as in Macenko.
+
+    Raises
+    ------
+    Unmeasurable
+        The map amplifies more than ``MAX_GAIN``.
+    """
+    ratio = np.array(target.max_amounts) / source.max_amounts
+    if residual:
+        (seen, wanted), ratio = (with_residual(s) for s in (source, target)), np.append(ratio, 1.0)
+    else:
+        seen, wanted = np.array(source.vectors), np.array(target.vectors)
+    matrix = (wanted.T * ratio) @ np.linalg.pinv(seen.T)
+    if np.abs(matrix).max() > MAX_GAIN:
+        raise Unmeasurable("gain")
+    return np.asarray(matrix)
+
+
+def od_tables(matrix: F64, io: float, *, published: bool = False) -> tuple[npt.NDArray[np.float32], float]:
+    """Factor a map in optical density by input channel, for ``native.od_map``.
+
+    ``256 exp(-sum_k M[c, k] OD(v_k)) - 1``: one factor for each of red, green and blue. No entry of the matrix is
+    above 4.8 and no density above 5.6, so products of three factors are within float32.
+
+    Parameters
+    ----------
+    matrix : float64 (3, 3)
+    io : float
+        Intensity of glass plus one.
+    published : bool
+        Densities below 0 are kept, and the way back is ``io * exp(-OD)``, without taking off the one that was added.
+
+    Returns
+    -------
+    float32 (3, 256, 4), float
+        Tables and bias.
+
+    Raises
+    ------
+    StainError
+        Not finite, or above 4.8.
+
+    Examples
+    --------
+    >>> tables, bias = od_tables(np.eye(3), 256.0)
+    >>> np.rint(tables[0, [0, 99, 255], 0]).tolist(), bias
+    ([1.0, 100.0, 256.0], -0.5)
+    """
+    if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or np.abs(matrix).max() > MAX_GAIN:
+        raise StainError("optical density map", f"must be 3x3 finite numbers up to {MAX_GAIN:g}")
+    density = density_table(io, clamp=not published)
+    tables = np.zeros((3, 256, 4), np.float64)
+    tables[:, :, :3] = np.exp(-density[None, :, None] * matrix.T[:, None, :])
+    tables[0] *= io if published else 256.0
+    return tables.astype(np.float32), 0.5 if published else -0.5
+
+
+def levels(mean: tuple[float, ...], std: tuple[float, ...], dtype: str = "float32") -> npt.NDArray[Any]:
+    """Make the table from bytes to a network's input, (3, 256): ``(value / 255 - mean) / std``, rounded.
+
+    Raises
+    ------
+    StainError
+        Not three finite numbers each, a deviation that is not positive, or another dtype.
+
+    Examples
+    --------
+    >>> levels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))[0, [0, 255]].tolist()
+    [-1.0, 1.0]
+    """
+    m, s = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    if m.shape != (3,) or s.shape != (3,) or not (np.isfinite(m).all() and np.isfinite(s).all() and (s > 0).all()):
+        raise StainError("mean and std", "must be three finite numbers each, std positive")
+    table = (np.arange(256) / 255 - m[:, None]) / s[:, None]
+    if dtype == "bfloat16":
+        bits = table.astype(np.float32).view(np.uint32)
+        return ((bits + _BF16_ROUND + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+    if dtype not in ("float32", "float16"):
+        raise StainError(f"dtype={dtype}", "is not float32, float16 or bfloat16")
+    return table.astype(dtype)
+
+
+def with_residual(stains: Stains) -> F64:
+    """Both stains and the unit vector perpendicular to them, (3, 3)."""
+    h, e = np.array(stains.vectors)
+    third = np.cross(h, e)
+    return np.stack([h, e, third / np.linalg.norm(third)])
+
+
+def _statistics(values: dict[str, Any] | None) -> Stains | LabStatistics | None:
+    if values is None:
+        return None
+    if "mean" in values:
+        return LabStatistics(tuple(values["mean"]), tuple(values["std"]), values["n_px"])
+    h, e = (tuple(v) for v in values["vectors"])
+    return Stains((h, e), tuple(values["max_amounts"]), values["n_px"], tuple(values["variances"]))
+
+
+def _check_contiguous(**arrays: npt.NDArray[Any]) -> None:
+    for name, array in arrays.items():
+        if not array.flags.c_contiguous:
+            raise StainError(name, "is strided", "Give a C-contiguous array: numpy.ascontiguousarray copies it to one")
+        if name == "out" and not array.flags.writeable:
+            raise StainError(name, "is read-only")
