@@ -47,7 +47,7 @@ _DICOM = (".dcm", ".dicom")
 
 _SLIDE_COLUMNS = ("slide_id", "slide", "status", "grade")
 _NUMBER_COLUMNS = ("n_tiles", "tissue_mm2", "positive_mm2", "largest_region_um", "mpp", "mpp_source", "flags")
-_STAGES = ("tissue", "grid", "tiles", "grade", "export")
+_STAGES = ("tissue", "stain", "grid", "tiles", "grade", "export")
 _FAILURE = "failure.json"
 _OUR_FILES = ("run.json", "slides.csv", "failures.csv")
 _FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")

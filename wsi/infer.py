@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from wsi.nn.patch import PatchModel
 from wsi.slide import Slide
+from wsi.stain import StainTransform
 from wsi.store import PatchStore
 from wsi.tiling import stream
 
@@ -22,6 +23,7 @@ def score_tiles(
     *,
     batch_size: int,
     threads: int,
+    stain: StainTransform | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Compute what is missing of ``probabilities``, ``features`` and, where kept, ``pixels``.
@@ -36,6 +38,8 @@ def score_tiles(
         Patches a forward pass. Batches never span two shards.
     threads : int
         Reader threads.
+    stain : StainTransform, optional
+        Applied to the patches that the model sees; kept pixels stay as they were read.
     progress : callable, optional
         Called with the number of tiles done in all.
 
@@ -57,7 +61,10 @@ def score_tiles(
         for tiles, rgb in batches:
             if progress is not None:
                 progress(done)
-            full[: len(rgb)] = rgb
+            if stain is None:
+                full[: len(rgb)] = rgb
+            else:
+                stain.apply(rgb, full[: len(rgb)])
             full[len(rgb) :] = 255
             scores = model(full)
             parts["probabilities"].append(scores.probabilities[: len(rgb)])

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import shapely
 
 from wsi import __version__
-from wsi.errors import ConfigMismatch, GridError, ModelError, SlideError, StoreError
+from wsi.errors import ConfigMismatch, GridError, ModelError, SlideError, StainError, StoreError
 from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
 from wsi.files import write_json
 from wsi.grid import TileGrid
@@ -30,6 +30,7 @@ from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.grade import MilModel, SlideScores, pick_class
 from wsi.nn.patch import PatchModel
 from wsi.slide import READERS, Slide, absolute, open_slide
+from wsi.stain import METHODS, TARGETS, StainTransform, fit
 from wsi.store import PatchStore
 from wsi.tissue import TissueConfig, TissueMask, find_tissue
 
@@ -59,6 +60,10 @@ class ScoreConfig:
         Keep the patches in the store.
     reader : str
         "auto", "openslide" or "tiffslide".
+    stain : str, optional
+        Stain normalisation of what the model sees: "macenko", "vahadane", "ruifrok" or "reinhard"; fitted once a slide.
+    stain_target : str
+        A name in ``wsi.stain.TARGETS``, an image file, or a saved transform.
     tissue : TissueConfig
     """
 
@@ -68,6 +73,8 @@ class ScoreConfig:
     min_tissue: float = 0.25
     keep_pixels: bool = False
     reader: str = "auto"
+    stain: str | None = None
+    stain_target: str = "veta"
     tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def check(self, model: ModelConfig) -> None:
@@ -80,6 +87,11 @@ class ScoreConfig:
             )
         if self.reader not in READERS:
             raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+        if self.stain is not None and self.stain not in METHODS:
+            raise StainError(f"stain={self.stain!r}", "no such method", f"Known methods: {', '.join(METHODS)}")
+        if self.stain_target not in TARGETS and not Path(self.stain_target).is_file():
+            known = ", ".join(TARGETS)
+            raise StainError(f"stain target {self.stain_target!r}", "no such target", f"Known: {known}; or name a file")
         if self.stride_px is not None and self.stride_px < 1:
             raise GridError(f"stride={self.stride_px}", "the stride must be at least 1 px")
         for name, value in (("threshold", self.threshold), ("min_tissue", self.min_tissue)):
@@ -151,13 +163,15 @@ def score_slide(
     with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source) as slide:
         with clock.stage("tissue"):
             tissue = find_tissue(slide, config.tissue)
+        with clock.stage("stain"):
+            stain = fit(config.stain, slide, config.stain_target, tissue=tissue) if config.stain else None
         with clock.stage("grid"):
             model = engine.model.config
             grid = TileGrid.cover(
                 slide.size, slide_mpp=slide.mpp, mpp=model.mpp, tile_px=model.tile_px, stride_px=config.stride_px
             )
             grid = grid.keep(tissue.fraction(grid.boxes()) >= config.min_tissue)
-            store = _store(folder / "store.zarr", grid, slide, engine, config)
+            store = _store(folder / "store.zarr", grid, slide, stain, engine, config)
         with clock.stage("tiles") as report:
             score_tiles(
                 slide,
@@ -165,6 +179,7 @@ def score_slide(
                 engine.model,
                 batch_size=engine.batch_size,
                 threads=engine.threads,
+                stain=stain,
                 progress=lambda done: report(done, len(grid)),
             )
         probabilities = store.get("probabilities")
@@ -175,6 +190,11 @@ def score_slide(
         with clock.stage("export"):
             numbers = _export(folder, slide, slide_id, tissue, grid, probabilities, slide_scores, engine, config)
             numbers["mpp_given"] = mpp
+            if stain is not None:
+                numbers["stain"] = json.loads(stain.to_json())
+                if stain.fallback:
+                    numbers["flags"].append("stain-fallback")
+                    numbers["warnings"].append(f"stains could not be measured ({stain.fallback}): tiles are as scanned")
     write_json(folder / "seconds.json", {stage: round(value, 3) for stage, value in clock.seconds.items()})
     write_json(folder / "result.json", numbers)
     return SlideResult(numbers, clock.seconds)
@@ -190,13 +210,16 @@ def read_result(folder: Path) -> SlideResult | None:
     return SlideResult(numbers, seconds) if isinstance(numbers, dict) and "slide_id" in numbers else None
 
 
-def _store(path: Path, grid: TileGrid, slide: Slide, engine: Engine, config: ScoreConfig) -> PatchStore:
+def _store(
+    path: Path, grid: TileGrid, slide: Slide, stain: StainTransform | None, engine: Engine, config: ScoreConfig
+) -> PatchStore:
     """Open what an earlier run left, if it is of the same slide, grid and model, or make an empty store."""
     identity = {
         "slide_path": absolute(slide.path),
         "slide": {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader},
         "model_sha256": engine.model.sha256,
         "precision": engine.model.precision,
+        "stain": None if stain is None else json.loads(stain.to_json()),
         "wsi_version": __version__,
     }
     classes = len(engine.model.config.class_names)
@@ -329,6 +352,7 @@ def _numbers(
         "slide_id": slide_id,
         "slide": absolute(slide.path),
         "mpp_given": None,
+        "stain": None,
         "use": "research only",
         "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
         "probabilities": (

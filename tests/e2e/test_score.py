@@ -24,6 +24,7 @@ from wsi import archive, infer
 from wsi.cli import main
 from wsi.nn.patch import load_patch_model
 from wsi.slide import open_slide
+from wsi.stain import StainTransform
 from wsi.store import PatchStore
 
 Run = Callable[..., tuple[int, str, str]]
@@ -160,6 +161,25 @@ class TestResults:
         for name in ("a", "b"):
             one, two = (PatchStore.open(tmp_path / run / name / "store.zarr") for run in ("batches", "plain"))
             np.testing.assert_allclose(one.get("probabilities"), two.get("probabilities"), atol=2e-5)
+
+    def test_stains_are_normalised_for_the_model(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        common = ("score", slides / "a.svs", "-m", model, "-q", "--keep-pixels", "--precision", "float32")
+        assert wsi(*common, "-o", tmp_path / "plain")[0] == 0
+        assert wsi(*common, "-o", tmp_path / "stained", "--stain", "macenko")[0] == 0
+        plain, stained = (PatchStore.open(tmp_path / name / "a/store.zarr") for name in ("plain", "stained"))
+        np.testing.assert_array_equal(plain.get("pixels"), stained.get("pixels"))  # as they were read
+        result = json.loads((tmp_path / "stained/a/result.json").read_text())
+        assert result["stain"] and result["flags"] == []
+        transform = StainTransform.from_json(json.dumps(result["stain"]))
+        expected = load_patch_model(str(model), device="cpu", precision="float32")(
+            transform.apply(np.ascontiguousarray(stained.get("pixels")[:5]))
+        )
+        np.testing.assert_allclose(stained.get("probabilities")[:5], expected.probabilities, atol=2e-5)
+        assert np.abs(stained.get("probabilities") - plain.get("probabilities")).max() > 1e-3
+        code, _, stderr = wsi(*common, "-o", tmp_path / "plain", "--stain", "macenko")
+        assert code == 2 and 'stain was null, now "macenko"' in stderr
+        code, _, stderr = wsi(*common, "-o", tmp_path / "x", "--stain", "magic")
+        assert code == 2 and "Known methods" in stderr
 
     def test_no_head_no_grade(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
         wsi("score", slides / "a.svs", "-m", model, "--mil", "none", "-o", tmp_path, "-q")
@@ -362,6 +382,10 @@ class TestBadInput:
         write_pyramid(tmp_path / "blank.svs", [blank], 0.5, svs=True)
         code, _, _ = wsi("score", tmp_path / "blank.svs", "-m", model, "-o", tmp_path / "r", "-q")
         row = rows(tmp_path / "r/slides.csv")[0]
+        assert (
+            wsi("score", tmp_path / "blank.svs", "-m", model, "-o", tmp_path / "s", "-q", "--stain", "macenko")[0] == 0
+        )
+        assert rows(tmp_path / "s/slides.csv")[0]["flags"] == "no-tissue stain-fallback"
         assert code == 0 and row["flags"] == "no-tissue" and row["n_tiles"] == "0"
         assert row["grade"] == row["positive_mm2"] == row["prob_tumour"] == ""
         result = json.loads((tmp_path / "r/blank/result.json").read_text())

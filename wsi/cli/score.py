@@ -41,6 +41,12 @@ def score(
         list[str] | None, typer.Option(help="Class shown in the heatmap (repeatable). Default: the model's.")
     ] = None,
     keep_pixels: Annotated[bool, typer.Option(help="Keep the patches in the store.")] = False,
+    stain: Annotated[
+        str | None, typer.Option(help="Normalise stains for the model: macenko, vahadane, ruifrok or reinhard.")
+    ] = None,
+    stain_target: Annotated[
+        str, typer.Option(help="What stains are made to look like: veta, another packaged name, or an image file.")
+    ] = "veta",
     reader: Annotated[str, typer.Option(help="auto, openslide or tiffslide.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
@@ -75,6 +81,8 @@ def score(
         min_tissue=min_tissue,
         keep_pixels=keep_pixels,
         reader=reader,
+        stain=stain,
+        stain_target=stain_target,
     )
     with watching(len(refs), quiet=quiet) as watcher:
         summary = score_archive(
