@@ -277,6 +277,12 @@ def _is_of(earlier: dict[str, Any], ref: SlideRef) -> bool:
     return earlier.get("slide") == absolute(ref.path)
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a slide's folder holds what this package writes, or nothing yet."""
+    names = {child.name for child in folder.iterdir()} if folder.is_dir() else {folder.name}
+    return not {name for name in names if name[0] != "."} or bool({"store.zarr", "result.json", _FAILURE} & names)
+
+
 def _claim(
     folder: Path,
     engine: Engine,
@@ -302,6 +308,10 @@ def _claim(
     )
     path = folder / "run.json"
     remedy = "Choose another folder with -o, or start these slides over with --force"
+    foreign = sorted(slide_id for slide_id in ids if (folder / slide_id).exists() and not _is_ours(folder / slide_id))
+    if foreign:  # --force would delete it
+        what = f"holds a folder {foreign[0]!r} that is not results of ours"
+        raise OutputError(folder, what, "Choose an empty folder with -o")
     others = sorted(
         child.name for child in folder.iterdir() if child.name not in {*ids, *_OUR_FILES} and child.name[0] != "."
     )

@@ -255,6 +255,15 @@ class TestResume:
         code, _, stderr = wsi("score", slides / "b.svs", "-m", model, "-o", tmp_path, "-q", "--force", "--stride", 16)
         assert code == 2 and "other slides (a)" in stderr and digest(tmp_path) == before
 
+    def test_force_deletes_nothing_but_results(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "thesis.tex").write_text("years of work")
+        for more in ((), ("--force",)):
+            code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path, "-q", *more)
+            assert code == 2 and "not results of ours" in stderr
+            assert [path.name for path in (tmp_path / "a").iterdir()] == ["thesis.tex"]
+            assert not (tmp_path / "run.json").exists()
+
     def test_from_another_working_directory(
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

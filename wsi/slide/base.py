@@ -97,6 +97,8 @@ class Slide(ABC):
         ------
         SlideUnreadable
             The file is damaged there.
+        ValueError
+            A side is not positive, or a pixel would span more than 1024 pixels of the level.
         """
         out_w, out_h = out_px
         if out_w < 1 or out_h < 1 or not (box.w > 0 and box.h > 0):
