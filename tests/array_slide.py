@@ -23,7 +23,7 @@ class ArraySlide(Slide):
         self.mpp, self.mpp_source = Mpp(mpp, mpp), "user"
         self.bounds = bounds or Box(0, 0, *self.size)
 
-    def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> npt.NDArray[np.uint8]:
+    def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> npt.NDArray[np.uint8]:
         return np.ascontiguousarray(self.rgb[y : y + h, x : x + w])
 
     def close(self) -> None:

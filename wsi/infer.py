@@ -58,7 +58,7 @@ def score_tiles(
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in wanted}
     full = np.full((batch_size, model.config.tile_px, model.config.tile_px, 3), 255, np.uint8)
     with closing(stream(slide, store.grid, shards, batch_size=batch_size, threads=threads)) as batches:
-        for tiles, rgb in batches:
+        for tiles, rgb, _, _ in batches:
             if progress is not None:
                 progress(done)
             if stain is None:

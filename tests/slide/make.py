@@ -8,6 +8,7 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import tifffile
+from PIL import Image
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -38,6 +39,27 @@ def write_pyramid(
             elif mpp:
                 arguments |= {"resolution": (10000 / mpp, 10000 / mpp), "resolutionunit": "CENTIMETER"}
             tiff.write(level, subfiletype=0 if i == 0 or svs else 1, **arguments)
+
+
+def write_jpeg_pyramid(
+    path: Path, levels: list[np.ndarray], mpp: float = 0.5, *, tile: int = 128, subsampling: tuple[int, int] = (2, 2)
+) -> None:
+    """Write a generic pyramid of JPEG tiles, YCbCr, with tables shared by the tiles of a level."""
+    levels = [np.asarray(Image.fromarray(level).convert("YCbCr")) for level in levels]  # tifffile takes it as it is
+    with tifffile.TiffWriter(path) as tiff:
+        for i, level in enumerate(levels):
+            tiff.write(
+                level,
+                tile=(tile, tile),
+                compression="jpeg",
+                compressionargs={"level": 85},
+                photometric="ycbcr",
+                subsampling=subsampling,
+                subfiletype=0 if i == 0 else 1,
+                resolution=(10000 / mpp, 10000 / mpp),
+                resolutionunit="CENTIMETER",
+                metadata=None,
+            )
 
 
 def section(width: int = 900, height: int = 700, seed: int = 0) -> np.ndarray:

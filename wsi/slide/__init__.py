@@ -13,28 +13,39 @@ import os
 from pathlib import Path
 
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat
-from wsi.slide.base import GivenMpp, Slide
+from wsi.slide.base import DECODES, GivenMpp, Slide
 
-__all__ = ["READERS", "Slide", "absolute", "is_url", "open_slide"]
+__all__ = ["DECODES", "READERS", "Slide", "absolute", "is_url", "open_slide"]
 
-#: Names accepted as `reader`. "auto" is OpenSlide, then tiffslide for what OpenSlide does not open.
-READERS = ("auto", "openslide", "tiffslide")
+#: Names accepted as `reader`. "auto" is our own TIFF reader for what it is sure of, then OpenSlide, then tiffslide for
+#: what OpenSlide does not know.
+READERS = ("auto", "tiff", "openslide", "tiffslide")
 
 
 def open_slide(
-    path: str | os.PathLike[str], reader: str = "auto", *, mpp: float | None = None, mpp_source: str = "user"
+    path: str | os.PathLike[str],
+    reader: str = "auto",
+    *,
+    mpp: float | None = None,
+    mpp_source: str = "user",
+    decode: str = "auto",
 ) -> Slide:
     """Open a slide.
 
     Parameters
     ----------
     path : path or URL
-        A file, or an fsspec URL (``s3://``, ``https://``), which tiffslide reads.
-    reader : {"auto", "openslide", "tiffslide"}
+        A file, or an fsspec URL (``s3://``, ``https://``), which our own reader and tiffslide read.
+    reader : {"auto", "tiff", "openslide", "tiffslide"}
     mpp : float, optional
         Microns per level-0 pixel; overrides what the file says.
     mpp_source : str
         Who gave `mpp`; recorded as the slide's ``mpp_source`` where `mpp` is given.
+    decode : {"auto", "full", "fast"}
+        How JPEG is read at half, quarter or eighth resolution. "auto": reduced by the decoder where every pixel asked
+        for is made of whole reduced ones (over 45 dB from the area average on H&E), else decoded in full and averaged.
+        "full": always the latter. "fast": always reduced (27 to 43 dB where pixels do not coincide). Other readers
+        decode in full.
 
     Raises
     ------
@@ -51,15 +62,24 @@ def open_slide(
             raise SlideUnreadable(name, "is a folder, not a slide", "Name the slide file inside it")
         if not os.access(name, os.R_OK):
             raise SlideUnreadable(name, "may not be read by this user", "Check the file's permissions")
-    if reader == "tiffslide" or is_url(name):
-        return _with_tiffslide(name, given)
-    if reader == "openslide":
-        return _with_openslide(name, given)
-    try:
-        return _with_openslide(name, given)
-    except UnknownFormat:
-        # Only what OpenSlide does not know: a file that it knows and finds damaged must not be read anyway.
-        return _with_tiffslide(name, given)
+    if decode not in DECODES:
+        raise SlideError(f"decode={decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
+    openers = {
+        "tiff": lambda: _with_tiff(name, given, decode),
+        "openslide": lambda: _with_openslide(name, given),
+        "tiffslide": lambda: _with_tiffslide(name, given),
+    }
+    if reader != "auto":
+        return openers[reader]()
+    # Only what a reader does not know goes to the next: a file that it knows and finds damaged must not be read anyway.
+    for other in ("tiff", "openslide"):
+        if other == "openslide" and is_url(name):
+            continue
+        try:
+            return openers[other]()
+        except UnknownFormat:
+            pass
+    return openers["tiffslide"]()
 
 
 def absolute(path: str) -> str:
@@ -70,6 +90,12 @@ def absolute(path: str) -> str:
 def is_url(path: str) -> bool:
     """Whether `path` is an fsspec URL rather than a local file."""
     return "://" in path
+
+
+def _with_tiff(name: str, given: GivenMpp | None, decode: str) -> Slide:
+    from wsi.slide.tiff import TiffReader
+
+    return TiffReader(name, given, decode)
 
 
 def _with_openslide(name: str, given: GivenMpp | None) -> Slide:

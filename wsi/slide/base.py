@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -28,6 +29,11 @@ _LEVEL_TOLERANCE = 1.005
 #: Source pixels held at once: larger reads are done in blocks of this size.
 _BLOCK_PX = 4_000_000
 
+#: How pixels coarser than a level are made of it, see ``open_slide``.
+DECODES = ("auto", "full", "fast")
+
+_ONE_PX = 1 << native.FIXED_POINT_BITS
+
 
 class GivenMpp(NamedTuple):
     """Microns per level-0 pixel that somebody gave, and who."""
@@ -36,15 +42,45 @@ class GivenMpp(NamedTuple):
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Where the pixels of one side of a read lie on a level, as the decoder gives it.
+
+    Attributes
+    ----------
+    edges : int64 (n + 1,)
+        Edges of the output pixels in 1/4096 px, from `first` on.
+    first, last : int
+        The level's pixels from and up to which they reach.
+    shrink : int
+        By how much the decoder reduces the level while decoding it: 1, 2, 4 or 8. Pixels are of the reduced level.
+    are_pixels : bool
+        Every output pixel is one pixel of the level.
+    """
+
+    edges: npt.NDArray[np.int64]
+    first: int
+    last: int
+    shrink: int
+    are_pixels: bool
+
+    @classmethod
+    def of(cls, edges: npt.NDArray[np.int64], shrink: int = 1) -> Self:
+        """Take edges counted from the level's border."""
+        first, last = int(edges[0]) // _ONE_PX, -(int(edges[-1]) // -_ONE_PX)
+        are_pixels = len(edges) == last - first + 1 and bool((np.diff(edges) == _ONE_PX).all())
+        return cls(edges - first * _ONE_PX, first, last, shrink, are_pixels)
+
+
 class Slide(ABC):
-    """Pixels and their resolution; knows nothing of tiles.
+    """Pixels and their resolution; knows nothing of grids.
 
     Attributes
     ----------
     path : str
         As given to ``open_slide``.
     reader : str
-        "openslide" or "tiffslide".
+        "tiff", "openslide" or "tiffslide".
     vendor : str
         The format's name, such as "aperio" or "generic-tiff".
     level_sizes : tuple of (int, int)
@@ -66,6 +102,7 @@ class Slide(ABC):
     mpp: Mpp
     mpp_source: str
     bounds: Box
+    decode: str = "full"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -103,20 +140,78 @@ class Slide(ABC):
         out_w, out_h = out_px
         if out_w < 1 or out_h < 1 or not (box.w > 0 and box.h > 0):
             raise ValueError(f"cannot read {box} into {out_w} x {out_h} px: all sides must be positive")
-        level = self.level_for(max(min(box.w / out_w, box.h / out_h), 1e-9))
+        level, x, y = self.cells(box, out_px)
         if out is None:
             out = np.empty((out_h, out_w, 3), np.uint8)
-        edges_x = _cell_edges(box.x, box.w, out_w, self.level_sizes[level][0] / self.size[0])
-        edges_y = _cell_edges(box.y, box.h, out_h, self.level_sizes[level][1] / self.size[1])
-        for rows in _blocks(edges_y, _BLOCK_PX // min(_BLOCK_PX, _span(edges_x))):
-            for columns in _blocks(edges_x, _BLOCK_PX // min(_BLOCK_PX, _span(edges_y[rows.start : rows.stop + 1]))):
-                self._read_block(
-                    level,
-                    edges_x[columns.start : columns.stop + 1],
-                    edges_y[rows.start : rows.stop + 1],
-                    out[rows, columns],
-                )
+        for rows in _blocks(y, _BLOCK_PX // min(_BLOCK_PX, x.last - x.first)):
+            part_y = _part(y, rows)
+            for columns in _blocks(x, _BLOCK_PX // min(_BLOCK_PX, part_y.last - part_y.first)):
+                part_x = _part(x, columns)
+                source = self._read_padded(level, part_x, part_y)
+                resample(source, part_x, part_y, out[rows, columns])
         return out
+
+    def cells(self, box: Box, out_px: tuple[int, int]) -> tuple[int, Cells, Cells]:
+        """Choose the level to read `box` from, and find where its output pixels lie there, along x and along y."""
+        level = self.level_for(max(min(box.w / out_px[0], box.h / out_px[1]), 1e-9))
+        scale = self.scale(level)
+        x, y = _cell_edges(box.x, box.w, out_px[0], scale[0]), _cell_edges(box.y, box.h, out_px[1], scale[1])
+        shrink = min(self.shrink_along(level, 0, x), self.shrink_along(level, 1, y))
+        return level, shrunk(x, shrink), shrunk(y, shrink)
+
+    def cells_along(self, level: int, axis: int, start: float, length: float, n: int) -> npt.NDArray[np.int64]:
+        """Edges of `n` cells over [start, start + length) level-0 px in 1/4096 px of a level."""
+        return _cell_edges(start, length, n, self.scale(level)[axis])
+
+    def shrink_along(self, level: int, axis: int, edges: npt.NDArray[np.int64]) -> int:
+        """Find by how much the decoder may reduce a level for cells with these edges.
+
+        By default only where every cell is made of whole reduced pixels: then the decoder's reduction is within 45 dB
+        of the area average on H&E (stored half pixels cannot be cut further without losing 10 dB of that).
+        """
+        side = self.level_sizes[level][axis]
+        for shrink in self.shrinks(level):
+            if self.decode == "fast":
+                fits = int(np.diff(edges).min()) >= shrink * _ONE_PX
+            else:
+                fits = not int(np.bitwise_or.reduce(edges)) % (shrink * _ONE_PX)
+            inside = side % shrink == 0 or (edges[-1] <= side // shrink * shrink * _ONE_PX)
+            if fits and inside:
+                return shrink
+        return 1
+
+    def scale(self, level: int) -> tuple[float, float]:
+        """Pixels of a level on one level-0 pixel, along x and y."""
+        w, h = self.level_sizes[level]
+        return w / self.size[0], h / self.size[1]
+
+    def shrinks(self, level: int) -> Sequence[int]:
+        """By how much the decoder can reduce a level while decoding it, most first."""
+        return ()
+
+    def tile_px(self, level: int) -> tuple[int, int] | None:
+        """Width and height of the stored tiles of a level; None where the reader does not give them."""
+        return None
+
+    def read_tiles(
+        self, level: int, shrink: int, tiles: Sequence[tuple[int, int]], out: Sequence[U8]
+    ) -> list[str | None]:
+        """Decode stored tiles whole, border and all, where ``tile_px`` says that there are any.
+
+        Parameters
+        ----------
+        level, shrink : int
+        tiles : sequence of (int, int)
+            Column and row of each.
+        out : sequence of uint8 (tile height / shrink, tile width / shrink, 3)
+            Written in place; white where the file holds no tile or it cannot be decoded.
+
+        Returns
+        -------
+        list of str or None
+            Why a tile cannot be decoded.
+        """
+        raise NotImplementedError
 
     def level_for(self, downsample: float) -> int:
         """Return the coarsest level that is at least as fine as `downsample` level-0 pixels a pixel."""
@@ -127,33 +222,26 @@ class Slide(ABC):
         ]
         return max(fine_enough, default=0, key=lambda level: self.size[0] / self.level_sizes[level][0])
 
-    def _read_block(self, level: int, edges_x: npt.NDArray[np.int64], edges_y: npt.NDArray[np.int64], out: U8) -> None:
-        one = 1 << native.FIXED_POINT_BITS
-        x0, y0 = int(edges_x[0]) // one, int(edges_y[0]) // one
-        x1, y1 = -(int(edges_x[-1]) // -one), -(int(edges_y[-1]) // -one)
-        source = self._read_padded(level, x0, y0, x1 - x0, y1 - y0)
-        edges_x, edges_y = edges_x - x0 * one, edges_y - y0 * one
-        if out.shape == source.shape and (np.diff(edges_x) == one).all() and (np.diff(edges_y) == one).all():
-            out[...] = source
-        else:
-            native.area_average(source, edges_y, edges_x, out)
-
-    def _read_padded(self, level: int, x: int, y: int, w: int, h: int) -> U8:
+    def _read_padded(self, level: int, across: Cells, down: Cells) -> U8:
         """Read a region of a level, white where it lies outside the level."""
-        level_w, level_h = self.level_sizes[level]
+        x, y, w, h, shrink = across.first, down.first, across.last - across.first, down.last - down.first, across.shrink
+        level_w, level_h = (side // shrink for side in self.level_sizes[level])
         left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, level_w), min(y + h, level_h)
         if (left, top, right, bottom) == (x, y, x + w, y + h):
-            return self._read_level(level, x, y, w, h)
+            return self._read_level(level, shrink, x, y, w, h)
         region = np.full((h, w, 3), 255, np.uint8)
         if left < right and top < bottom:
             region[top - y : bottom - y, left - x : right - x] = self._read_level(
-                level, left, top, right - left, bottom - top
+                level, shrink, left, top, right - left, bottom - top
             )
         return region
 
     @abstractmethod
-    def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> U8:
-        """Read pixels [x, x + w) x [y, y + h) of a level, all inside it, exactly as stored; safe from many threads."""
+    def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
+        """Read pixels [x, x + w) x [y, y + h) of a level, all inside it, exactly as stored; safe from many threads.
+
+        `shrink` is 1 or one of ``shrinks``; pixels are then those of the reduced level.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -240,13 +328,37 @@ def _cell_edges(start: float, length: float, n: int, scale: float) -> npt.NDArra
     return edges
 
 
-def _span(edges: npt.NDArray[np.int64]) -> int:
-    """Source pixels between the first and last edge."""
-    return max(1, int(edges[-1] - edges[0]) >> native.FIXED_POINT_BITS)
+def shrunk(edges: npt.NDArray[np.int64], shrink: int) -> Cells:
+    """Find the same edges on the reduced level."""
+    return Cells.of((edges + shrink // 2) // shrink, shrink)
 
 
-def _blocks(edges: npt.NDArray[np.int64], max_px: int) -> list[slice]:
+def resample(source: U8, x: Cells, y: Cells, out: U8) -> None:
+    """Make output pixels of the level's pixels from ``(x.first, y.first)`` on."""
+    if x.are_pixels and y.are_pixels:
+        out[...] = source
+    else:
+        native.area_average(source, y.edges, x.edges, out)
+
+
+def put(tile: U8, tile_x: int, tile_y: int, region: U8, x: int, y: int) -> None:
+    """Copy what a tile that lies at (tile_x, tile_y) has of a region that lies at (x, y)."""
+    left, top = max(x, tile_x), max(y, tile_y)
+    right, bottom = min(x + region.shape[1], tile_x + tile.shape[1]), min(y + region.shape[0], tile_y + tile.shape[0])
+    region[top - y : bottom - y, left - x : right - x] = tile[
+        top - tile_y : bottom - tile_y, left - tile_x : right - tile_x
+    ]
+
+
+def _part(cells: Cells, run: slice) -> Cells:
+    """Take the cells of a run."""
+    if run.stop - run.start == len(cells.edges) - 1:
+        return cells
+    return Cells.of(cells.edges[run.start : run.stop + 1] + cells.first * _ONE_PX, cells.shrink)
+
+
+def _blocks(cells: Cells, max_px: int) -> list[slice]:
     """Cut cells into runs that span at most about `max_px` source pixels (one cell at least)."""
-    n = len(edges) - 1
-    per_run = max(1, n * max_px // _span(edges))
+    n = len(cells.edges) - 1
+    per_run = max(1, n * max_px // max(1, cells.last - cells.first))
     return [slice(start, min(start + per_run, n)) for start in range(0, n, per_run)]

@@ -60,7 +60,7 @@ class OpenSlideReader(Slide):
             self._slide.close()
             raise
 
-    def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> U8:
+    def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
         # OpenSlide wants level-0 coordinates and interpolates where these fall between the level's
         # pixels. Start a few pixels earlier, where the level-0 coordinate is (all but) whole.
         downsample = self._slide.level_downsamples[level]

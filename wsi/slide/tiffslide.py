@@ -68,7 +68,7 @@ class TiffSlideReader(Slide):
         self._holes = [_missing_tiles(page) for page in self._pages]
         self.bounds = _present(self._holes[0], page, self.size)
 
-    def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> U8:
+    def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
         # tiffslide takes level-0 coordinates and floors them to the level's pixels.
         downsample = self._slide.level_downsamples[level]
         x0, y0 = int(np.ceil(x * downsample)), int(np.ceil(y * downsample))

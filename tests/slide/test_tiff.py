@@ -1,0 +1,318 @@
+"""Our own TIFF reader: every codec and layout against OpenSlide, tifffile or Pillow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import simplejpeg
+import tifffile
+from PIL import Image, ImageOps
+
+from tests.slide.make import halved, picture, write_jpeg_pyramid, write_pyramid
+from wsi.errors import SlideUnreadable, UnknownFormat
+from wsi.slide import open_slide
+from wsi.slide.source import Source
+from wsi.units import Box
+
+
+def psnr_db(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((got.astype(np.float64) - expected) ** 2)))
+
+
+def area_halved(rgb: np.ndarray, by: int) -> np.ndarray:
+    h, w = (side // by for side in rgb.shape[:2])
+    return rgb[: h * by, : w * by].astype(np.float64).reshape(h, by, w, by, 3).mean((1, 3))
+
+
+@pytest.fixture(scope="module")
+def tissue(data_dir: Path) -> np.ndarray:
+    """Real H&E of another laboratory, uint8 (1024, 1024, 3)."""
+    with Image.open(data_dir / "stain/camelyon17_centres/centre_1_patient_024_node_2.jpeg") as image:
+        return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:1024, :1024])
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "jpeg 4:2:0": {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2)},
+    "jpeg 4:2:2": {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 1)},
+    "jpeg 4:4:4": {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (1, 1)},
+    "jpeg rgb": {"compression": "jpeg", "photometric": "rgb"},
+    "lzw": {"compression": "lzw", "predictor": True},
+    "deflate": {"compression": "deflate", "predictor": True},
+    "zstd": {"compression": "zstd"},
+    "jpeg 2000": {"compression": "jpeg2000"},
+    "none": {},
+}
+
+
+def as_stored(rgb: np.ndarray, layout: dict[str, Any]) -> np.ndarray:
+    """What tifffile wants of RGB pixels: it does not convert colours."""
+    return np.asarray(Image.fromarray(rgb).convert("YCbCr")) if layout["photometric"] == "ycbcr" else rgb
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("bigtiff", [False, True])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_as_tifffile_and_openslide_decode_it(self, tmp_path: Path, layout: str, bigtiff: bool) -> None:
+        path, full = tmp_path / "a.tif", picture(301, 205)
+        with tifffile.TiffWriter(path, bigtiff=bigtiff) as tiff:
+            for i, level in enumerate([full, halved(full)]):
+                arguments = {"photometric": "rgb", **LAYOUTS[layout]}
+                tiff.write(
+                    as_stored(level, arguments), tile=(64, 96), subfiletype=min(i, 1), metadata=None, **arguments
+                )
+        with open_slide(path, mpp=0.5) as slide, tifffile.TiffFile(path) as tiff:
+            assert slide.reader == "tiff" and slide.level_sizes == ((301, 205), (150, 102))
+            for level, page in enumerate(tiff.pages):
+                w, h = slide.level_sizes[level]
+                np.testing.assert_array_equal(slide._read_level(level, 1, 0, 0, w, h), page.asarray())
+        if layout in {"zstd", "jpeg 2000"}:  # this OpenSlide reads neither
+            return
+        with open_slide(path, "openslide", mpp=0.5) as other, open_slide(path, "tiff", mpp=0.5) as slide:
+            box = Box(0, 0, 301, 205)
+            np.testing.assert_array_equal(slide.read(box, (301, 205)), other.read(box, (301, 205)))
+
+    @pytest.mark.parametrize("layout", ["jpeg rgb", "lzw"])
+    def test_grey(self, tmp_path: Path, layout: str) -> None:
+        grey = picture(200, 130)[..., 0]
+        compression = LAYOUTS[layout]["compression"]
+        tifffile.imwrite(tmp_path / "a.tif", grey, tile=(64, 64), compression=compression, metadata=None)
+        with open_slide(tmp_path / "a.tif", "tiff", mpp=1) as slide:
+            expected = tifffile.imread(tmp_path / "a.tif")[..., None].repeat(3, axis=2)
+            np.testing.assert_array_equal(slide.read(Box(0, 0, 200, 130), (200, 130)), expected)
+
+    def test_ome_tiff_with_subifds(self, tmp_path: Path) -> None:
+        path, full = tmp_path / "a.ome.tif", picture(600, 400)
+        with tifffile.TiffWriter(path, ome=True) as tiff:
+            arguments: dict[str, Any] = {"tile": (64, 64), "compression": "deflate", "photometric": "rgb"}
+            metadata = {"axes": "YXS", "PhysicalSizeX": 0.23, "PhysicalSizeY": 0.23}
+            tiff.write(full, subifds=2, metadata=metadata, **arguments)
+            tiff.write(halved(full), subfiletype=1, **arguments)
+            tiff.write(halved(halved(full)), subfiletype=1, **arguments)
+        with open_slide(path) as slide:
+            assert (slide.reader, slide.mpp, slide.mpp_source) == ("tiff", (0.23, 0.23), "vendor:ome-tiff")
+            assert slide.level_sizes == ((600, 400), (300, 200), (150, 100))
+            np.testing.assert_array_equal(slide.read(Box(0, 0, 600, 400), (150, 100)), halved(halved(full)))
+
+    def test_philips(self, tmp_path: Path) -> None:
+        """Levels are padded to whole tiles: what lies where is told by the text, not by their sizes."""
+        path, full = tmp_path / "a.tiff", picture(1024, 512)
+        levels = [full, halved(full), halved(halved(full)), halved(halved(halved(full)))]  # 512, 256, 128 wide
+
+        def spacing(by: int) -> str:
+            text = f"&quot;{0.000226891 * by}&quot; &quot;{0.000226907 * by}&quot;"
+            return (
+                '<Attribute Name="DICOM_PIXEL_SPACING" Group="0x0028" Element="0x0030" PMSVR="IDoubleArray">'
+                f"{text}</Attribute>"
+            )
+
+        data = "".join(
+            f'<DataObject ObjectType="PixelDataRepresentation">{spacing(2**i)}</DataObject>' for i in range(len(levels))
+        )
+        text = (
+            '<?xml version="1.0" encoding="UTF-8" ?><DataObject ObjectType="DPUfsImport">'
+            f'{spacing(1)}<Attribute Name="PIM_DP_SCANNED_IMAGES"><Array><DataObject ObjectType="DPScannedImage">'
+            '<Attribute Name="PIM_DP_IMAGE_TYPE">WSI</Attribute>'
+            f'<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE"><Array>{data}</Array></Attribute>'
+            "</DataObject></Array></Attribute></DataObject>"
+        )
+        with tifffile.TiffWriter(path) as tiff:
+            for i, level in enumerate(levels):
+                padded = np.full((-(-level.shape[0] // 256) * 256, -(-level.shape[1] // 256) * 256, 3), 77, np.uint8)
+                padded[: level.shape[0], : level.shape[1]] = level
+                description = {"description": text, "software": "Philips DP v1.0"} if i == 0 else {}
+                arguments: dict[str, Any] = {"tile": (256, 256), "compression": "deflate", "photometric": "rgb"}
+                tiff.write(padded, subfiletype=min(i, 1), metadata=None, **arguments, **description)
+        with open_slide(path, "tiff") as slide, open_slide(path, "openslide") as other:
+            assert slide.vendor == other.vendor == "philips"
+            assert slide.mpp == other.mpp == pytest.approx((0.226907, 0.226891))
+            assert slide.level_sizes == other.level_sizes == ((1024, 512), (512, 256), (256, 128), (128, 64))
+            for level in levels:
+                h, w, _ = level.shape
+                np.testing.assert_array_equal(slide.read(Box(0, 0, 1024, 512), (w, h)), level)
+                np.testing.assert_array_equal(other.read(Box(0, 0, 1024, 512), (w, h)), level)
+
+    def test_missing_tiles_are_white(self, tmp_path: Path) -> None:
+        path, full = tmp_path / "a.tif", picture(256, 192)
+        tifffile.imwrite(path, full, tile=(64, 64), compression="zlib", photometric="rgb", metadata=None)
+        with tifffile.TiffFile(path, mode="r+") as tiff:
+            tags = tiff.pages.first.tags
+            counts = [0 if i in (0, 1, 2, 3, 4, 6) else n for i, n in enumerate(tags["TileByteCounts"].value)]
+            offsets = [n and at for n, at in zip(counts, tags["TileOffsets"].value, strict=True)]
+            tags["TileByteCounts"].overwrite(counts)
+            tags["TileOffsets"].overwrite(offsets)
+        with open_slide(path, mpp=1) as slide, open_slide(path, "openslide", mpp=1) as other:
+            assert slide.reader == "tiff" and slide.bounds == other.bounds == Box(0, 64, 256, 128)
+            got = slide.read(Box(0, 0, 256, 192), (256, 192))
+            np.testing.assert_array_equal(got, other.read(Box(0, 0, 256, 192), (256, 192)))
+            assert (got[:64] == 255).all() and (got[64:128, 64:128] < 255).any()
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_orientation_as_pillow_turns_it(self, tmp_path: Path, orientation: int) -> None:
+        path, stored = tmp_path / "a.tif", picture(150, 100)
+        turn = [(274, "H", 1, orientation, True)]
+        tifffile.imwrite(path, stored, tile=(64, 48), photometric="rgb", compression="lzw", extratags=turn)
+        image = Image.fromarray(stored)
+        image.getexif()[274] = orientation
+        shown = np.asarray(ImageOps.exif_transpose(image))
+        with open_slide(path, mpp=1) as slide:
+            assert slide.reader == "tiff" and slide.size == (shown.shape[1], shown.shape[0])
+            np.testing.assert_array_equal(slide.read(Box(0, 0, *slide.size), slide.size), shown)
+            np.testing.assert_array_equal(slide.read(Box(13, 7, 60, 70), (60, 70)), shown[7:77, 13:73])
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"photometric": "rgb"},  # strips
+            {"photometric": "rgb", "planarconfig": "separate", "tile": (64, 64)},
+            {"photometric": "miniswhite", "tile": (64, 64)},
+        ],
+    )
+    def test_refuses_what_it_is_not_sure_of(self, tmp_path: Path, arguments: dict[str, Any]) -> None:
+        full = picture(128, 128)
+        if arguments.get("planarconfig"):
+            full = np.moveaxis(full, 2, 0)
+        elif arguments["photometric"] == "miniswhite":
+            full = full[..., 0]
+        tifffile.imwrite(tmp_path / "a.tif", full, **arguments)
+        with pytest.raises(UnknownFormat):
+            open_slide(tmp_path / "a.tif", "tiff", mpp=1)
+
+    def test_other_formats_are_left_to_openslide(self, data_dir: Path) -> None:
+        with pytest.raises(UnknownFormat):
+            open_slide(next((data_dir / "wsi/hamamatsu_ndpi").glob("*.ndpi")), "tiff", mpp=1)
+
+
+class TestReduced:
+    """JPEG at 1/2, 1/4, 1/8 of its size."""
+
+    @pytest.mark.parametrize("subsampling", [(2, 2), (2, 1), (1, 1)])
+    @pytest.mark.parametrize("by", [2, 4, 8])
+    def test_near_the_area_average_of_real_tissue(
+        self, tmp_path: Path, tissue: np.ndarray, by: int, subsampling: tuple[int, int]
+    ) -> None:
+        write_jpeg_pyramid(tmp_path / "a.tif", [tissue], tile=256, subsampling=subsampling)
+        whole = Box(0, 0, 1024, 1024)
+        with open_slide(tmp_path / "a.tif") as slide, open_slide(tmp_path / "a.tif", decode="full") as full:
+            exact = area_halved(full.read(whole, (1024, 1024)), by)
+            assert slide.cells(whole, (1024 // by, 1024 // by))[1].shrink == (
+                min(by, 2) if subsampling == (2, 1) else by
+            )
+            assert psnr_db(slide.read(whole, (1024 // by, 1024 // by)), exact) >= 45
+            assert np.abs(full.read(whole, (1024 // by, 1024 // by)) - exact).max() <= 0.5
+            assert full.cells(whole, (1024 // by, 1024 // by))[1].shrink == 1
+
+    @pytest.mark.parametrize("scale", [2.057, 3.0, 5.5])
+    def test_between_whole_pixels_it_is_decoded_in_full(self, tmp_path: Path, tissue: np.ndarray, scale: float) -> None:
+        write_jpeg_pyramid(tmp_path / "a.tif", [tissue], tile=256)
+        box = Box(3, 5, 150 * scale, 150 * scale)
+        with (
+            open_slide(tmp_path / "a.tif") as slide,
+            open_slide(tmp_path / "a.tif", decode="full") as full,
+            open_slide(tmp_path / "a.tif", decode="fast") as fast,
+        ):
+            exact = full.read(box, (150, 150))
+            np.testing.assert_array_equal(slide.read(box, (150, 150)), exact)
+            assert fast.cells(box, (150, 150))[1].shrink == (2 if scale < 4 else 4)
+            assert 25 < psnr_db(fast.read(box, (150, 150)), exact) < 60
+
+    def test_only_what_lies_inside_the_level(self, tmp_path: Path) -> None:
+        """Beyond a border that is no whole reduced pixel, reduced pixels mix in what the encoder made up there."""
+        full = np.zeros((205, 301, 3), np.uint8)
+        write_jpeg_pyramid(tmp_path / "a.tif", [full], tile=64)
+        with open_slide(tmp_path / "a.tif") as slide:
+            assert slide.cells(Box(0, 0, 300, 204), (150, 102))[1].shrink == 2
+            assert slide.cells(Box(0, 0, 304, 208), (152, 104))[1].shrink == 1
+            got = slide.read(Box(0, 0, 304, 208), (152, 104))
+            assert (got[:96, :128] <= 2).all() and (got[:, 151] == 255).all() and (got[103] == 255).all()
+
+
+class TestDamage:
+    def test_a_tile_cut_short_is_refused_never_grey(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.tif"
+        write_jpeg_pyramid(path, [picture(256, 256)])
+        with tifffile.TiffFile(path) as tiff:
+            tag = tiff.pages.first.tags["TileByteCounts"]
+            counts = list(tag.value)
+        with tifffile.TiffFile(path, mode="r+") as tiff:
+            counts[2] //= 2
+            tiff.pages.first.tags["TileByteCounts"].overwrite(counts)
+        with open_slide(path) as slide:
+            with pytest.raises(SlideUnreadable, match="damaged at level 0, x 0, y 128"):
+                slide.read(Box(0, 0, 256, 256), (256, 256))
+            assert slide.read(Box(0, 0, 256, 128), (256, 128)).std() > 10
+            out = [np.zeros((128, 128, 3), np.uint8) for _ in range(2)]
+            problems = slide.read_tiles(0, 1, [(0, 1), (1, 1)], out)
+            assert problems[0] and problems[1] is None
+            assert (out[0] == 255).all() and out[1].std() > 10
+            assert slide.jpeg_tiles(0, [(0, 1), (1, 1)])[0] is None  # type: ignore[attr-defined]
+
+    def test_a_tile_of_another_size_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.tif"
+        write_jpeg_pyramid(path, [picture(256, 128)])
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages.first
+            offset, count = page.dataoffsets[1], page.databytecounts[1]
+        raw = bytearray(path.read_bytes())
+        at = raw.index(b"\xff\xc0", offset)
+        assert at < offset + count
+        raw[at + 5 : at + 9] = (16384).to_bytes(2, "big") * 2  # a bomb: 16,384 x 16,384 px
+        path.write_bytes(raw)
+        with open_slide(path) as slide:
+            out = [np.zeros((128, 128, 3), np.uint8)]
+            assert "16384" in str(slide.read_tiles(0, 1, [(1, 0)], out)[0])
+
+
+class TestVerbatim:
+    @pytest.mark.parametrize("layout", ["jpeg 4:2:0", "jpeg 4:4:4", "jpeg rgb"])
+    def test_stored_tiles_are_files_of_their_own(self, tmp_path: Path, layout: str) -> None:
+        path = tmp_path / "a.tif"
+        pixels = as_stored(picture(256, 128), LAYOUTS[layout])
+        tifffile.imwrite(path, pixels, tile=(128, 128), metadata=None, **LAYOUTS[layout])
+        with open_slide(path, "tiff", mpp=1) as slide:
+            for column, stream in enumerate(slide.jpeg_tiles(0, [(0, 0), (1, 0)])):  # type: ignore[attr-defined]
+                expected = slide.read(Box(column * 128, 0, 128, 128), (128, 128))
+                np.testing.assert_array_equal(simplejpeg.decode_jpeg(stream), expected)
+
+    def test_only_jpeg(self, tmp_path: Path) -> None:
+        write_pyramid(tmp_path / "a.tif", [picture(200, 100)])
+        with (
+            open_slide(tmp_path / "a.tif", "tiff") as slide,
+            pytest.raises(SlideUnreadable, match="not stored as JPEG"),
+        ):
+            slide.jpeg_tiles(0, [(0, 0)])  # type: ignore[attr-defined]
+
+
+class TestSource:
+    def test_neighbours_are_fetched_in_one_go(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        content = np.random.default_rng(0).bytes(300_000)
+        (tmp_path / "a").write_bytes(content)
+        source = Source(str(tmp_path / "a"))
+        asked: list[tuple[int, int]] = []
+        read = source.read
+        monkeypatch.setattr(source, "read", lambda offset, n: asked.append((offset, n)) or read(offset, n))
+        offsets, lengths = [200_000, 0, 1000, 5000, 299_000], [10, 1000, 50, 100, 5000]
+        got = source.ranges(offsets, lengths)
+        assert [bytes(g) for g in got] == [content[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
+        assert asked == [(0, 5100), (200_000, 10), (299_000, 5000)]
+        source.close()
+
+    def test_remote_ranges_are_asked_for_together(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        content = np.random.default_rng(0).bytes(2_000_000)
+        with fsspec.open("memory://ranges/a", "wb") as file:
+            file.write(content)
+        source = Source("memory://ranges/a")
+        calls: list[int] = []
+        together = type(source._fs).cat_ranges
+
+        def counted(self: Any, paths: list[str], *arguments: Any, **more: Any) -> Any:
+            calls.append(len(paths))
+            return together(self, paths, *arguments, **more)
+
+        monkeypatch.setattr(type(source._fs), "cat_ranges", counted)
+        got = source.ranges([1_900_000, 10], [200_000, 20])
+        assert [bytes(g) for g in got] == [content[1_900_000:], content[10:30]] and calls == [2]
+        assert source.size == len(content) and source.read(5, 7) == content[5:12]

@@ -1,0 +1,413 @@
+"""Tiled TIFF pyramids, read by us: each stored tile can be had whole, reduced while it is decoded, or as it is stored.
+
+Knows generic TIFF (CAMELYON's files, which ASAP wrote, among them), Aperio SVS, Philips TIFF and OME-TIFF with SubIFDs.
+What it is not sure of it refuses with ``UnknownFormat``, and ``open_slide`` asks OpenSlide instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import defusedxml.ElementTree
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import tifffile
+
+from wsi.errors import SlideError, SlideUnreadable, UnknownFormat
+from wsi.slide.base import U8, GivenMpp, Slide, put, resolve_mpp
+from wsi.slide.source import Source
+from wsi.units import Box
+
+_ELSEWHERE = "Convert it to a pyramidal TIFF"
+_AGAIN = "Copy it from the source again"
+
+#: Codecs that tifffile decodes for us, bit for bit as OpenSlide does: none, LZW, Deflate, ZSTD, JPEG 2000 of RGB.
+_LOSSLESS = {1, 5, 8, 32946, 50000}
+_JPEG2000 = {33005, 34712}
+_JPEG = 7
+_RGB, _YCBCR, _GREY = 2, 6, 1
+
+#: By how much libjpeg may reduce while decoding, by chroma subsampling: the reduced picture is within 45 dB of the area
+#: average on H&E. 4:2:2 loses its chroma rows from 1/4 on.
+_SHRINKS = {"420": (8, 4, 2), "444": (8, 4, 2), "Gray": (8, 4, 2), "422": (2,)}
+
+#: Adobe's APP14 marker: the three components are RGB, not YCbCr. Aperio leaves it out.
+_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+
+#: How a picture of another orientation (TIFF 6.0, tag 274) is turned: swapped axes, flipped down, flipped across.
+_TURNS = {
+    0: (False, False, False),
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+
+
+class _Codec(Protocol):
+    shrinks: tuple[int, ...]
+
+    def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
+        """Decode a tile into uint8 (height / shrink, width / shrink, 3), or raise."""
+
+
+@dataclass(frozen=True)
+class _Level:
+    size: tuple[int, int]
+    tile_px: tuple[int, int]
+    offsets: npt.NDArray[np.int64]  # of each tile, row by row; 0 bytes: there is none
+    counts: npt.NDArray[np.int64]
+    columns: int
+    codec: _Codec
+
+
+class TiffReader(Slide):
+    """A tiled TIFF pyramid."""
+
+    reader = "tiff"
+
+    def __init__(self, path: str, given: GivenMpp | None = None, decode: str = "auto") -> None:
+        self.path = path
+        self.decode = decode
+        self._given = given
+        self._source = Source(path)
+        try:
+            with self._source.open() as stream, tifffile.TiffFile(stream) as tiff:
+                self._describe(tiff)
+        except SlideError:
+            self._source.close()
+            raise
+        except Exception as error:  # tifffile raises whatever it meets in a damaged file
+            self._source.close()
+            raise UnknownFormat(path, f"is not a TIFF that can be read ({_brief(error)})", _ELSEWHERE) from error
+
+    def _describe(self, tiff: tifffile.TiffFile) -> None:
+        first = tiff.pages.first
+        self.vendor, found, source = _vendor(tiff)
+        pages = _level_pages(tiff, self.vendor)
+        if pages is None:
+            raise UnknownFormat(self.path, "is no tiled TIFF pyramid that this reader is sure of", _ELSEWHERE)
+        self._levels = tuple(_level(self.path, page, self._source) for page in pages)
+        self._downsamples: list[int] | None = None
+        if self.vendor == "philips":  # its levels are padded to whole tiles; the text says what they are
+            self._downsamples = _philips(first.description)[1]
+            if len(self._downsamples) != len(pages):
+                raise UnknownFormat(self.path, "describes other levels than it holds", _ELSEWHERE)
+            w, h = self._levels[0].size
+            self._levels = tuple(
+                replace(level, size=(w // n, h // n)) for level, n in zip(self._levels, self._downsamples, strict=True)
+            )
+        orientation = int(first.tags.valueof("Orientation", 1))
+        if orientation not in _TURNS:
+            raise SlideUnreadable(self.path, f"has TIFF orientation {orientation}", "Rewrite it with orientation 1")
+        self._turn = _TURNS[orientation]
+        self.level_sizes = tuple(_ordered(level.size, self._turn[0]) for level in self._levels)
+        if self.vendor == "aperio" and any((level.counts == 0).any() for level in self._levels):
+            raise UnknownFormat(self.path, "is an Aperio file with missing tiles", _ELSEWHERE)
+        self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, found, source)
+        self.bounds = self._present()
+
+    def _present(self) -> Box:
+        """Extent of the tiles that are there, as OpenSlide has it (and QuPath crops to)."""
+        level, whole = self._levels[0], Box(0, 0, *self.size)
+        there = (level.counts > 0).reshape(-1, level.columns)
+        if there.all() or not there.any() or any(self._turn):
+            return whole
+        rows, columns = np.flatnonzero(there.any(axis=1)), np.flatnonzero(there.any(axis=0))
+        (w, h), (x, y) = level.tile_px, (int(columns[0]), int(rows[0]))
+        return Box(x * w, y * h, (int(columns[-1]) + 1 - x) * w, (int(rows[-1]) + 1 - y) * h).intersect(whole)
+
+    def scale(self, level: int) -> tuple[float, float]:
+        """Pixels of a level on one level-0 pixel."""
+        if self._downsamples is None:
+            return super().scale(level)
+        return 1 / self._downsamples[level], 1 / self._downsamples[level]
+
+    def shrinks(self, level: int) -> Sequence[int]:
+        """Reductions that the level's codec knows, most first; none where full decoding was asked for."""
+        return () if self.decode == "full" else self._levels[level].codec.shrinks
+
+    def tile_px(self, level: int) -> tuple[int, int] | None:
+        """Width and height of the level's tiles."""
+        return None if any(self._turn) else self._levels[level].tile_px
+
+    def read_tiles(
+        self, level: int, shrink: int, tiles: Sequence[tuple[int, int]], out: Sequence[U8]
+    ) -> list[str | None]:
+        """Decode whole tiles; see ``Slide.read_tiles``."""
+        stored = self._levels[level]
+        numbers = [row * stored.columns + column for column, row in tiles]
+        counts = [int(stored.counts[i]) for i in numbers]
+        problems: list[str | None] = []
+        try:
+            blobs = self._source.ranges([int(stored.offsets[i]) for i in numbers], counts)
+        except OSError as error:
+            raise SlideUnreadable(self.path, f"cannot be read ({error})", "Try again, or copy it nearer") from error
+        for number, count, data, target in zip(numbers, counts, blobs, out, strict=True):
+            problem = None
+            if count == 0:
+                target[...] = 255
+            elif len(data) < count:
+                problem = "the file ends before the tile does"
+            else:
+                try:
+                    stored.codec.decode(data, number, shrink, target)
+                except Exception as error:  # noqa: BLE001  every codec has errors of its own
+                    problem = _brief(error)
+            if problem is not None:
+                target[...] = 255
+            problems.append(problem)
+        return problems
+
+    def jpeg_tiles(self, level: int, tiles: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Give stored JPEG tiles as they are: complete streams that decode to RGB alone.
+
+        Parameters
+        ----------
+        level : int
+        tiles : sequence of (int, int)
+            Column and row of each.
+
+        Returns
+        -------
+        list of bytes or None
+            None where the file holds no tile, or less than all of it.
+
+        Raises
+        ------
+        SlideUnreadable
+            The level is not JPEG.
+        """
+        stored = self._levels[level]
+        if not isinstance(stored.codec, _Jpeg):
+            raise SlideUnreadable(self.path, f"level {level} is not stored as JPEG", "Keep its pixels as zstd or jpeg")
+        numbers = [row * stored.columns + column for column, row in tiles]
+        counts = [int(stored.counts[i]) for i in numbers]
+        blobs = self._source.ranges([int(stored.offsets[i]) for i in numbers], counts)
+        return [
+            stored.codec.stream(data) if count and len(data) == count and data[-2:].tobytes() == b"\xff\xd9" else None
+            for count, data in zip(counts, blobs, strict=True)
+        ]
+
+    def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
+        swap, flip_y, flip_x = self._turn
+        shown_w, shown_h = (side // shrink for side in self.level_sizes[level])
+        if flip_x:
+            x = shown_w - x - w
+        if flip_y:
+            y = shown_h - y - h
+        if swap:
+            x, y, w, h = y, x, h, w
+        tile_w, tile_h = (side // shrink for side in self._levels[level].tile_px)
+        columns, rows = range(x // tile_w, -(-(x + w) // tile_w)), range(y // tile_h, -(-(y + h) // tile_h))
+        region = np.empty((h, w, 3), np.uint8)
+        for row in rows:
+            decoded = np.empty((len(columns), tile_h, tile_w, 3), np.uint8)
+            problems = self.read_tiles(level, shrink, [(column, row) for column in columns], list(decoded))
+            for column, tile, problem in zip(columns, decoded, problems, strict=True):
+                if problem is not None:
+                    at = f"x {column * tile_w * shrink}, y {row * tile_h * shrink}"
+                    raise SlideUnreadable(self.path, f"is damaged at level {level}, {at} ({problem})", _AGAIN)
+                put(tile, column * tile_w, row * tile_h, region, x, y)
+        region = region.swapaxes(0, 1) if swap else region
+        return np.ascontiguousarray(region[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._source.close()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Pickle as path, resolution and way of decoding."""
+        return type(self), (self.path, self._given, self.decode)
+
+
+class _Jpeg:
+    """Baseline JPEG with tables shared by all tiles of a level (TIFF Technical Note 2)."""
+
+    def __init__(self, tables: bytes | None, colours: str, tile_px: tuple[int, int], shrinks: tuple[int, ...]) -> None:
+        self.shrinks = shrinks
+        self._expected = (tile_px[1], tile_px[0], colours)
+        self._head = jpeg_head(tables, colours)
+
+    def stream(self, data: memoryview) -> bytes:
+        """Join shared tables and a tile to a JPEG file."""
+        if data[:2].tobytes() != b"\xff\xd8":
+            raise ValueError("is not JPEG")
+        return b"".join((self._head, data[2:]))
+
+    def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
+        stream = self.stream(data)
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(stream)
+        if (height, width, colours) != self._expected:
+            raise ValueError(f"is a JPEG of {width} x {height} px in {colours}")
+        target = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
+        simplejpeg.decode_jpeg(
+            stream, min_height=height // shrink, min_width=width // shrink, min_factor=shrink, buffer=target
+        )
+        if target is not out:
+            out[...] = target
+
+
+class _Other:
+    """What tifffile decodes: all of a tile, with its predictor."""
+
+    shrinks: tuple[int, ...] = ()
+
+    def __init__(self, page: tifffile.TiffPage) -> None:
+        self._decode = page.decode
+        self._shape = page.tilelength, page.tilewidth
+        self._raw_bytes = page.tilelength * page.tilewidth * page.samplesperpixel if page.compression == 1 else 0
+
+    def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
+        if len(data) < self._raw_bytes:
+            raise ValueError(f"holds {len(data)} bytes, not {self._raw_bytes}")
+        pixels = self._decode(bytes(data), tile, _fullsize=True)[0]
+        if pixels is None or pixels.dtype != np.uint8 or pixels.shape[-3:-1] != self._shape:
+            raise ValueError("decodes to another size")
+        out[...] = pixels.reshape(*self._shape, -1)  # grey becomes three equal channels
+
+
+def jpeg_head(tables: bytes | None, colours: str) -> bytes:
+    """Make what stands before a tile: start of image, a colour marker where it is RGB, and the shared tables."""
+    adobe = _ADOBE_RGB if colours == "RGB" else b""
+    return b"\xff\xd8" + adobe + (bytes(tables)[2:-2] if tables else b"")
+
+
+def _level(path: str, page: tifffile.TiffPage, source: Source) -> _Level:
+    size, tile_px = (page.imagewidth, page.imagelength), (page.tilewidth, page.tilelength)
+    offsets, counts = (np.asarray(v, np.int64) for v in (page.dataoffsets, page.databytecounts))
+    columns = -(-size[0] // tile_px[0])
+    n_tiles = columns * -(-size[1] // tile_px[1])
+    if min(*size, *tile_px) < 1 or len(offsets) != n_tiles or len(counts) != n_tiles:
+        raise SlideUnreadable(path, f"lists {len(offsets)} of {n_tiles} tiles of a level", _AGAIN)
+    counts[offsets == 0] = 0
+    if page.compression != _JPEG:
+        return _Level(size, tile_px, offsets, counts, columns, _Other(page))
+    colours = {_RGB: "RGB", _YCBCR: "YCbCr", _GREY: "Gray"}[int(page.photometric)]
+    shrinks: tuple[int, ...] = ()
+    there = np.flatnonzero(counts)
+    if len(there):  # the first tile tells how chroma is stored, and whether colours are what the tags say
+        data = source.read(int(offsets[there[0]]), int(counts[there[0]]))
+        try:
+            _, _, found, subsampling = simplejpeg.decode_jpeg_header(
+                jpeg_head(page.jpegtables, colours) + data[2:], strict=False
+            )
+        except ValueError as error:
+            raise UnknownFormat(path, f"holds JPEG tiles of another kind ({error})", _ELSEWHERE) from error
+        if found != colours:
+            raise UnknownFormat(path, f"says {colours}, and its JPEG tiles are {found}", _ELSEWHERE)
+        shrinks = _SHRINKS.get("Gray" if found == "Gray" else subsampling, ())
+    return _Level(size, tile_px, offsets, counts, columns, _Jpeg(page.jpegtables, colours, tile_px, shrinks))
+
+
+def _vendor(tiff: tifffile.TiffFile) -> tuple[str, tuple[float, float] | None, str]:
+    """Tell the format, and its microns per pixel with their source."""
+    first = tiff.pages.first
+    text = first.description or ""
+    if tiff.is_svs:
+        found = re.search(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)", text)
+        return "aperio", (float(found[1]), float(found[1])) if found else None, "vendor:aperio"
+    if tiff.is_philips:
+        return "philips", _philips(text)[0], "vendor:philips"
+    if tiff.is_ome:
+        size = [
+            re.search(rf'PhysicalSize{axis}="([^"]+)"', text)
+            for axis in "XY"
+            if not re.search(rf'PhysicalSize{axis}Unit="(?!µm|&#181;m)', text)
+        ]
+        if len(size) == 2 and size[0] and size[1]:
+            return "ome-tiff", (float(size[0][1]), float(size[1][1])), "vendor:ome-tiff"
+        return "ome-tiff", None, "vendor:ome-tiff"
+    return "generic-tiff", _tag_mpp(first), "tiff-tags"
+
+
+def _philips(text: str) -> tuple[tuple[float, float] | None, list[int]]:
+    """Read microns per pixel and each level's downsample, which is whole, from the description of a Philips TIFF."""
+
+    def spacing_mm(element: Any) -> tuple[float, float] | None:
+        numbers = re.findall(r"[0-9.eE+-]+", element.text or "")
+        return (float(numbers[1]), float(numbers[0])) if len(numbers) == 2 else None  # rows come first
+
+    root = defusedxml.ElementTree.fromstring(text)
+    whole = [spacing_mm(e) for e in root.findall("./Attribute[@Name='DICOM_PIXEL_SPACING']")]
+    levels = [
+        spacing_mm(e)
+        for e in root.findall(
+            "./Attribute[@Name='PIM_DP_SCANNED_IMAGES']/Array/DataObject/Attribute"
+            "[@Name='PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE']/Array/DataObject/Attribute[@Name='DICOM_PIXEL_SPACING']"
+        )
+    ]
+    mpp = (whole[0][0] * 1000, whole[0][1] * 1000) if whole and whole[0] else None
+    if not levels or any(level is None for level in levels):
+        return mpp, []
+    first = levels[0] or (0.0, 0.0)
+    return mpp, [round((level[0] / first[0] + level[1] / first[1]) / 2) for level in levels if level]
+
+
+def _tag_mpp(page: tifffile.TiffPage) -> tuple[float, float] | None:
+    """Microns per pixel by the resolution tags (TIFF 6.0): pixels an inch unless the unit says centimetre or none."""
+    unit = {2: 25_400.0, 3: 10_000.0}.get(int(page.tags.valueof("ResolutionUnit", 2)))
+    values = [page.tags.valueof(name) for name in ("XResolution", "YResolution")]
+    if unit is None or any(not isinstance(v, tuple) or len(v) != 2 or 0 in v for v in values):
+        return None
+    x, y = (unit * v[1] / v[0] for v in values)
+    return x, y
+
+
+def _level_pages(tiff: tifffile.TiffFile, vendor: str) -> list[tifffile.TiffPage] | None:
+    """Choose the pages that are the pyramid, largest first; None where that is not sure."""
+    first = tiff.pages.first
+    others: list[Any] = list(tiff.pages[1:])
+    if {"ndpi", "bif", "scn", "qpi", "indica", "argos", "ventana"} & {flag.lower() for flag in tiff.flags}:
+        return None
+    if vendor == "ome-tiff":
+        if len(tiff.series) < 1 or tiff.series[0].axes != "YXS":
+            return None
+        pages = [first, *(level.keyframe for level in tiff.series[0].levels[1:])]
+    elif vendor in ("generic-tiff", "philips"):
+        pages = [first, *(page for page in others if page.is_tiled and page.subfiletype & 1)]
+        if str(first.tags.valueof("Software", "")).startswith(("MedScan", "Huron")) or first.subifds:
+            return None
+    else:  # label and macro are pages of their own kinds, and thumbnails are not tiled
+        pages = [first, *(page for page in others if page.is_tiled and page.subfiletype not in (1, 9))]
+    widths = [page.imagewidth for page in pages]
+    same_shape = all(
+        abs(page.imagewidth / first.imagewidth / (page.imagelength / first.imagelength) - 1) < 0.05
+        or min(page.imagewidth, page.imagelength) < 256
+        for page in pages
+    )
+    if vendor != "philips" and (widths != sorted(set(widths), reverse=True) or not same_shape):
+        return None
+    return pages if all(_is_plain(page) for page in pages) else None
+
+
+def _is_plain(page: tifffile.TiffPage) -> bool:
+    """Whether a page's pixels are 8-bit grey or RGB in tiles, by a codec that we know."""
+    colours = {_JPEG: {_RGB, _YCBCR, _GREY}}.get(int(page.compression), {_RGB, _GREY})
+    return (
+        page.is_tiled
+        and page.dtype == np.uint8
+        and page.bitspersample == 8
+        and page.samplesperpixel == (1 if page.photometric == _GREY else 3)
+        and page.planarconfig == 1
+        and int(page.photometric) in colours
+        and int(page.compression) in {_JPEG, *_LOSSLESS, *_JPEG2000}
+        and not page.is_volumetric
+    )
+
+
+def _ordered(size: tuple[int, int], swapped: bool) -> tuple[int, int]:
+    return (size[1], size[0]) if swapped else size
+
+
+def _brief(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0]
+    return text[:160] if text else type(error).__name__
