@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import tifffile
 from PIL import Image
@@ -69,3 +71,68 @@ def section(width: int = 900, height: int = 700, seed: int = 0) -> np.ndarray:
     rgb[tissue] = (225, 150, 190)
     rgb[tissue & (x > width * 0.55)] = (130, 80, 160)
     return np.clip(rgb + rng.normal(0, 6, rgb.shape), 0, 255).astype(np.uint8)
+
+
+def tiny_slides() -> dict[str, bytes]:
+    """Valid slides of one to five kilobytes, by name: every compression and layout that a TIFF reader must know."""
+    noisy = picture(40, 24)
+    plain = np.repeat(np.repeat(picture(5, 3), 8, axis=0), 8, axis=1)  # compresses well
+    slides = {f"plain-{name}": _tiny([plain], compression=name) for name in ("none", "lzw", "deflate", "zstd")}
+    slides |= {f"plain-{name}": _tiny([plain], compression=name) for name in ("packbits", "jpeg2000", "lzma", "webp")}
+    slides["predictor"] = _tiny([plain], compression="deflate", predictor=True)
+    for name, sampling in {"420": (2, 2), "422": (2, 1), "444": (1, 1)}.items():
+        slides[f"jpeg-{name}"] = _tiny([noisy], compression="jpeg", photometric="ycbcr", subsampling=sampling)
+    slides["jpeg-rgb"] = _tiny([noisy], compression="jpeg", compressionargs={"outcolorspace": "rgb"})
+    slides["jpeg-grey"] = _tiny([noisy[..., 0]], compression="jpeg", photometric="minisblack")
+    aperio = {"description": "Aperio Image Library v12\r\n40x24|AppMag = 20|MPP = 0.5"}
+    slides["aperio-jp2000"] = _tiny([plain], compression="aperio_jp2000_rgb", **aperio)
+    slides["aperio"] = _tiny([noisy], compression="jpeg", **aperio)
+    slides["shared-tables"] = _shared_tables(noisy, **aperio)
+    levels = [plain, halved(plain), halved(halved(plain))]
+    slides["pyramid"] = _tiny(levels, compression="deflate")
+    slides["big-endian"] = _tiny(levels, {"byteorder": ">"}, compression="deflate")
+    slides["bigtiff"] = _tiny(levels, {"bigtiff": True}, compression="deflate")
+    slides["subifds"] = _tiny(levels, {"bigtiff": True}, subifds=2, compression="deflate")
+    mpp = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    slides["ome"] = _tiny(levels, {"ome": True}, subifds=2, compression="deflate", metadata=mpp)
+    slides["planes"] = _tiny([np.moveaxis(plain, 2, 0)], compression="deflate", planarconfig="separate")
+    slides["alpha"] = _tiny([np.dstack([plain, plain[..., :1]])], compression="deflate", extrasamples=["unassalpha"])
+    some = [None if i % 2 else tile for i, tile in enumerate(_tiles(noisy))]
+    slides["sparse"] = _tiny([iter(some)], compression="lzw", shape=noisy.shape, dtype=noisy.dtype)
+    return slides
+
+
+def _tiny(levels: list, layout: dict | None = None, subifds: int | None = None, **arguments: object) -> bytes:
+    shape: dict = {"tile": (16, 16), "photometric": "rgb", "metadata": None}
+    shape |= {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"} | arguments
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file, **(layout or {})) as tiff:
+        for i, level in enumerate(levels):
+            tiff.write(level, subfiletype=int(i > 0), subifds=None if i else subifds, **shape)
+            shape["metadata"] = None
+    return file.getvalue()
+
+
+def _tiles(rgb: np.ndarray, side: int = 16) -> list[np.ndarray]:
+    h, w = (-(-n // side) * side for n in rgb.shape[:2])
+    padded = np.pad(rgb, ((0, h - rgb.shape[0]), (0, w - rgb.shape[1]), (0, 0)), mode="edge")
+    return [padded[y : y + side, x : x + side] for y in range(0, h, side) for x in range(0, w, side)]
+
+
+def _shared_tables(rgb: np.ndarray, **arguments: object) -> bytes:
+    """An RGB JPEG slide as Aperio writes it: no Adobe marker, and one JPEGTables tag for all tiles."""
+    tables, tiles = b"", []
+    for tile in _tiles(rgb):
+        raw = imagecodecs.jpeg8_encode(tile, level=75, colorspace="rgb", outcolorspace="rgb")
+        place, own, common = 2, b"", b""
+        while (marker := raw[place + 1]) != 0xDA:  # start of scan: all that follows is the tile's own
+            segment = raw[place : place + 2 + int.from_bytes(raw[place + 2 : place + 4], "big")]
+            if marker in (0xDB, 0xC4):  # quantisation and Huffman tables
+                common += segment
+            elif marker != 0xEE:  # Adobe
+                own += segment
+            place += len(segment)
+        tables = b"\xff\xd8" + common + b"\xff\xd9"
+        tiles.append(b"\xff\xd8" + own + raw[place:])
+    arguments |= {"shape": rgb.shape, "dtype": rgb.dtype, "extratags": [(347, 7, len(tables), tables, True)]}
+    return _tiny([iter(tiles)], compression="jpeg", compressionargs={"outcolorspace": "rgb"}, **arguments)

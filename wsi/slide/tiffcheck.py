@@ -1,0 +1,230 @@
+"""The guard before the TIFF reader: a file that lies about its sizes is refused before memory is taken for it.
+
+Only the skeleton is read: header, image file directories (IFDs), and the places and lengths of the tiles. What passes
+may still hold damaged tiles; these are for the decoders, whose output is bounded here.
+
+Sources: TIFF 6.0 (1992), sections 2 and 15; the BigTIFF design note; Adobe TIFF Technical Note 1 (SubIFDs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi.errors import SlideUnreadable, UnknownFormat
+
+MAX_IFDS = 1024
+MAX_TAGS = 4096  #: of one IFD
+MAX_TAGS_IN_ALL = 1 << 16
+MAX_VALUE_BYTES = 1 << 26  #: of one tag
+MAX_VALUE_BYTES_IN_ALL = 1 << 28
+MAX_TILES = 1 << 22  #: of one image: 524,288 px square in tiles of 256
+MAX_TILE_PX = 16384  #: a side
+MAX_TILE_BYTES = 1 << 26  #: of a tile or strip, decoded
+MAX_PX = 1 << 40  #: of all images of a file
+
+_BLOCK = 1 << 16  # bytes asked for at once: a directory's values mostly lie near it, and a request may cross the world
+_TYPE_BYTES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 2, 8, 8, 8, 8, 0])  # by type; 0: unknown
+_WHOLE = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}  # by type
+
+_WIDTH, _HEIGHT, _DEPTH, _BITS, _SAMPLES, _ROWS_PER_STRIP, _PLANAR = 256, 257, 32997, 258, 277, 278, 284
+_TILE_WIDTH, _TILE_HEIGHT, _TILE_DEPTH, _SUB_IFDS, _NDPI = 322, 323, 32998, 330, 65420
+_OFFSETS, _LENGTHS = (324, 273), (325, 279)  # of tiles, of strips: readers take either for both
+_ONCE = {_WIDTH, _HEIGHT, _DEPTH, _BITS, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_DEPTH,
+         _SUB_IFDS, *_OFFSETS, *_LENGTHS}  # fmt: skip
+
+_AGAIN = "Copy it from the source again: it is damaged or was cut short"
+_CONVERT = "Convert it to a tiled pyramidal TIFF"
+
+
+def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> None:
+    """Refuse a TIFF whose structure is damaged or asks for more than a slide can need.
+
+    Parameters
+    ----------
+    read_at : (offset, length) -> bytes
+        Reads from the file; fewer bytes than asked for mean that it ends there.
+    size : int
+        Bytes in the file.
+    where : str
+        The file's name, for the error.
+
+    Raises
+    ------
+    UnknownFormat
+        It is no TIFF, or an NDPI beyond 4 GiB, which stretches TIFF's offsets in its own way.
+    SlideUnreadable
+        IFDs in a loop, IFDs, values or tiles outside the file, fewer tiles than an image needs, or more than the
+        ``MAX_...`` of this module. Images in strips after the first are thumbnails, and may be of any size.
+
+    Examples
+    --------
+    >>> import io, tifffile, numpy as np
+    >>> file = io.BytesIO()
+    >>> tifffile.imwrite(file, np.zeros((64, 64, 3), np.uint8), tile=(32, 32), photometric="rgb")
+    >>> data = file.getvalue()
+    >>> check_tiff(lambda offset, length: data[offset : offset + length], len(data), "a.tif")
+    >>> check_tiff(lambda offset, length: data[offset : offset + length], 9999, "a.tif")
+    Traceback (most recent call last):
+    wsi.errors.SlideUnreadable: a.tif: IFD 0 has tiles outside the file's 9999 bytes. Copy it from the source again: it
+    is damaged or was cut short
+    """
+    file = _File(read_at, size, where)
+    seen: set[int] = set()
+    chained, subs, pixels, n_tags, n_bytes = file.first, list[int](), 0, 0, 0
+    while chained or subs:
+        is_sub = bool(subs)
+        offset = subs.pop() if is_sub else chained
+        if offset in seen:
+            raise file.refuse(f"has a loop: IFD {len(seen)} at byte {offset} was met before")
+        if len(seen) == MAX_IFDS:
+            raise file.refuse(f"has more than {MAX_IFDS} IFDs", _CONVERT)
+        ifd = _Ifd(file, offset, f"IFD {len(seen)}")
+        seen.add(offset)
+        pixels += _check_image(ifd, is_level=is_sub or len(seen) == 1)
+        n_tags, n_bytes = n_tags + ifd.n_tags, n_bytes + ifd.value_bytes
+        for n, most, of in (
+            (pixels, MAX_PX, "pixels"),
+            (n_tags, MAX_TAGS_IN_ALL, "tags"),
+            (n_bytes, MAX_VALUE_BYTES_IN_ALL, "bytes of tags"),
+        ):
+            if n > most:
+                raise file.refuse(f"declares {n} {of}, more than {most}", _CONVERT)
+        if not is_sub:  # SubIFDs are listed, not chained: what stands as their next means nothing
+            chained = ifd.next
+        if _SUB_IFDS in ifd.tags:
+            subs += ifd.numbers(_SUB_IFDS)[MAX_IFDS::-1].tolist()
+
+
+class _File:
+    """The file's bytes, asked for in blocks."""
+
+    def __init__(self, read_at: Callable[[int, int], bytes], size: int, where: str) -> None:
+        self.read_at, self.size, self.where = read_at, size, where
+        self.block = lru_cache(8)(lambda i: read_at(i * _BLOCK, min(_BLOCK, size - i * _BLOCK)))
+        header = self.read(0, 8, "the header")
+        if header[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            raise UnknownFormat(where, f"is not a TIFF: it begins with the bytes {header[:4].hex(' ')}", _CONVERT)
+        self.order, self.big = "<" if header[:2] == b"II" else ">", b"+" in header[:4]
+        if self.big and header[4:] not in (b"\x08\0\0\0", b"\0\x08\0\0"):
+            raise self.refuse("has a BigTIFF header that does not say 8-byte offsets")
+        self.first = self.whole(self.read(8, 8, "the header") if self.big else header[4:])
+        if not self.first:
+            raise self.refuse("has no image")
+
+    def refuse(self, what: str, remedy: str = _AGAIN) -> SlideUnreadable:
+        return SlideUnreadable(self.where, what, remedy)
+
+    def whole(self, raw: bytes) -> int:
+        return int.from_bytes(raw, "little" if self.order == "<" else "big")
+
+    def read(self, offset: int, length: int, what: str) -> bytes:
+        first, last = offset // _BLOCK, (offset + length - 1) // _BLOCK
+        if offset + length > self.size:
+            data = b""
+        elif last > first + 1:
+            data = self.read_at(offset, length)
+        else:
+            data = b"".join(map(self.block, range(first, last + 1)))[offset - first * _BLOCK :][:length]
+        if len(data) < length:
+            raise self.refuse(f"ends at byte {self.size}, and {what} at byte {offset + length}")
+        return data
+
+
+class _Ifd:
+    """One directory: its tags as (type, count, place of the value), and where the next directory is (0: nowhere)."""
+
+    def __init__(self, file: _File, offset: int, name: str) -> None:
+        self.file, self.name = file, name
+        head, wide = (8, 8) if file.big else (2, 4)
+        n = self.n_tags = file.whole(file.read(offset, head, name))
+        if n > MAX_TAGS:
+            raise self.refuse(f"has {n} tags, more than {MAX_TAGS}", _CONVERT)
+        o, number = file.order, f"{file.order}u{wide}"
+        layout = np.dtype([("code", o + "u2"), ("type", o + "u2"), ("count", number), ("value", number)])
+        raw = file.read(offset + head, n * layout.itemsize + wide, name)
+        self.next = file.whole(raw[n * layout.itemsize :])
+        entries = np.frombuffer(raw, layout, n)
+        lengths = entries["count"].astype(float) * _TYPE_BYTES[np.minimum(entries["type"], 19)]
+        self.value_bytes = int(lengths.sum())
+        self.tags: dict[int, tuple[int, int, int]] = {}
+        for i, ((code, kind, count, value), length) in enumerate(zip(entries.tolist(), lengths, strict=True)):
+            if code in self.tags and code in _ONCE:
+                raise self.refuse(f"has tag {code} twice")
+            if length > MAX_VALUE_BYTES:
+                raise self.refuse(f"has {length:.0f} bytes in tag {code}, more than {MAX_VALUE_BYTES}", _CONVERT)
+            if length > wide and not 8 <= value <= file.size - length:
+                raise self.refuse(f"has tag {code} outside the file's {file.size} bytes")
+            here = offset + head + (i + 1) * layout.itemsize - wide
+            self.tags[code] = kind, count, value if length > wide else here
+        if _NDPI in self.tags and file.size >> 32 and not file.big:
+            raise UnknownFormat(file.where, "is an NDPI beyond 4 GiB, which is no TIFF", "Read it through OpenSlide")
+
+    def refuse(self, what: str, remedy: str = _AGAIN) -> SlideUnreadable:
+        return self.file.refuse(f"{self.name} {what}", remedy)
+
+    def numbers(self, code: int) -> npt.NDArray[np.integer]:
+        """Return the whole numbers of a tag, one at least."""
+        kind, count, place = self.tags.get(code, (0, 0, 0))
+        if kind not in _WHOLE or not count:
+            raise self.refuse(f"has no whole numbers in tag {code} (type {kind}, {count} values)")
+        if count > MAX_TILES:
+            raise self.refuse(f"has {count} numbers in tag {code}, more than {MAX_TILES}", _CONVERT)
+        raw = self.file.read(place, count * int(_TYPE_BYTES[kind]), f"tag {code}")
+        return np.frombuffer(raw, self.file.order + _WHOLE[kind])
+
+    def number(self, code: int, default: int | None = None) -> int:
+        """Return the one whole number of a tag, at least 1."""
+        if code not in self.tags and default is not None:
+            return default
+        values = self.numbers(code)
+        if len(values) != 1 or values[0] < 1:
+            raise self.refuse(f"has {values[:3].tolist()} in tag {code}, not one positive number")
+        return int(values[0])
+
+
+def _check_image(ifd: _Ifd, *, is_level: bool) -> int:
+    """Check one image's sizes and tiles, and return its pixels."""
+    tiled = not ifd.tags.keys().isdisjoint((_TILE_WIDTH, _TILE_HEIGHT, _OFFSETS[0], _LENGTHS[0]))
+    if not (tiled or is_level) and ifd.tags.keys().isdisjoint((_WIDTH, _HEIGHT)):
+        return 0  # no image at all
+    sides = ifd.number(_WIDTH), ifd.number(_HEIGHT), ifd.number(_DEPTH, 1)
+    if not (tiled or is_level):
+        return int(np.prod(sides, dtype=object))
+    if tiled:
+        tile = ifd.number(_TILE_WIDTH), ifd.number(_TILE_HEIGHT), ifd.number(_TILE_DEPTH, 1)
+        if max(tile) > MAX_TILE_PX:
+            raise ifd.refuse(f"has tiles of {tile[0]} x {tile[1]} px, more than {MAX_TILE_PX} a side", _CONVERT)
+    else:
+        tile = sides[0], min(ifd.number(_ROWS_PER_STRIP, sides[1]), sides[1]), 1
+    samples, planes = ifd.number(_SAMPLES, 1), 1
+    if ifd.number(_PLANAR, 1) == 2:
+        samples, planes = 1, samples
+    bits = int(ifd.numbers(_BITS).max()) if _BITS in ifd.tags else 1
+    n_bytes = tile[0] * tile[1] * tile[2] * samples * max(bits, 1) // 8
+    if n_bytes > MAX_TILE_BYTES and _NDPI not in ifd.tags:  # NDPI: one strip, cut by restart markers
+        kind = "tiles" if tiled else "strips"
+        raise ifd.refuse(f"has {kind} of {n_bytes} bytes when decoded, more than {MAX_TILE_BYTES}", _CONVERT)
+    _check_tiles(ifd, planes * int(np.prod([-(-a // b) for a, b in zip(sides, tile, strict=True)], dtype=object)))
+    return int(np.prod(sides, dtype=object))
+
+
+def _check_tiles(ifd: _Ifd, needed: int) -> None:
+    """Check that an image has the tiles it needs (more do no harm), all of them inside the file."""
+    if any(len(ifd.tags.keys() & codes) != 1 for codes in (_OFFSETS, _LENGTHS)):
+        raise ifd.refuse("does not say where its tiles are, or says it twice")
+    arrays = [ifd.numbers((ifd.tags.keys() & codes).pop()).astype(np.uint64) for codes in (_OFFSETS, _LENGTHS)]
+    offsets, lengths = arrays
+    if len(offsets) != len(lengths) or len(offsets) < needed:
+        raise ifd.refuse(f"has {len(offsets)} places and {len(lengths)} lengths for {needed} tiles")
+    size = np.uint64(ifd.file.size)
+    held = lengths > 0  # a length of 0 is a hole: nothing was scanned there
+    if (lengths > size).any() or (offsets[held] > size - lengths[held]).any():
+        raise ifd.refuse(f"has tiles outside the file's {size} bytes")
+    if lengths.sum() > size:  # equal tiles may share their bytes (tifftools writes such files): each counts once
+        total = int(lengths[np.unique(offsets, return_index=True)[1]].sum())
+        if total > size:
+            raise ifd.refuse(f"has tiles of {total} bytes in all, more than the file's {size}")
