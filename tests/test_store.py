@@ -31,7 +31,7 @@ def grid() -> TileGrid:
 
 @pytest.fixture
 def store(tmp_path: Path, grid: TileGrid) -> PatchStore:
-    return PatchStore.create(tmp_path / "store.zarr", grid, ARRAYS, pixels=True, attributes={"slide": "a"})
+    return PatchStore.create(tmp_path / "store.zarr", grid, ARRAYS, pixels="zstd", attributes={"slide": "a"})
 
 
 def values(store: PatchStore, shard: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -1,16 +1,18 @@
-"""Streaming: reader threads fill reused batches ahead of whoever takes them."""
+"""Streaming: reader threads fill reused batches ahead of whoever takes them, such as a store that keeps them."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi.grid import TileGrid
 from wsi.slide import Slide
+from wsi.store import PatchStore, copy_tiles
 
 U8 = npt.NDArray[np.uint8]
 
@@ -75,3 +77,45 @@ def stream(
                 submit(i + len(buffers))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def keep_tiles(slide: Slide, store: PatchStore, *, threads: int, progress: Callable[[int], None] | None = None) -> None:
+    """Fill the missing pixels of a store, shard by shard: copied where it is verbatim, else read and encoded.
+
+    Parameters
+    ----------
+    slide : Slide
+    store : PatchStore
+        Made for a grid of this slide; one that keeps no pixels is left as it is.
+    threads : int
+        The bytes written do not depend on it.
+    progress : callable, optional
+        Called with the number of tiles done in all.
+
+    Raises
+    ------
+    SlideUnreadable
+        From the shard that met it; the shards before it are kept.
+    GridError
+        A verbatim store whose patches are not the slide's own tiles.
+    OSError
+        The store cannot be written to.
+    """
+    if store.pixels == "verbatim":
+        copy_tiles(slide, store, threads=threads, progress=progress)
+        return
+    missing = store.missing("pixels") if store.pixels != "none" else []
+    done = len(store) - sum(len(store.tiles(shard)) for shard in missing)
+    if progress is not None:
+        progress(done)
+    chunks: list[bytes] = []
+    runs = [store.tiles(shard) for shard in missing]
+    with closing(stream(slide, store.grid, runs, batch_size=64, threads=threads)) as batches:
+        for tiles, rgb in batches:
+            chunks += store.encode(rgb, threads)
+            if tiles.stop == store.tiles(missing[0]).stop:
+                store.keep(missing.pop(0), chunks)
+                chunks = []
+            done += len(tiles)
+            if progress is not None:
+                progress(done)

@@ -133,7 +133,7 @@ class TestResults:
     ) -> None:
         """Patches cut one by one, scored one by one, give the same probabilities."""
         wsi(
-            "score", slides / "a.svs", "--model", model, "-o", tmp_path / "r", "--keep-pixels", "--precision", "float32"
+            "score", slides / "a.svs", "--model", model, "-o", tmp_path / "r", "--pixels", "zstd", "--precision", "float32"
         )
         store = PatchStore.open(tmp_path / "r/a/store.zarr")
         patch_model = load_patch_model(str(model), device="cpu", precision="float32")
@@ -163,7 +163,7 @@ class TestResults:
             np.testing.assert_allclose(one.get("probabilities"), two.get("probabilities"), atol=2e-5)
 
     def test_stains_are_normalised_for_the_model(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
-        common = ("score", slides / "a.svs", "-m", model, "-q", "--keep-pixels", "--precision", "float32")
+        common = ("score", slides / "a.svs", "-m", model, "-q", "--pixels", "zstd", "--precision", "float32")
         assert wsi(*common, "-o", tmp_path / "plain")[0] == 0
         assert wsi(*common, "-o", tmp_path / "stained", "--stain", "macenko")[0] == 0
         plain, stained = (PatchStore.open(tmp_path / name / "a/store.zarr") for name in ("plain", "stained"))

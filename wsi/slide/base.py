@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -155,6 +155,27 @@ class Slide(ABC):
     def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> U8:
         """Read pixels [x, x + w) x [y, y + h) of a level, all inside it, exactly as stored; safe from many threads."""
 
+    def tile_px(self, level: int) -> tuple[int, int] | None:
+        """Return width and height of a level's stored tiles; None where ``jpeg_tiles`` has nothing to give."""
+        return None
+
+    def jpeg_tiles(self, level: int, columns: Sequence[int], rows: Sequence[int]) -> list[bytes | None]:
+        """Return stored tiles as they are: each a whole JPEG stream that decodes alone, as RGB.
+
+        Parameters
+        ----------
+        level : int
+            One for which ``tile_px`` is not None.
+        columns, rows : sequences of int (n,)
+            Of the level's tiles.
+
+        Returns
+        -------
+        list of n bytes or None
+            None where the file holds no bytes, or they are cut short.
+        """
+        raise NotImplementedError(f"{self.reader} has no JPEG tiles to give")
+
     @abstractmethod
     def close(self) -> None:
         """Close the file."""
@@ -190,7 +211,10 @@ def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, float] | 
         Missing, outside ``MPP_RANGE``, or x and y apart by more than 5 %.
     """
     low, high = MPP_RANGE
-    remedy = "Give it with --mpp (microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
+    remedy = (
+        "Give it with --mpp, for wsi tile with --slide-mpp "
+        "(microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
+    )
     if given is not None:
         if not (math.isfinite(given.mpp) and low <= given.mpp <= high):
             what = f"{given.mpp:g} microns per pixel ({given.source}) is outside {low}-{high}"

@@ -1,13 +1,4 @@
-"""PatchStore: a grid's tiles, and all that was computed from them, in one Zarr v3 group.
-
-::
-
-    store.zarr/
-      columns, rows     int32 (n,)             the grid; its geometry is in the attributes
-      pixels            uint8 (n, h, w, 3)     when kept: one chunk a patch, 256 patches a shard
-      probabilities     float32 (n, k)         one file every 256 tiles
-      features          float16 (n, d)         likewise
-      attention         float32 (n,)           likewise
+"""PatchStore: the Zarr group, and which of its shards are there.
 
 Rows are written in shards of 256 tiles, each array's part in one file that appears under its final
 name only when it is whole. So a kill at any moment loses at most the shard being computed, and what
@@ -16,9 +7,11 @@ is missing is what has no file.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,17 +21,17 @@ import zarr
 from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore
 
-from wsi.errors import StoreError
+from wsi.errors import ConfigMismatch, StoreError
 from wsi.grid import TileGrid
-from wsi.units import Box
+from wsi.store.codec import JpegCodec
+from wsi.store.pixels import KINDS, SHARD_TILES, U8, Pixels
 
 if TYPE_CHECKING:
     import dask.array
 
     from wsi.slide import Slide
 
-SHARD_TILES = 256
-LAYOUT = 1
+LAYOUT = 2
 
 Array = npt.NDArray[Any]
 
@@ -52,6 +45,8 @@ class PatchStore:
     grid : TileGrid
     attributes : dict
         What ``create`` was given: identity of slide, model, configuration.
+    pixels : str
+        How the patches are kept: one of ``wsi.store.KINDS``.
 
     Examples
     --------
@@ -66,7 +61,11 @@ class PatchStore:
         self.path = path
         self.grid = grid
         self.attributes: dict[str, Any] = dict(group.attrs["wsi"])  # type: ignore[arg-type]
+        kept = self.attributes["pixels"]
+        self.pixels: str = kept["kind"]
+        codec = JpegCodec(kept["quality"], kept["subsampling"])
         self._group = group
+        self._pixels = Pixels(path / "pixels", len(grid), grid.tile_px, self.pixels, codec)
 
     @classmethod
     def create(
@@ -75,7 +74,8 @@ class PatchStore:
         grid: TileGrid,
         arrays: Mapping[str, tuple[tuple[int, ...], str]],
         *,
-        pixels: bool = False,
+        pixels: str = "none",
+        jpeg_quality: int = 90,
         attributes: Mapping[str, Any] | None = None,
     ) -> Self:
         """Make an empty store; it appears under its name only when it is whole.
@@ -87,46 +87,48 @@ class PatchStore:
         grid : TileGrid
         arrays : mapping of name to (shape of one row, dtype)
             What will be computed for each tile.
-        pixels : bool
-            Keep the patches themselves, losslessly (zstd).
+        pixels : {"none", "zstd", "jpeg", "verbatim"}
+            How the patches themselves are kept: not at all, without loss, as JPEG (4:2:0), or as the slide's own
+            JPEG tiles (see ``copy_tiles``).
+        jpeg_quality : int
+            1 to 100.
         attributes : mapping, optional
             JSON-able provenance.
 
         Raises
         ------
         StoreError
-            Something is there already.
+            Something is there already, or no such way to keep pixels.
         OSError
             The place cannot be written to.
         """
         path = Path(path)
+        if pixels not in KINDS:
+            raise StoreError(f"pixels={pixels!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
         if path.exists():
             raise StoreError(path, "is there already", "Open it, or choose another place")
+        codec = JpegCodec(jpeg_quality)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
         shutil.rmtree(draft, ignore_errors=True)
         try:
             geometry = {"tile": grid.tile, "stride": grid.stride, "tile_px": grid.tile_px, "mpp": grid.mpp}
+            ours = {"layout": LAYOUT, "grid": geometry, "pixels": {"kind": pixels, **asdict(codec)}}
             group = zarr.create_group(
-                LocalStore(draft),
-                zarr_format=3,
-                attributes={"wsi": {"layout": LAYOUT, "grid": geometry, **(attributes or {})}},
+                LocalStore(draft), zarr_format=3, attributes={"wsi": {**ours, **(attributes or {})}}
             )
             n = len(grid)
             for name, values in (("columns", grid.columns), ("rows", grid.rows)):
                 array = group.create_array(name, shape=(n,), dtype="int32", chunks=(max(n, 1),))
                 array[:] = values
-            everything = dict(arrays)
-            if pixels:
-                everything["pixels"] = ((grid.tile_px, grid.tile_px, 3), "uint8")
-            for name, (row, dtype) in everything.items():
-                sharded = name == "pixels"
+            if pixels != "none":
+                Pixels.create(group, n, grid.tile_px, pixels, codec)
+            for name, (row, dtype) in {"unreadable": ((), "bool"), **arrays}.items():
                 group.create_array(
                     name,
                     shape=(n, *row),
                     dtype=dtype,
-                    chunks=(1 if sharded else SHARD_TILES, *(max(side, 1) for side in row)),
-                    shards=(SHARD_TILES, *row) if sharded else None,
+                    chunks=(SHARD_TILES, *(max(side, 1) for side in row)),
                     compressors=ZstdCodec(level=1),
                     # A shard of nothing but fill values must still leave its file: files are what is done.
                     config={"write_empty_chunks": True},
@@ -136,6 +138,44 @@ class PatchStore:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         return cls.open(path)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | os.PathLike[str],
+        grid: TileGrid,
+        arrays: Mapping[str, tuple[tuple[int, ...], str]],
+        *,
+        pixels: str = "none",
+        attributes: Mapping[str, Any],
+    ) -> Self:
+        """Open what an earlier run left, if it is of the same grid, arrays and attributes; else ``create``.
+
+        Raises
+        ------
+        ConfigMismatch
+            It holds other arrays, or was made with other attributes; the difference is named.
+        StoreError
+            It holds other tiles, or is damaged.
+        """
+        path, remedy = Path(path), "Choose another folder"
+        if not path.exists():
+            return cls.create(path, grid, arrays, pixels=pixels, attributes=attributes)
+        store = cls.open(path)
+        asked = sorted({*arrays, "unreadable", *(["pixels"] if pixels != "none" else [])})
+        if asked != store.arrays or pixels != store.pixels:
+            what = f"holds {', '.join(store.arrays)} (pixels: {store.pixels}), and others are asked for"
+            raise ConfigMismatch(path, what, remedy)
+        changed = [key for key in attributes if store.attributes.get(key) != attributes[key]]
+        if changed:
+            differences = ", ".join(
+                f"{key} ({json.dumps(store.attributes.get(key))}, now {json.dumps(attributes[key])})" for key in changed
+            )
+            raise ConfigMismatch(path, f"was made with another {differences}", remedy)
+        same_tiles = np.array_equal(store.grid.columns, grid.columns) and np.array_equal(store.grid.rows, grid.rows)
+        if not same_tiles or (store.grid.tile, store.grid.stride) != (grid.tile, grid.stride):
+            raise StoreError(path, "holds other tiles than this slide gives", remedy)
+        return store
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -164,9 +204,15 @@ class PatchStore:
                 int(geometry["tile_px"]),
                 float(geometry["mpp"]),
             )
+            return cls(path, group, grid)
+        except StoreError:
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError, FileNotFoundError) as error:
             raise StoreError(path, f"is damaged or no patch store ({error})", remedy) from error
-        return cls(path, group, grid)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Pickle as the path: the files are opened again where they are needed."""
+        return type(self).open, (self.path,)
 
     def __len__(self) -> int:
         return len(self.grid)
@@ -176,18 +222,25 @@ class PatchStore:
         """Names of what the store holds for each tile."""
         return sorted(set(self._group.array_keys()) - {"columns", "rows"})
 
+    @property
+    def shards(self) -> range:
+        """Numbers of the shards, there or not."""
+        return range(-(-len(self) // SHARD_TILES))
+
     def tiles(self, shard: int) -> range:
         """Return the tiles of a shard."""
         return range(shard * SHARD_TILES, min((shard + 1) * SHARD_TILES, len(self)))
 
     def missing(self, *names: str) -> list[int]:
-        """Return the shards that are not there in full for the named arrays (default: all)."""
-        paths = [self._shard_path(name) for name in names or self.arrays]
-        n_shards = -(-len(self) // SHARD_TILES)
-        return [i for i in range(n_shards) if not all(_is_there(path(i)) for path in paths)]
+        """Return the shards that are not there in full for the named arrays (default: all but ``unreadable``)."""
+        there = [self._is_there(name) for name in names or self.arrays if name != "unreadable"]
+        return [shard for shard in self.shards if not all(is_there(shard) for is_there in there)]
 
     def write(self, shard: int, values: Mapping[str, Array]) -> None:
         """Write one whole shard of the named arrays.
+
+        A tile that is written ``unreadable`` stays so, whatever else is written: its numbers may be NaN, which
+        is null there, and its pixels read as white.
 
         Parameters
         ----------
@@ -197,28 +250,38 @@ class PatchStore:
         Raises
         ------
         StoreError
-            Values of another shape, unknown to the store, or not finite once stored.
+            Values of another shape, unknown to the store, or not finite once stored (but NaN of unreadable tiles).
         OSError
             The disk is full, or may not be written to; what was there before stays.
         """
         tiles = self.tiles(shard)
-        for name, rows in values.items():
+        part = slice(tiles.start, tiles.stop)
+        unreadable: npt.NDArray[np.bool_] = np.asarray(self._array("unreadable")[part])
+        if "unreadable" in values:
+            unreadable = unreadable | values["unreadable"]
+        # Why a number is null is written before the number.
+        for name, rows in sorted(values.items(), key=lambda item: item[0] != "unreadable"):
             array = self._array(name)
             if rows.shape != (len(tiles), *array.shape[1:]):
                 raise StoreError(
                     f"{self.path}/{name}", f"shard {shard} takes {(len(tiles), *array.shape[1:])}, not {rows.shape}"
                 )
+            if name == "pixels":
+                encoded = self.encode(rows)
+                self.keep(shard, [None if unreadable[i] else chunk for i, chunk in enumerate(encoded)])
+                continue
             with np.errstate(over="ignore"):
-                stored = rows.astype(array.dtype, copy=False)
-            if not np.isfinite(stored).all():
+                stored = unreadable if name == "unreadable" else rows.astype(array.dtype, copy=False)
+            null = np.isnan(stored) & unreadable.reshape(-1, *[1] * (stored.ndim - 1))
+            if not (np.isfinite(stored) | null).all():
                 raise StoreError(f"{self.path}/{name}", f"values of shard {shard} are not finite as {array.dtype}")
-            array[tiles.start : tiles.stop] = stored
+            array[part] = stored
 
     def put(self, name: str, values: Array) -> None:
         """Write an array for all tiles at once; see ``write``."""
         if len(values) != len(self):
             raise StoreError(f"{self.path}/{name}", f"there are {len(self)} tiles, not {len(values)}")
-        for shard in range(-(-len(self) // SHARD_TILES)):
+        for shard in self.shards:
             tiles = self.tiles(shard)
             self.write(shard, {name: values[tiles.start : tiles.stop]})
 
@@ -236,6 +299,8 @@ class PatchStore:
             raise StoreError(
                 f"{self.path}/{name}", f"shards {missing[:5]} are missing", "Run the same command again: it resumes"
             )
+        if name == "pixels":
+            return self.read(range(len(self)))
         try:
             return np.asarray(array[:])
         except (RuntimeError, ValueError) as error:
@@ -243,52 +308,75 @@ class PatchStore:
                 f"{self.path}/{name}", f"is damaged ({error})", "Delete the store and run again"
             ) from error
 
-    def batches(self, size: int) -> Iterator[npt.NDArray[np.uint8]]:
+    def encode(self, rgb: U8, threads: int = 1) -> list[bytes]:
+        """Encode patches, uint8 (m, h, w, 3), as this store keeps them, for ``keep``."""
+        self._array("pixels")
+        if self.pixels == "verbatim":
+            raise StoreError(self.path, "keeps the slide's own JPEG tiles", "Fill it with copy_tiles")
+        return self._pixels.encode(rgb, threads)
+
+    def keep(self, shard: int, chunks: Sequence[bytes | None]) -> None:
+        """Write the pixels of one whole shard, encoded; None, of tiles that are unreadable, reads as white."""
+        self._array("pixels")
+        if len(chunks) != len(self.tiles(shard)):
+            raise StoreError(
+                f"{self.path}/pixels", f"shard {shard} takes {len(self.tiles(shard))} patches, not {len(chunks)}"
+            )
+        self._pixels.put(shard, chunks)
+
+    def read(self, rows: Sequence[int] | npt.NDArray[np.integer], out: U8 | None = None) -> U8:
+        """Read kept patches in any order, safely from many threads and in forked or spawned processes.
+
+        Several thousand a second on one core, one by one and shuffled; no Zarr on the way.
+
+        Parameters
+        ----------
+        rows : sequence of int (m,)
+            Numbers of tiles in the grid; any order, repeats allowed.
+        out : uint8 (m, h, w, 3), contiguous, optional
+            Written in place, and returned.
+
+        Returns
+        -------
+        uint8 (m, h, w, 3)
+            RGB; white where the slide could not be read (see ``get("unreadable")``).
+
+        Raises
+        ------
+        StoreError
+            No pixels are kept, no such row, a shard that is missing, or a patch that is damaged.
+        ValueError
+            `out` is of another shape or kind.
+
+        Examples
+        --------
+        >>> import random
+        >>> order = random.sample(range(len(store)), len(store))             # doctest: +SKIP
+        >>> batch = store.read(order[:64])                                   # doctest: +SKIP
+        """
+        if self.pixels == "none":
+            raise StoreError(self.path, "keeps no pixels", "Use dask(), which cuts them from the slide")
+        return self._pixels.read(rows, out)
+
+    def batches(self, size: int) -> Iterator[U8]:
         """Give the kept patches in order, uint8 (up to `size`, h, w, 3) a time."""
-        array = self._array("pixels")
         for start in range(0, len(self), size):
-            yield np.asarray(array[start : start + size])
+            yield self.read(range(start, min(start + size, len(self))))
 
     def dask(self, slide: Slide | None = None) -> dask.array.Array:
         """Return the patches as a lazy array, uint8 (n, h, w, 3), in chunks of one shard.
 
         Kept pixels are read from the store; otherwise each chunk is cut from the slide when it is
-        computed, in whatever process that happens (slides are pickled by their path).
+        computed, in whatever process that happens (stores and slides are pickled by their paths).
 
         Parameters
         ----------
         slide : Slide, optional
             Where the patches were cut from; default: the path the store was made with.
         """
-        import dask.array as da
+        from wsi.store.lazy import lazy_patches
 
-        side = self.grid.tile_px
-        if "pixels" in self.arrays:
-            kept: dask.array.Array = da.from_array(self._array("pixels"), chunks=(SHARD_TILES, side, side, 3))
-            return kept
-        # By path: each chunk opens the slide where it is computed.
-        (reopen, arguments), boxes = (slide or self._slide()).__reduce__(), self.grid.boxes()
-
-        def cut(block_info: Any = None) -> npt.NDArray[np.uint8]:
-            start, stop = block_info[None]["array-location"][0]
-            with reopen(*arguments) as opened:
-                return np.stack([opened.read(Box(*box), (side, side)) for box in boxes[start:stop].tolist()])
-
-        chunks = (tuple(len(self.tiles(i)) for i in range(-(-len(self) // SHARD_TILES))), (side,), (side,), (3,))
-        lazy: dask.array.Array = da.map_blocks(
-            cut, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0, 0), np.uint8)
-        )
-        return lazy
-
-    def _slide(self) -> Slide:
-        from wsi.slide import open_slide
-
-        path = self.attributes.get("slide_path")
-        if path is None:
-            raise StoreError(self.path, "keeps no pixels and names no slide", "Give the slide")
-        facts = self.attributes["slide"]
-        with open_slide(path, facts["reader"], mpp=facts["mpp"][0]) as slide:
-            return slide
+        return lazy_patches(self, slide)
 
     def _array(self, name: str) -> Any:
         if name not in self.arrays:
@@ -296,14 +384,16 @@ class PatchStore:
         array: Any = self._group[name]
         return array.with_config({"write_empty_chunks": True})
 
-    def _shard_path(self, name: str) -> Any:
+    def _is_there(self, name: str) -> Callable[[int], bool]:
         array = self._array(name)
+        if name == "pixels":
+            return self._pixels.is_whole
         trailing = (0,) * (array.ndim - 1)
         encode = array.metadata.encode_chunk_key
-        return lambda shard: self.path / name / encode((shard, *trailing))
+        return lambda shard: _has_bytes(self.path / name / encode((shard, *trailing)))
 
 
-def _is_there(path: Path) -> bool:
+def _has_bytes(path: Path) -> bool:
     """A file of no length is what a power cut leaves of one that was renamed before it was synced."""
     try:
         return path.stat().st_size > 0
