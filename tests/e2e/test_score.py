@@ -133,7 +133,16 @@ class TestResults:
     ) -> None:
         """Patches cut one by one, scored one by one, give the same probabilities."""
         wsi(
-            "score", slides / "a.svs", "--model", model, "-o", tmp_path / "r", "--pixels", "zstd", "--precision", "float32"
+            "score",
+            slides / "a.svs",
+            "--model",
+            model,
+            "-o",
+            tmp_path / "r",
+            "--pixels",
+            "zstd",
+            "--precision",
+            "float32",
         )
         store = PatchStore.open(tmp_path / "r/a/store.zarr")
         patch_model = load_patch_model(str(model), device="cpu", precision="float32")

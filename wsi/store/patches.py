@@ -256,22 +256,22 @@ class PatchStore:
         """
         tiles = self.tiles(shard)
         part = slice(tiles.start, tiles.stop)
+        arrays = {name: self._array(name) for name in values}
+        for name, rows in values.items():
+            takes = (len(tiles), *arrays[name].shape[1:])
+            if rows.shape != takes:
+                raise StoreError(f"{self.path}/{name}", f"shard {shard} takes {takes}, not {rows.shape}")
         unreadable: npt.NDArray[np.bool_] = np.asarray(self._array("unreadable")[part])
-        if "unreadable" in values:
-            unreadable = unreadable | values["unreadable"]
-        # Why a number is null is written before the number.
-        for name, rows in sorted(values.items(), key=lambda item: item[0] != "unreadable"):
-            array = self._array(name)
-            if rows.shape != (len(tiles), *array.shape[1:]):
-                raise StoreError(
-                    f"{self.path}/{name}", f"shard {shard} takes {(len(tiles), *array.shape[1:])}, not {rows.shape}"
-                )
+        if "unreadable" in values:  # first: why a number is null is written before the number
+            unreadable = unreadable | values["unreadable"].astype(bool)
+            arrays.pop("unreadable")[part] = unreadable
+        for name, array in arrays.items():
             if name == "pixels":
-                encoded = self.encode(rows)
+                encoded = self.encode(values[name])
                 self.keep(shard, [None if unreadable[i] else chunk for i, chunk in enumerate(encoded)])
                 continue
             with np.errstate(over="ignore"):
-                stored = unreadable if name == "unreadable" else rows.astype(array.dtype, copy=False)
+                stored = values[name].astype(array.dtype, copy=False)
             null = np.isnan(stored) & unreadable.reshape(-1, *[1] * (stored.ndim - 1))
             if not (np.isfinite(stored) | null).all():
                 raise StoreError(f"{self.path}/{name}", f"values of shard {shard} are not finite as {array.dtype}")
