@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi import native
-from wsi.errors import GridError, SlideUnreadable
+from wsi.errors import GridError, SlideUnreadable, StoreError
 from wsi.grid import TileGrid
 from wsi.slide import Slide
 from wsi.store.codec import encode_jpeg
@@ -48,8 +48,8 @@ def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
         raise GridError(slide.path, what, "Keep pixels as jpeg or zstd")
     if side != (grid.tile_px, grid.tile_px):
         raise GridError(slide.path, f"{asked} are not its tiles of {side[0]} x {side[1]} px at level {level}", _REMEDY)
-    tiles = []
     boxes = grid.boxes()
+    tiles = np.empty((len(grid), 2), np.int64)
     for axis, size, level_size in zip((0, 1), slide.size, slide.level_sizes[level], strict=True):
         # In 1/4096 px of the level, rounded as Slide.read rounds.
         scale = level_size / size * (1 << native.FIXED_POINT_BITS)
@@ -58,13 +58,12 @@ def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
         stops = np.rint((boxes[:, axis] + boxes[:, axis + 2]) * scale).astype(np.int64)
         if (starts % whole).any() or (stops - starts != whole).any():
             raise GridError(slide.path, f"{asked} do not lie on its own tiles at level {level}", _REMEDY)
-        number = starts // whole
-        outside = int(((number < 0) | ((number + 1) * grid.tile_px > level_size)).sum())
-        if outside:
-            what = f"{outside} of {len(grid)} patches reach over the slide's edge, where stored tiles are padded"
-            raise GridError(slide.path, what, _REMEDY)
-        tiles.append(number)
-    return level, tiles[0], tiles[1]
+        tiles[:, axis] = starts // whole
+    outside = int(((tiles < 0) | ((tiles + 1) * grid.tile_px > slide.level_sizes[level])).any(axis=1).sum())
+    if outside:
+        what = f"{outside} of {len(grid)} patches reach over the slide's edge, where stored tiles are padded"
+        raise GridError(slide.path, what, _REMEDY)
+    return level, tiles[:, 0], tiles[:, 1]
 
 
 def copy_tiles(
@@ -89,9 +88,13 @@ def copy_tiles(
     ------
     GridError
         See ``stored_tiles``.
+    StoreError
+        The store keeps its pixels in another way.
     OSError
         The store cannot be written to.
     """
+    if store.pixels != "verbatim":
+        raise StoreError(store.path, f"keeps its pixels as {store.pixels}", 'Make it with pixels="verbatim"')
     level, columns, rows = stored_tiles(slide, store.grid)
     side = store.grid.tile_px
     white = encode_jpeg(np.full((side, side, 3), 255, np.uint8), quality=100)
