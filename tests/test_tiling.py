@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.array_slide import ArraySlide
+from tests.jpeg_slide import JpegTiffSlide, write_jpeg_pyramid
 from tests.slide.make import picture
 from wsi.errors import SlideUnreadable
 from wsi.grid import TileGrid
 from wsi.slide.base import U8
-from wsi.tiling import stream
+from wsi.store import PatchStore
+from wsi.tiling import keep_tiles, stream
 from wsi.units import Box
 
 
@@ -80,3 +83,69 @@ def test_stopping_early_ends_the_threads(slide: ArraySlide, grid: TileGrid) -> N
     with closing(stream(slide, grid, [range(len(grid))], batch_size=4, threads=4)) as batches:
         next(batches)
     assert not [t for t in threading.enumerate() if t.name.startswith("wsi-read")]
+
+
+class TestKeeping:
+    """A store is filled with what the slide gives, however many threads, and goes on where it was stopped."""
+
+    @pytest.mark.parametrize("pixels", ["zstd", "jpeg"])
+    def test_a_store_is_filled(self, slide: ArraySlide, grid: TileGrid, tmp_path: Path, pixels: str) -> None:
+        expected = np.stack([slide.read(grid.box(i), (16, 16)) for i in range(len(grid))])
+        stores = []
+        for threads in (1, 3):
+            store = PatchStore.create(tmp_path / f"{threads}.zarr", grid, {}, pixels=pixels)
+            told: list[int] = []
+            keep_tiles(slide, store, threads=threads, progress=told.append)
+            assert told[0] == 0 and told[-1] == len(grid) and told == sorted(told) and store.missing() == []
+            stores.append(store)
+        for shard in store.shards:
+            one, three = (store.path / f"pixels/c/{shard}/0/0/0" for store in stores)
+            assert one.read_bytes() == three.read_bytes()
+        if pixels == "zstd":
+            np.testing.assert_array_equal(store.get("pixels"), expected)
+        else:
+            assert np.abs(store.get("pixels").astype(int) - expected).mean() < 15  # noisy pictures
+
+    def test_only_what_is_missing_is_read(self, slide: ArraySlide, grid: TileGrid, tmp_path: Path) -> None:
+        store = PatchStore.create(tmp_path / "s.zarr", grid, {}, pixels="zstd")
+        keep_tiles(slide, store, threads=2)
+        before = store.get("pixels")
+        (store.path / "pixels/c/1/0/0/0").unlink()
+        read: list[Box] = []
+
+        class Watched(ArraySlide):
+            def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None) -> U8:
+                read.append(box)
+                return super().read(box, out_px, out)
+
+        keep_tiles(Watched(slide.rgb, mpp=0.5), store, threads=2)
+        assert sorted(read) == sorted(grid.box(i) for i in store.tiles(1))
+        np.testing.assert_array_equal(store.get("pixels"), before)
+
+    def test_an_error_keeps_whole_shards(self, grid: TileGrid, tmp_path: Path) -> None:
+        first_bad = int(np.flatnonzero(grid.boxes()[:, 1] >= 200)[0])
+
+        class Broken(ArraySlide):
+            def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None) -> U8:
+                if box.y >= 200:
+                    raise SlideUnreadable("damaged.svs", "is damaged")
+                return super().read(box, out_px, out)
+
+        store = PatchStore.create(tmp_path / "s.zarr", grid, {}, pixels="zstd")
+        with pytest.raises(SlideUnreadable):
+            keep_tiles(Broken(picture(640, 480), mpp=0.5), store, threads=2)
+        assert store.missing() == list(range(first_bad // 256, len(store.shards))) and first_bad > 256
+        assert not [t for t in threading.enumerate() if t.name.startswith("wsi-read")]
+
+    def test_nothing_to_keep(self, slide: ArraySlide, grid: TileGrid, tmp_path: Path) -> None:
+        store = PatchStore.create(tmp_path / "s.zarr", grid, {})
+        told: list[int] = []
+        keep_tiles(slide, store, threads=2, progress=told.append)
+        assert told == [len(grid)]
+
+    def test_the_slides_own_tiles_are_copied(self, tmp_path: Path) -> None:
+        slide = JpegTiffSlide(write_jpeg_pyramid(tmp_path / "a.tif", [picture(640, 480)], tile=16))
+        grid = TileGrid.of_level(slide.size, slide.size, slide_mpp=slide.mpp, tile_px=16)
+        store = PatchStore.create(tmp_path / "s.zarr", grid, {}, pixels="verbatim")
+        keep_tiles(slide, store, threads=2)
+        np.testing.assert_array_equal(store.read([700])[0], slide.read(grid.box(700), (16, 16)))
