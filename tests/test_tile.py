@@ -209,9 +209,9 @@ class TestKeeping:
         read: list[Box] = []
 
         class Watched(ArraySlide):
-            def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None) -> U8:
+            def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None, **how: bool) -> U8:
                 read.append(box)
-                return super().read(box, out_px, out)
+                return super().read(box, out_px, out, **how)
 
         keep_tiles(Watched(array.rgb, mpp=0.5), store, threads=2)
         assert sorted(read) == sorted(grid.box(i) for i in store.tiles(1))
@@ -221,10 +221,10 @@ class TestKeeping:
         bad = grid.boxes()[:, 1] >= 200
 
         class Broken(ArraySlide):
-            def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None) -> U8:
+            def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None, **how: bool) -> U8:
                 if box.y >= 200:
                     raise SlideUnreadable("damaged.svs", "is damaged")
-                return super().read(box, out_px, out)
+                return super().read(box, out_px, out, **how)
 
         store = PatchStore.create(tmp_path / "s.zarr", grid, {}, pixels="zstd")
         keep_tiles(Broken(picture(640, 480), mpp=0.5), store, threads=2)
@@ -235,10 +235,10 @@ class TestKeeping:
         first_bad = int(np.flatnonzero(grid.boxes()[:, 1] >= 200)[0])
 
         class Gone(ArraySlide):
-            def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None) -> U8:
+            def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None, **how: bool) -> U8:
                 if box.y >= 200:
                     raise OSError("no such device")
-                return super().read(box, out_px, out)
+                return super().read(box, out_px, out, **how)
 
         store = PatchStore.create(tmp_path / "s.zarr", grid, {}, pixels="zstd")
         with pytest.raises(OSError, match="device"):

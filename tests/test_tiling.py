@@ -68,10 +68,10 @@ def test_nothing_to_read(slide: ArraySlide, grid: TileGrid) -> None:
 class Damaged(ArraySlide):
     """Unreadable from y = 40 on."""
 
-    def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None) -> U8:
+    def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None, **how: bool) -> U8:
         if box.y >= 40:
             raise SlideUnreadable("damaged.svs", "is damaged")
-        return super().read(box, out_px, out)
+        return super().read(box, out_px, out, **how)
 
 
 def test_what_cannot_be_read_is_marked_and_white(grid: TileGrid) -> None:
@@ -87,10 +87,10 @@ def test_what_cannot_be_read_is_marked_and_white(grid: TileGrid) -> None:
 class Gone(ArraySlide):
     """Its disk is pulled out."""
 
-    def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None) -> U8:
+    def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None, **how: bool) -> U8:
         if box.y >= 40:
             raise OSError("no such device")
-        return super().read(box, out_px, out)
+        return super().read(box, out_px, out, **how)
 
 
 def test_an_error_arrives_and_threads_end(grid: TileGrid) -> None:

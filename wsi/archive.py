@@ -206,7 +206,7 @@ def score_archive(
         execution={"device": engine.model.device, "batch_size": engine.batch_size, "threads": engine.threads},
         status="scored",
         columns=(
-            "grade", "probabilities", "n_tiles", "tissue_mm2", "positive_mm2", "largest_region_um",
+            "grade", "probabilities", "n_tiles", "n_unreadable", "tissue_mm2", "positive_mm2", "largest_region_um",
             "mpp", "mpp_source", "flags",
         ),
         stages=("tissue", "stain", "grid", "tiles", "grade", "export"),

@@ -25,8 +25,10 @@ def score_tiles(
     threads: int,
     stain: StainTransform | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
+) -> str | None:
     """Compute what is missing of ``probabilities``, ``features`` and, where kept as zstd or JPEG, ``pixels``.
+
+    A patch of which a part cannot be decoded is ``unreadable``: it has no numbers (NaN in the store).
 
     Parameters
     ----------
@@ -43,6 +45,11 @@ def score_tiles(
     progress : callable, optional
         Called with the number of tiles done in all.
 
+    Returns
+    -------
+    str or None
+        Why the first unreadable patch that was met now is so.
+
     Notes
     -----
     Every forward pass sees a batch of exactly `batch_size` (the last is filled up with white), since
@@ -55,10 +62,13 @@ def score_tiles(
     missing = store.missing(*wanted)
     done = len(store) - sum(len(store.tiles(shard)) for shard in missing)
     shards = [store.tiles(shard) for shard in missing]
+    wanted.append("unreadable")
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in wanted}
+    first_problem = None
     full = np.full((batch_size, model.config.tile_px, model.config.tile_px, 3), 255, np.uint8)
     with closing(stream(slide, store.grid, shards, batch_size=batch_size, threads=threads)) as batches:
-        for tiles, rgb, _, _ in batches:
+        for tiles, rgb, unreadable, problem in batches:
+            first_problem = first_problem or problem
             if progress is not None:
                 progress(done)
             if stain is None:
@@ -67,9 +77,10 @@ def score_tiles(
                 stain.apply(rgb, full[: len(rgb)])
             full[len(rgb) :] = 255
             scores = model(full)
-            parts["probabilities"].append(scores.probabilities[: len(rgb)])
+            parts["unreadable"].append(unreadable)
+            parts["probabilities"].append(_null(scores.probabilities[: len(rgb)], unreadable))
             if "features" in parts:
-                parts["features"].append(scores.features[: len(rgb)])
+                parts["features"].append(_null(scores.features[: len(rgb)], unreadable))
             if "pixels" in parts:
                 parts["pixels"].append(rgb.copy())
             done += len(rgb)
@@ -80,3 +91,8 @@ def score_tiles(
                 missing.pop(0)
     if progress is not None:
         progress(done)
+    return first_problem
+
+
+def _null(values: npt.NDArray[Any], unreadable: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    return np.where(unreadable[:, None], np.nan, values) if unreadable.any() else values

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import shapely
 
 from wsi import __version__
-from wsi.errors import GridError, ModelError, SlideError, StainError, StoreError
+from wsi.errors import GridError, ModelError, SlideError, SlideUnreadable, StainError, StoreError
 from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
 from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
@@ -59,6 +59,8 @@ class ScoreConfig:
         Stain normalisation of what the model sees: "macenko", "vahadane", "ruifrok" or "reinhard"; fitted once a slide.
     stain_target : str
         A name in ``wsi.stain.TARGETS``, an image file, or a saved transform.
+    max_unreadable : float
+        Share of the tissue that may be undecodable: those tiles have no score; a slide with more fails.
     tissue : TissueConfig
     """
 
@@ -71,6 +73,7 @@ class ScoreConfig:
     decode: str = "auto"
     stain: str | None = None
     stain_target: str = "veta"
+    max_unreadable: float = 0.01
     tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def check(self, model: ModelConfig) -> None:
@@ -94,7 +97,11 @@ class ScoreConfig:
             raise StainError(f"stain target {self.stain_target!r}", "no such target", f"Known: {known}; or name a file")
         if self.stride_px is not None and self.stride_px < 1:
             raise GridError(f"stride={self.stride_px}", "the stride must be at least 1 px")
-        for name, value in (("threshold", self.threshold), ("min_tissue", self.min_tissue)):
+        for name, value in (
+            ("threshold", self.threshold),
+            ("min_tissue", self.min_tissue),
+            ("max_unreadable", self.max_unreadable),
+        ):
             if value is not None and not 0 <= value <= 1:
                 raise GridError(f"{name}={value:g}", "must be from 0 to 1")
 
@@ -162,14 +169,15 @@ def score_slide(
             grid = TileGrid.cover(
                 slide.size, slide_mpp=slide.mpp, mpp=model.mpp, tile_px=model.tile_px, stride_px=config.stride_px
             )
-            grid = grid.keep(tissue.fraction(grid.boxes()) >= config.min_tissue)
+            share = tissue.fraction(grid.boxes())
+            grid, share = grid.keep(share >= config.min_tissue), share[share >= config.min_tissue]
             if config.pixels == "verbatim":
                 stored_tiles(slide, grid)  # refuses a grid that is not the slide's own, before there is a store
             store = _store(folder / "store.zarr", grid, slide, stain, engine, config)
         with clock.stage("tiles") as report:
             if config.pixels == "verbatim":
                 copy_tiles(slide, store, threads=engine.threads)
-            score_tiles(
+            problem = score_tiles(
                 slide,
                 store,
                 engine.model,
@@ -178,13 +186,32 @@ def score_slide(
                 stain=stain,
                 progress=lambda done: report(done, len(grid)),
             )
-        probabilities = store.get("probabilities")
+        unreadable = store.get("unreadable")
+        lost = float(share[unreadable].sum() / share.sum()) if unreadable.any() else 0.0
+        if lost > config.max_unreadable:
+            why = f" ({problem})" if problem else ""
+            raise SlideUnreadable(
+                path,
+                f"{lost:.1%} of its tissue cannot be decoded{why}",
+                "Copy it from the source again, or allow more with --max-unreadable",
+            )
+        readable = ~unreadable
         with clock.stage("grade"):
-            slide_scores = engine.mil(store.get("features")) if engine.mil is not None and len(grid) else None
+            slide_scores = engine.mil(store.get("features")[readable]) if engine.mil and readable.any() else None
             if slide_scores is not None:
-                store.put("attention", slide_scores.attention)
+                attention = np.full(len(store), np.nan, np.float32)
+                attention[readable] = slide_scores.attention
+                store.put("attention", attention)
         with clock.stage("export"):
-            numbers = _export(folder, slide, slide_id, tissue, grid, probabilities, slide_scores, engine, config)
+            probabilities, scored = store.get("probabilities")[readable], grid.keep(readable)
+            numbers = _export(folder, slide, slide_id, tissue, scored, probabilities, slide_scores, engine, config)
+            numbers |= {"n_unreadable": int(unreadable.sum()), "unreadable_tissue": rounded(lost)}
+            if unreadable.any():
+                numbers["flags"].append("unreadable-tiles")
+                numbers["warnings"].append(
+                    f"{unreadable.sum()} tiles, {lost:.2%} of the tissue, cannot be decoded and have no score: "
+                    "`unreadable` in store.zarr marks them"
+                )
             numbers["mpp_given"] = mpp
             if stain is not None:
                 numbers["stain"] = json.loads(stain.to_json())

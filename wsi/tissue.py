@@ -231,7 +231,7 @@ def find_tissue(slide: Slide, config: TissueConfig | None = None) -> TissueMask:
     mpp = max(mpp, math.sqrt(size_um[0] * size_um[1] / _MAX_MASK_PX))
     # Never finer than the slide itself, along either axis.
     w, h = (max(1, min(round(side / mpp), math.floor(px))) for side, px in zip(size_um, (box.w, box.h), strict=True))
-    rgb = slide.read(box, (w, h))
+    rgb = slide.read(box, (w, h), damaged_is_white=True)
     pixel_um = size_um[0] / w
     mask, pen = _segment(rgb, pixel_um, config)
     return TissueMask(mask, pen, box, slide.mpp)

@@ -13,16 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from tests.e2e.conftest import Run, digest, rows
 from tests.nn.make import write_head, write_model
-from tests.slide.make import halved, section, write_pyramid
+from tests.slide.make import halved, section, write_jpeg_pyramid, write_pyramid
 from wsi import archive, infer
 from wsi.nn.patch import load_patch_model
 from wsi.slide import open_slide
 from wsi.stain import StainTransform
 from wsi.store import PatchStore
+from wsi.units import Box
 
 NUMBERS = ("store.zarr", "tiles.geojson.gz", "regions.geojson", "overlay.png", "seconds.json", "result.json")
 
@@ -375,6 +377,39 @@ class TestBadInput:
         assert result["reasons"]["grade"] == "no tissue" and result["warnings"]
         assert json.loads((tmp_path / "r/blank/regions.geojson").read_text())["features"] == []
         assert wsi("score", tmp_path / "blank.svs", "-m", model, "-o", tmp_path / "r", "-q")[0] == 0
+
+    def test_damage_is_counted_and_never_scored(self, wsi: Run, model: Path, tmp_path: Path) -> None:
+        """One stored tile inside the tissue is damaged, in the level that patches are cut from."""
+        full = section(2048, 1536)
+        path = write_jpeg_pyramid(tmp_path / "a.tif", [full, halved(full)], tile=64)
+        whole = wsi("score", path, "-m", model, "-o", tmp_path / "whole", "-q")
+        raw = bytearray(path.read_bytes())
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages[1]
+            at = 6 * 16 + 8  # row 6, column 8
+            offset, count = page.dataoffsets[at], page.databytecounts[at]
+        raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
+        path.write_bytes(raw)
+        code, _, _ = wsi("score", path, "-m", model, "-o", tmp_path / "r", "-q", "--max-unreadable", 0.02)
+        assert whole[0] == code == 0
+        good, store = (PatchStore.open(tmp_path / name / "a/store.zarr") for name in ("whole", "r"))
+        result = json.loads((tmp_path / "r/a/result.json").read_text())
+        unreadable, boxes = store.get("unreadable"), store.grid.boxes()
+        tile = Box(8 * 128, 6 * 128, 128, 128)  # level-0 pixels
+        touches = np.array([min(box) > 0 for box in (Box(*b).intersect(tile)[2:] for b in boxes.tolist())])
+        np.testing.assert_array_equal(unreadable, touches)
+        assert 0 < touches.sum() == result["n_unreadable"] and "unreadable-tiles" in result["flags"]
+        assert 0 < result["unreadable_tissue"] < 0.02
+        for name in ("probabilities", "features"):
+            assert np.isnan(store.get(name)[unreadable]).all()
+            np.testing.assert_array_equal(store.get(name)[~unreadable], good.get(name)[~unreadable])
+        assert np.isnan(store.get("attention")[unreadable]).all() and store.get("attention")[~unreadable].sum() > 0.99
+        with gzip.open(tmp_path / "r/a/tiles.geojson.gz", "rt") as file:
+            assert len(json.load(file)["features"]) == len(store) - touches.sum() == result["n_tiles"]
+
+        code, _, stderr = wsi("score", path, "-m", model, "-o", tmp_path / "s", "-q", "--max-unreadable", 0.001)
+        failure = rows(tmp_path / "s/failures.csv")[0]
+        assert code == 2 and "of its tissue cannot be decoded" in stderr and "--max-unreadable" in failure["remedy"]
 
     def test_a_coarse_slide_is_flagged(self, wsi: Run, model: Path, tmp_path: Path) -> None:
         write_pyramid(tmp_path / "coarse.svs", [section(200, 150)], 4.0, svs=True)

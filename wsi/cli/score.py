@@ -45,6 +45,9 @@ def score(
             help="Keep the patches in the store: none, zstd (lossless), jpeg, or verbatim (the slide's own JPEG tiles)."
         ),
     ] = "none",
+    max_unreadable: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the tissue that may be damaged in the file; more fails.")
+    ] = 0.01,
     stain: Annotated[
         str | None, typer.Option(help="Normalise stains for the model: macenko, vahadane, ruifrok or reinhard.")
     ] = None,
@@ -87,6 +90,7 @@ def score(
         stride_px=stride,
         min_tissue=min_tissue,
         pixels=pixels,
+        max_unreadable=max_unreadable,
         reader=reader,
         decode=decode,
         stain=stain,

@@ -109,7 +109,7 @@ class Slide(ABC):
         """Width and height at level 0."""
         return self.level_sizes[0]
 
-    def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None) -> U8:
+    def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None, *, damaged_is_white: bool = False) -> U8:
         """Read `box` resampled to exactly `out_px`.
 
         The coarsest level that is at least as fine as asked is read, and every output pixel is the
@@ -124,6 +124,8 @@ class Slide(ABC):
             Output width and height.
         out : uint8 (height, width, 3), optional
             Written in place, and returned.
+        damaged_is_white : bool
+            Where the file is damaged is white: for pictures and masks of whole slides.
 
         Returns
         -------
@@ -133,7 +135,7 @@ class Slide(ABC):
         Raises
         ------
         SlideUnreadable
-            The file is damaged there.
+            The file is damaged there, and that was not allowed.
         ValueError
             A side is not positive, or a pixel would span more than 1024 pixels of the level.
         """
@@ -147,7 +149,7 @@ class Slide(ABC):
             part_y = _part(y, rows)
             for columns in _blocks(x, _BLOCK_PX // min(_BLOCK_PX, part_y.last - part_y.first)):
                 part_x = _part(x, columns)
-                source = self._read_padded(level, part_x, part_y)
+                source = self._read_padded(level, part_x, part_y, damaged_is_white)
                 resample(source, part_x, part_y, out[rows, columns])
         return out
 
@@ -243,16 +245,17 @@ class Slide(ABC):
         ]
         return max(fine_enough, default=0, key=lambda level: self.size[0] / self.level_sizes[level][0])
 
-    def _read_padded(self, level: int, across: Cells, down: Cells) -> U8:
+    def _read_padded(self, level: int, across: Cells, down: Cells, damaged_is_white: bool) -> U8:
         """Read a region of a level, white where it lies outside the level."""
         x, y, w, h, shrink = across.first, down.first, across.last - across.first, down.last - down.first, across.shrink
         level_w, level_h = (side // shrink for side in self.level_sizes[level])
+        read = self._read_sound if damaged_is_white else self._read_level
         left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, level_w), min(y + h, level_h)
         if (left, top, right, bottom) == (x, y, x + w, y + h):
-            return self._read_level(level, shrink, x, y, w, h)
+            return read(level, shrink, x, y, w, h)
         region = np.full((h, w, 3), 255, np.uint8)
         if left < right and top < bottom:
-            region[top - y : bottom - y, left - x : right - x] = self._read_level(
+            region[top - y : bottom - y, left - x : right - x] = read(
                 level, shrink, left, top, right - left, bottom - top
             )
         return region
@@ -263,6 +266,13 @@ class Slide(ABC):
 
         `shrink` is 1 or one of ``shrinks``; pixels are then those of the reduced level.
         """
+
+    def _read_sound(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
+        """Read like ``_read_level``, white where the file is damaged: of this reader, all of the region."""
+        try:
+            return self._read_level(level, shrink, x, y, w, h)
+        except SlideUnreadable:
+            return np.full((h, w, 3), 255, np.uint8)
 
     @abstractmethod
     def close(self) -> None:

@@ -187,6 +187,16 @@ class TiffReader(Slide):
         ]
 
     def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
+        region, damage = self._assemble(level, shrink, x, y, w, h)
+        if damage:
+            raise SlideUnreadable(self.path, f"is damaged at level {level}, {damage}", _AGAIN)
+        return region
+
+    def _read_sound(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
+        return self._assemble(level, shrink, x, y, w, h)[0]
+
+    def _assemble(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> tuple[U8, str]:
+        """Put a region together of stored tiles, white where one is damaged; say where and how the first is."""
         swap, flip_y, flip_x = self._turn
         shown_w, shown_h = (side // shrink for side in self.level_sizes[level])
         if flip_x:
@@ -197,17 +207,16 @@ class TiffReader(Slide):
             x, y, w, h = y, x, h, w
         tile_w, tile_h = (side // shrink for side in self._levels[level].tile_px)
         columns, rows = range(x // tile_w, -(-(x + w) // tile_w)), range(y // tile_h, -(-(y + h) // tile_h))
-        region = np.empty((h, w, 3), np.uint8)
+        region, damage = np.empty((h, w, 3), np.uint8), ""
         for row in rows:
             decoded = np.empty((len(columns), tile_h, tile_w, 3), np.uint8)
             problems = self.read_tiles(level, shrink, [(column, row) for column in columns], list(decoded))
             for column, tile, problem in zip(columns, decoded, problems, strict=True):
-                if problem is not None:
-                    at = f"x {column * tile_w * shrink}, y {row * tile_h * shrink}"
-                    raise SlideUnreadable(self.path, f"is damaged at level {level}, {at} ({problem})", _AGAIN)
+                if problem is not None and not damage:
+                    damage = f"x {column * tile_w * shrink}, y {row * tile_h * shrink} ({problem})"
                 put(tile, column * tile_w, row * tile_h, region, x, y)
         region = region.swapaxes(0, 1) if swap else region
-        return np.ascontiguousarray(region[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
+        return np.ascontiguousarray(region[:: -1 if flip_y else 1, :: -1 if flip_x else 1]), damage
 
     def close(self) -> None:
         """Close the file."""

@@ -73,7 +73,7 @@ def sample_slide(slide: Slide, config: FitConfig, tissue: TissueMask | None = No
     rows = rows[np.linspace(0, len(rows) - 1, min(config.n_tiles, len(rows))).round().astype(int)]
     tiles = np.empty((len(rows), tile_px, tile_px, 3), np.uint8)
     for tile, row in zip(tiles, rows, strict=True):
-        slide.read(grid.box(int(row)), (tile_px, tile_px), out=tile)
+        slide.read(grid.box(int(row)), (tile_px, tile_px), out=tile, damaged_is_white=True)
     return tiles
 
 
