@@ -176,7 +176,8 @@ class PatchStore:
             )
             raise ConfigMismatch(path, f"was made with another {differences}", remedy)
         same_tiles = np.array_equal(store.grid.columns, grid.columns) and np.array_equal(store.grid.rows, grid.rows)
-        if not same_tiles or (store.grid.tile, store.grid.stride) != (grid.tile, grid.stride):
+        geometry = [(each.tile, each.stride, each.tile_px) for each in (store.grid, grid)]
+        if not same_tiles or geometry[0] != geometry[1]:
             raise StoreError(path, "holds other tiles than this slide gives", remedy)
         return store
 
