@@ -197,6 +197,10 @@ class TestResume:
             self.again(store, attributes={"slide": "b"})
         with pytest.raises(StoreError, match="other tiles"):
             self.again(store, grid=store.grid.keep(np.arange(700)))
+        finer = TileGrid.cover((3000, 2400), slide_mpp=Mpp(0.5, 0.5), mpp=0.5, tile_px=100)
+        np.testing.assert_array_equal(finer.boxes(), store.grid.boxes())
+        with pytest.raises(StoreError, match="other tiles"):
+            self.again(store, grid=finer)
 
 
 class TestRefuses:

@@ -119,7 +119,7 @@ def test_out_is_filled_in_place(store: PatchStore) -> None:
         store.read([1], frozen)
 
 
-@pytest.mark.parametrize("rows", [[0, N], [-1], [[1, 2]], [0.0], ["a"], [True], 7])
+@pytest.mark.parametrize("rows", [[0, N], [-1], [[1, 2]], [0.0], [float("nan")], ["a"], [True], 7])
 def test_rows_that_are_not_there(store: PatchStore, rows: object) -> None:
     with pytest.raises(StoreError, match=r"there is no patch|whole numbers"):
         store.read(rows)  # type: ignore[arg-type]

@@ -64,7 +64,12 @@ class PatchStore:
         kept = self.attributes["pixels"]
         self.pixels: str = kept["kind"]
         codec = JpegCodec(kept["quality"], kept["subsampling"])
-        self._group = group
+        self._arrays: dict[str, Any] = {
+            # A shard of nothing but fill values must still leave its file: files are what is done.
+            name: array.with_config({"write_empty_chunks": True})
+            for name, array in sorted(group.arrays())
+            if name not in ("columns", "rows")
+        }
         self._pixels = Pixels(path / "pixels", len(grid), grid.tile_px, self.pixels, codec)
 
     @classmethod
@@ -130,8 +135,6 @@ class PatchStore:
                     dtype=dtype,
                     chunks=(SHARD_TILES, *(max(side, 1) for side in row)),
                     compressors=ZstdCodec(level=1),
-                    # A shard of nothing but fill values must still leave its file: files are what is done.
-                    config={"write_empty_chunks": True},
                 )
             draft.rename(path)
         except BaseException:
@@ -173,7 +176,8 @@ class PatchStore:
             )
             raise ConfigMismatch(path, f"was made with another {differences}", remedy)
         same_tiles = np.array_equal(store.grid.columns, grid.columns) and np.array_equal(store.grid.rows, grid.rows)
-        if not same_tiles or (store.grid.tile, store.grid.stride) != (grid.tile, grid.stride):
+        geometry = [(each.tile, each.stride, each.tile_px) for each in (store.grid, grid)]
+        if not same_tiles or geometry[0] != geometry[1]:
             raise StoreError(path, "holds other tiles than this slide gives", remedy)
         return store
 
@@ -220,7 +224,7 @@ class PatchStore:
     @property
     def arrays(self) -> list[str]:
         """Names of what the store holds for each tile."""
-        return sorted(set(self._group.array_keys()) - {"columns", "rows"})
+        return list(self._arrays)
 
     @property
     def shards(self) -> range:
@@ -379,10 +383,9 @@ class PatchStore:
         return lazy_patches(self, slide)
 
     def _array(self, name: str) -> Any:
-        if name not in self.arrays:
+        if name not in self._arrays:
             raise StoreError(self.path, f"holds no {name!r}", f"It holds {', '.join(self.arrays)}")
-        array: Any = self._group[name]
-        return array.with_config({"write_empty_chunks": True})
+        return self._arrays[name]
 
     def _is_there(self, name: str) -> Callable[[int], bool]:
         array = self._array(name)

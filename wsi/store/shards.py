@@ -57,8 +57,7 @@ def write_shard(path: str | os.PathLike[str], chunks: Sequence[bytes | None], n_
     raw = index.tobytes()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, sync=False) as file:  # a shard cut short by a power cut is found out by its index
-        file.writelines(present)
-        file.write(raw + google_crc32c.value(raw).to_bytes(_CRC_BYTES, "little"))
+        file.write(b"".join([*present, raw, google_crc32c.value(raw).to_bytes(_CRC_BYTES, "little")]))
 
 
 class ShardFile:
