@@ -133,7 +133,7 @@ DEFECTS: dict[str, tuple[list, str]] = {
     "width -1": ([image(t256=(SLONG, [-1]))], r"has \[-1\] in tag 256"),
     "two widths": ([image(t256=(SHORT, [64, 64]))], r"has \[64, 64\] in tag 256"),
     "a fraction as width": ([image(t256=(RATIONAL, [64]))], r"no whole numbers in tag 256 \(type 5"),
-    "a width of no known type": ([image(t256=(UNKNOWN, [64]))], r"\(type 99"),
+    "a width of no known type": ([image(t256=(UNKNOWN, [64]))], r"has tag 256 of the unknown type 99"),
     "samples 0": ([image(t277=(SHORT, [0]))], r"has \[0\] in tag 277"),
     "pixels more than can be": ([image(), strips(t256=(LONG, [1 << 20]), t257=(LONG, [1 << 20]))],
                                 "declares 1099511630848 pixels, more than 1099511627776"),

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi.errors import SlideUnreadable, UnknownFormat
+from wsi.slide.omecheck import check_ome
 
 MAX_IFDS = 1024
 MAX_TAGS = 4096  #: of one IFD
@@ -30,7 +31,16 @@ _BLOCK = 1 << 16  # bytes asked for at once: a directory's values mostly lie nea
 _TYPE_BYTES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 2, 8, 8, 8, 8, 0])  # by type; 0: unknown
 _WHOLE = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}  # by type
 
-_WIDTH, _HEIGHT, _DEPTH, _BITS, _SAMPLES, _ROWS_PER_STRIP, _PLANAR = 256, 257, 32997, 258, 277, 278, 284
+_WIDTH, _HEIGHT, _DEPTH, _BITS, _DESCRIPTION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR = (
+    256,
+    257,
+    32997,
+    258,
+    270,
+    277,
+    278,
+    284,
+)
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_DEPTH, _SUB_IFDS, _NDPI = 322, 323, 32998, 330, 65420
 _OFFSETS, _LENGTHS = (324, 273), (325, 279)  # of tiles, of strips: readers take either for both
 _ONCE = {_WIDTH, _HEIGHT, _DEPTH, _BITS, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_DEPTH,
@@ -74,7 +84,9 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
     """
     file = _File(read_at, size, where)
     seen: set[int] = set()
-    chained, subs, pixels, n_tags, n_bytes = file.first, list[int](), 0, 0, 0
+    chained, subs, chain_px = file.first, list[int](), list[int]()
+    pixels = n_tags = n_bytes = 0
+    description = b""
     while chained or subs:
         is_sub = bool(subs)
         offset = subs.pop() if is_sub else chained
@@ -84,8 +96,8 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
             raise file.refuse(f"has more than {MAX_IFDS} IFDs", _CONVERT)
         ifd = _Ifd(file, offset, f"IFD {len(seen)}")
         seen.add(offset)
-        pixels += _check_image(ifd, is_level=is_sub or len(seen) == 1)
-        n_tags, n_bytes = n_tags + ifd.n_tags, n_bytes + ifd.value_bytes
+        px = _check_image(ifd, is_level=is_sub or len(seen) == 1)
+        pixels, n_tags, n_bytes = pixels + px, n_tags + ifd.n_tags, n_bytes + ifd.value_bytes
         for n, most, of in (
             (pixels, MAX_PX, "pixels"),
             (n_tags, MAX_TAGS_IN_ALL, "tags"),
@@ -95,8 +107,13 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
                 raise file.refuse(f"declares {n} {of}, more than {most}", _CONVERT)
         if not is_sub:  # SubIFDs are listed, not chained: what stands as their next means nothing
             chained = ifd.next
+            chain_px.append(px)
+        if len(seen) == 1:
+            description = ifd.raw(_DESCRIPTION)
         if _SUB_IFDS in ifd.tags:
             subs += ifd.numbers(_SUB_IFDS)[MAX_IFDS::-1].tolist()
+    if b"OME>" in description:
+        check_ome(description, chain_px, where)
 
 
 class _File:
@@ -159,7 +176,10 @@ class _Ifd:
             if length > wide and not 8 <= value <= file.size - length:
                 raise self.refuse(f"has tag {code} outside the file's {file.size} bytes")
             here = offset + head + (i + 1) * layout.itemsize - wide
-            self.tags[code] = kind, count, value if length > wide else here
+            if kind < len(_TYPE_BYTES) and _TYPE_BYTES[kind]:
+                self.tags.setdefault(code, (kind, count, value if length > wide else here))
+            elif code in _ONCE:
+                raise self.refuse(f"has tag {code} of the unknown type {kind}")
         if _NDPI in self.tags and file.size >> 32 and not file.big:
             raise UnknownFormat(file.where, "is an NDPI beyond 4 GiB, which is no TIFF", "Read it through OpenSlide")
 
@@ -168,13 +188,17 @@ class _Ifd:
 
     def numbers(self, code: int) -> npt.NDArray[np.integer]:
         """Return the whole numbers of a tag, one at least."""
-        kind, count, place = self.tags.get(code, (0, 0, 0))
+        kind, count, _ = self.tags.get(code, (0, 0, 0))
         if kind not in _WHOLE or not count:
             raise self.refuse(f"has no whole numbers in tag {code} (type {kind}, {count} values)")
         if count > MAX_TILES:
             raise self.refuse(f"has {count} numbers in tag {code}, more than {MAX_TILES}", _CONVERT)
-        raw = self.file.read(place, count * int(_TYPE_BYTES[kind]), f"tag {code}")
-        return np.frombuffer(raw, self.file.order + _WHOLE[kind])
+        return np.frombuffer(self.raw(code), self.file.order + _WHOLE[kind])
+
+    def raw(self, code: int) -> bytes:
+        """Return the bytes of a tag; none where there is no such tag."""
+        kind, count, place = self.tags.get(code, (0, 0, 0))
+        return self.file.read(place, count * int(_TYPE_BYTES[kind]), f"tag {code}") if count else b""
 
     def number(self, code: int, default: int | None = None) -> int:
         """Return the one whole number of a tag, at least 1."""
