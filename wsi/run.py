@@ -29,7 +29,7 @@ from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.grade import MilModel, SlideScores, pick_class
 from wsi.nn.patch import PatchModel
-from wsi.slide import READERS, Slide, absolute, open_slide
+from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
 from wsi.stain import METHODS, TARGETS, StainTransform, fit
 from wsi.store import PatchStore
 from wsi.tissue import TissueConfig, TissueMask, find_tissue
@@ -58,8 +58,8 @@ class ScoreConfig:
         Share of a tile's area that must be tissue for the tile to be scored; 0 scores every tile.
     keep_pixels : bool
         Keep the patches in the store.
-    reader : str
-        "auto", "openslide" or "tiffslide".
+    reader, decode : str
+        As for ``open_slide``.
     stain : str, optional
         Stain normalisation of what the model sees: "macenko", "vahadane", "ruifrok" or "reinhard"; fitted once a slide.
     stain_target : str
@@ -73,6 +73,7 @@ class ScoreConfig:
     min_tissue: float = 0.25
     keep_pixels: bool = False
     reader: str = "auto"
+    decode: str = "auto"
     stain: str | None = None
     stain_target: str = "veta"
     tissue: TissueConfig = field(default_factory=TissueConfig)
@@ -87,6 +88,8 @@ class ScoreConfig:
             )
         if self.reader not in READERS:
             raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+        if self.decode not in DECODES:
+            raise SlideError(f"decode={self.decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
         if self.stain is not None and self.stain not in METHODS:
             raise StainError(f"stain={self.stain!r}", "no such method", f"Known methods: {', '.join(METHODS)}")
         if self.stain_target not in TARGETS and not Path(self.stain_target).is_file():
@@ -160,7 +163,7 @@ def score_slide(
     slide_id = slide_id or folder.name
     clock = _Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source) as slide:
+    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode) as slide:
         with clock.stage("tissue"):
             tissue = find_tissue(slide, config.tissue)
         with clock.stage("stain"):
@@ -216,7 +219,12 @@ def _store(
     """Open what an earlier run left, if it is of the same slide, grid and model, or make an empty store."""
     identity = {
         "slide_path": absolute(slide.path),
-        "slide": {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader},
+        "slide": {
+            "size": list(slide.size),
+            "mpp": list(slide.mpp),
+            "reader": slide.reader,
+            "decode": slide.decode,
+        },
         "model_sha256": engine.model.sha256,
         "precision": engine.model.precision,
         "stain": None if stain is None else json.loads(stain.to_json()),

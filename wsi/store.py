@@ -287,7 +287,7 @@ class PatchStore:
         if path is None:
             raise StoreError(self.path, "keeps no pixels and names no slide", "Give the slide")
         facts = self.attributes["slide"]
-        with open_slide(path, facts["reader"], mpp=facts["mpp"][0]) as slide:
+        with open_slide(path, facts["reader"], mpp=facts["mpp"][0], decode=facts["decode"]) as slide:
             return slide
 
     def _array(self, name: str) -> Any:

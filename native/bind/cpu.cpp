@@ -46,7 +46,7 @@ void area_average(Image source, Edges edges_y, Edges edges_x, Output out) {
   check_edges("edges_y", edges_y, out_h, source.shape(0));
   check_edges("edges_x", edges_x, out_w, source.shape(1));
   nb::gil_scoped_release release;
-  std::vector<uint32_t> row_sums(3 * source.shape(1));
+  std::vector<uint32_t> row_sums(3 * source.shape(1) + 1);
   wsi::area_average(source.data(), source.shape(1), source.stride(0), edges_y.data(), out_h, edges_x.data(), out_w,
                     out.data(), out.stride(0), row_sums.data());
 }

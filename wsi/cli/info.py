@@ -10,7 +10,7 @@ import typer
 
 def info(
     slide: Annotated[str, typer.Argument(help="A slide file or URL.")],
-    reader: Annotated[str, typer.Option(help="auto, openslide or tiffslide.")] = "auto",
+    reader: Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")] = "auto",
     mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, overriding the file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -47,7 +47,10 @@ def score(
     stain_target: Annotated[
         str, typer.Option(help="What stains are made to look like: veta, another packaged name, or an image file.")
     ] = "veta",
-    reader: Annotated[str, typer.Option(help="auto, openslide or tiffslide.")] = "auto",
+    reader: Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")] = "auto",
+    decode: Annotated[
+        str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, max=256, help="Patches a forward pass.")] = 64,
@@ -81,6 +84,7 @@ def score(
         min_tissue=min_tissue,
         keep_pixels=keep_pixels,
         reader=reader,
+        decode=decode,
         stain=stain,
         stain_target=stain_target,
     )

@@ -20,6 +20,7 @@ import tifffile
 from wsi.errors import SlideError, SlideUnreadable, UnknownFormat
 from wsi.slide.base import U8, GivenMpp, Slide, put, resolve_mpp
 from wsi.slide.source import Source
+from wsi.slide.tiffcheck import check_tiff
 from wsi.units import Box
 
 _ELSEWHERE = "Convert it to a pyramidal TIFF"
@@ -80,6 +81,7 @@ class TiffReader(Slide):
         self._given = given
         self._source = Source(path)
         try:
+            check_tiff(self._source.read, self._source.size, path)
             with self._source.open() as stream, tifffile.TiffFile(stream) as tiff:
                 self._describe(tiff)
         except SlideError:
