@@ -5,7 +5,8 @@
     python -m tests.fuzz.fuzz_tiff --reader tiff --replay FILE...
 
 A slide is read, or refused with a SlideError of one line; all else is a finding: another exception, a crash, more than
-10 s, more than 1 GiB beyond what the process began with, other pixels when read again. Seeds are the slides of
+10 s, memory beyond what the process began with (1 GiB asked for or half of it used), other pixels when read again, or
+when the decoder reduces, what is readable in full and not reduced. Seeds are the slides of
 `tests.slide.make.tiny_slides`; FOLDER keeps what reached new code, for the next time. A finding is cut down as far as
 it stays the same finding and saved as FOLDER/finding-*.tif.
 
@@ -45,18 +46,25 @@ class Fault(Exception):
 
 def read_slide(path: Path, reader: str) -> None:
     """Open a slide and read some of every level; what is not as promised is raised."""
-    from wsi.errors import SlideError
+    from wsi.errors import SlideError, SlideUnreadable
     from wsi.slide import open_slide
     from wsi.slide.tiffcheck import check_tiff
     from wsi.units import Box
 
-    data = path.read_bytes()
+    data, seen = path.read_bytes(), set()
     try:
-        check_tiff(lambda offset, length: data[offset : offset + length], len(data), str(path))
-        for decode in ("auto", "fast") if reader == "tiff" else ("auto",):
+        if reader != "tiff":  # which begins with it
+            check_tiff(lambda offset, length: data[offset : offset + length], len(data), str(path))
+        for decode in ("full", "auto", "fast") if reader == "tiff" else ("auto",):
             with open_slide(path, reader, mpp=0.5, decode=decode) as slide:
                 for box, out_px in views(slide.level_sizes):
-                    pixels = slide.read(Box(*box), out_px)
+                    try:
+                        pixels = slide.read(Box(*box), out_px)
+                    except SlideUnreadable as error:
+                        if (box, out_px) in seen:
+                            raise Fault(f"read in full, and not with decode={decode}") from error
+                        raise
+                    seen.add((box, out_px))
                     if pixels.shape != (*out_px[::-1], 3) or not (pixels == slide.read(Box(*box), out_px)).all():
                         raise Fault("other pixels when read again")
     except SlideError as error:
@@ -89,8 +97,9 @@ def signature(error: BaseException) -> str:
     """What kind of finding an exception is: its type and where it came from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     root = error.__cause__ if isinstance(error, Fault) and error.__cause__ else error
-    words = re.sub(r"[^a-z]+", "-", str(error).lower())[:40].strip("-") if isinstance(error, Fault) else ""
-    return f"{type(root).__name__}-{Path(frame.filename).stem}-{frame.name}-{words}".strip("-<>")
+    words = str(error)[:40].lower() if isinstance(error, Fault) else ""
+    said = f"{type(root).__name__} {Path(frame.filename).stem} {frame.name} {words}"
+    return re.sub(r"[^A-Za-z0-9_]+", "-", said).strip("-")
 
 
 def limit_memory() -> None:
@@ -115,7 +124,7 @@ def try_apart(data: bytes, reader: str, path: Path) -> str:
                 read_slide(path, reader)
             except BaseException as error:  # noqa: BLE001
                 found = signature(error)
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun > MEMORY_LIMIT >> 10:
+            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun > MEMORY_LIMIT >> 11:
                 found = found or "memory"
             os.write(pipe_in, found.encode())
         finally:

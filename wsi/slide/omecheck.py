@@ -10,7 +10,6 @@ import defusedxml.ElementTree
 
 from wsi.errors import SlideUnreadable
 
-MAX_OME_BYTES = 1 << 24
 MAX_PLANES = 1 << 16  #: of a file: sections times channels times times, by each of the ways to count them
 
 
@@ -29,8 +28,7 @@ def check_ome(text: bytes, page_px: Sequence[int], where: str) -> None:
     Raises
     ------
     SlideUnreadable
-        More than ``MAX_PLANES`` planes, more than ``MAX_OME_BYTES`` of text, axes other than OME's, or entities, which
-        can grow without end.
+        More than ``MAX_PLANES`` planes, axes other than OME's, or entities, which can grow without end.
 
     Examples
     --------
@@ -41,8 +39,6 @@ def check_ome(text: bytes, page_px: Sequence[int], where: str) -> None:
     wsi.errors.SlideUnreadable: a.tif: has an OME-XML of 3e+09 planes, more than 65536. Convert it to a tiled pyramidal
     TIFF
     """
-    if len(text) > MAX_OME_BYTES:
-        raise _refuse(where, f"of {len(text)} bytes, more than {MAX_OME_BYTES}")
     try:
         root = defusedxml.ElementTree.fromstring(text.rstrip(b"\0").decode("utf-8", "replace"))
     except defusedxml.ElementTree.ParseError:
