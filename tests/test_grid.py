@@ -85,3 +85,36 @@ def test_errors_name_the_argument(arguments: dict[str, float], names: str) -> No
         TileGrid.cover((1000, 1000), **whole)  # type: ignore[arg-type]
     with pytest.raises(ValueError):  # also the builtin a stranger would catch
         TileGrid.cover((1000, 1000), **whole)  # type: ignore[arg-type]
+
+
+class TestLevels:
+    @given(
+        size=st.tuples(st.integers(200, 2000), st.integers(200, 2000)),
+        factor=st.sampled_from([1, 2, 4, 4.0003, 16]),
+        tile_px=st.integers(6, 12),
+        gap=st.integers(0, 5),
+    )
+    def test_patches_are_whole_pixels_of_the_level(
+        self, size: tuple[int, int], factor: float, tile_px: int, gap: int
+    ) -> None:
+        level = int(size[0] // factor), int(size[1] // factor)
+        grid = TileGrid.of_level(size, level, slide_mpp=Mpp(0.25, 0.26), tile_px=tile_px, stride_px=tile_px + gap)
+        boxes = grid.boxes() / ([size[0] / level[0], size[1] / level[1]] * 2)  # in pixels of the level
+        np.testing.assert_allclose(boxes, np.round(boxes), atol=1e-6)
+        assert (np.round(boxes[:, 2:]) == tile_px).all()
+        assert grid.mpp == pytest.approx(np.sqrt(0.25 * 0.26 * size[0] / level[0] * size[1] / level[1]))
+        inside = (np.round(boxes[:, :2]) + tile_px <= level).all(axis=1)
+        np.testing.assert_array_equal(grid.inside(size), inside)
+        across, down = ((side - tile_px) // (tile_px + gap) + 1 for side in level)
+        assert inside.sum() == across * down
+
+    def test_the_finest_level_is_the_slide_itself(self) -> None:
+        own = TileGrid.of_level((1000, 600), (1000, 600), slide_mpp=Mpp(0.5, 0.5), tile_px=64, stride_px=48)
+        cover = TileGrid.cover((1000, 600), slide_mpp=Mpp(0.5, 0.5), mpp=0.5, tile_px=64, stride_px=48)
+        np.testing.assert_array_equal(own.boxes(), cover.boxes())
+        assert own.mpp == cover.mpp
+
+    def test_refuses_what_makes_no_grid(self) -> None:
+        for arguments, says in (({"tile_px": 0}, "tile=0"), ({"tile_px": 301}, "smaller than one tile")):
+            with pytest.raises(GridError, match=says):
+                TileGrid.of_level((1000, 600), (500, 300), slide_mpp=Mpp(0.5, 0.5), **arguments)

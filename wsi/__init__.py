@@ -25,6 +25,7 @@ _HOME = {
     "PatchStore": "store",
     "ScoreConfig": "run",
     "Slide": "slide",
+    "TileConfig": "tile",
     "TileGrid": "grid",
     "TissueConfig": "tissue",
     "TissueMask": "tissue",
@@ -36,6 +37,8 @@ _HOME = {
     "open_slide": "slide",
     "score_archive": "archive",
     "score_slide": "run",
+    "tile_archive": "archive",
+    "tile_slide": "tile",
 }
 
 __all__ = list(_HOME)

@@ -4,9 +4,9 @@
 
     RESULTS/
       run.json         configuration, versions, model hashes, command line
-      slides.csv       a row a scored slide, grows as slides finish
+      slides.csv       a row a finished slide, grows as slides finish
       failures.csv     slide, stage, error, remedy
-      <slide_id>/      store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, seconds.json, result.json;
+      <slide_id>/      what ``score_slide`` or ``tile_slide`` writes, seconds.json, and last result.json;
                        or failure.json
 
 The tables are made of what lies in the slides' folders, so they can be lost, edited, or written by two runs at once.
@@ -38,16 +38,15 @@ from wsi.errors import (
     is_output_error,
 )
 from wsi.files import write_csv, write_json
-from wsi.run import Engine, Progress, ScoreConfig, SlideResult, read_result, score_slide
+from wsi.result import Progress, SlideResult, read_result
+from wsi.run import Engine, ScoreConfig, score_slide
 from wsi.slide import absolute, is_url
+from wsi.tile import TileConfig, tile_slide
 
 #: What a folder is searched for. DICOM files of one series are levels and parts of one slide.
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".dicom")
 _DICOM = (".dcm", ".dicom")
 
-_SLIDE_COLUMNS = ("slide_id", "slide", "status", "grade")
-_NUMBER_COLUMNS = ("n_tiles", "tissue_mm2", "positive_mm2", "largest_region_um", "mpp", "mpp_source", "flags")
-_STAGES = ("tissue", "stain", "grid", "tiles", "grade", "export")
 _FAILURE = "failure.json"
 _OUR_FILES = ("run.json", "slides.csv", "failures.csv")
 _FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")
@@ -55,7 +54,7 @@ _FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")
 
 @dataclass(frozen=True)
 class SlideRef:
-    """A slide to score: where it is, and its microns per level-0 pixel where somebody gave them, and who."""
+    """A slide to work on: where it is, and its microns per level-0 pixel where somebody gave them, and who."""
 
     path: str
     mpp: float | None = None
@@ -66,8 +65,36 @@ class SlideRef:
 class Summary:
     """What became of a run's slides: rows of slides.csv and of failures.csv, in the order given."""
 
-    scored: list[dict[str, Any]] = field(default_factory=list)
+    done: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is done to each slide of an archive.
+
+    Attributes
+    ----------
+    work : callable
+        Does it, given the slide, its own folder, and whom to tell; or goes on where it was stopped.
+    identity : dict
+        What decides the results: a results folder is bound to it.
+    execution : dict
+        What does not.
+    status : str
+        Of a finished slide, in the table.
+    columns : tuple of str
+        The table's columns, by names of result.json; "probabilities" stands for one column a class.
+    stages : tuple of str
+        Whose seconds the table tells.
+    """
+
+    work: Callable[[SlideRef, Path, Progress], SlideResult]
+    identity: dict[str, Any]
+    execution: dict[str, Any]
+    status: str
+    columns: tuple[str, ...]
+    stages: tuple[str, ...]
 
 
 def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRef]:
@@ -162,12 +189,81 @@ def score_archive(
         The folder cannot be written to (full, read-only): going on would be of no use.
     """
     config.check(engine.model.config)
-    folder = Path(folder)
+
+    def work(ref: SlideRef, own: Path, progress: Progress) -> SlideResult:
+        return score_slide(ref.path, own, engine, config, mpp=ref.mpp, mpp_source=ref.mpp_source, progress=progress)
+
+    job = _Job(
+        work,
+        identity={
+            "model": engine.model.name,
+            "model_sha256": engine.model.sha256,
+            "mil_sha256": engine.mil.sha256 if engine.mil else None,
+            "precision": engine.model.precision,
+            "wsi_version": __version__,
+            **asdict(config),
+        },
+        execution={"device": engine.model.device, "batch_size": engine.batch_size, "threads": engine.threads},
+        status="scored",
+        columns=(
+            "grade", "probabilities", "n_tiles", "tissue_mm2", "positive_mm2", "largest_region_um",
+            "mpp", "mpp_source", "flags",
+        ),
+        stages=("tissue", "stain", "grid", "tiles", "grade", "export"),
+    )  # fmt: skip
+    return _run(refs, Path(folder), job, force=force, command=command, started=started, progress=progress)
+
+
+def tile_archive(
+    refs: Sequence[SlideRef],
+    folder: str | os.PathLike[str],
+    config: TileConfig,
+    *,
+    threads: int = 4,
+    force: bool = False,
+    command: Sequence[str] = (),
+    started: Callable[[int, str], None] = lambda i, slide_id: None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Summary:
+    """Cut slides into patch stores, ``<folder>/<slide_id>/store.zarr``; the same call again does only what is missing.
+
+    Parameters and errors are those of ``score_archive``, with what ``tile_slide`` takes in place of the engine.
+    """
+    config.check()
+
+    def work(ref: SlideRef, own: Path, progress: Progress) -> SlideResult:
+        return tile_slide(
+            ref.path, own, config, threads=threads, mpp=ref.mpp, mpp_source=ref.mpp_source, progress=progress
+        )
+
+    job = _Job(
+        work,
+        identity={"wsi_version": __version__, **asdict(config)},
+        execution={"threads": threads},
+        status="tiled",
+        columns=(
+            "n_tiles", "n_unreadable", "tile_px", "tile_mpp", "pixels", "tissue_mm2", "mpp", "mpp_source", "flags",
+        ),
+        stages=("grid", "tissue", "tiles"),
+    )  # fmt: skip
+    return _run(refs, Path(folder), job, force=force, command=command, started=started, progress=progress)
+
+
+def _run(
+    refs: Sequence[SlideRef],
+    folder: Path,
+    job: _Job,
+    *,
+    force: bool,
+    command: Sequence[str],
+    started: Callable[[int, str], None],
+    progress: Progress,
+) -> Summary:
     summary = Summary()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         ids = slide_ids(refs, folder)
-        _claim(folder, engine, config, refs, ids, force=force, command=command)
+        _claim(folder, job, refs, ids, force=force, command=command)
         for i, (ref, slide_id) in enumerate(zip(refs, ids, strict=True)):
             started(i, slide_id)
             stage = "open"
@@ -179,11 +275,9 @@ def score_archive(
 
             own = folder / slide_id
             try:
-                result = read_result(own) or score_slide(
-                    ref.path, own, engine, config, mpp=ref.mpp, mpp_source=ref.mpp_source, progress=watch
-                )
+                result = read_result(own) or job.work(ref, own, watch)
                 (own / _FAILURE).unlink(missing_ok=True)
-                summary.scored.append(_row(result))
+                summary.done.append(_row(result, job))
             except Exception as error:
                 if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, folder):
                     raise
@@ -191,7 +285,7 @@ def score_archive(
                 summary.failed.append(failure)
                 own.mkdir(exist_ok=True)
                 write_json(own / _FAILURE, failure)
-            _write_tables(folder)
+            _write_tables(folder, job)
     except OSError as error:
         if isinstance(error, WsiError):
             raise
@@ -285,8 +379,7 @@ def _is_ours(folder: Path) -> bool:
 
 def _claim(
     folder: Path,
-    engine: Engine,
-    config: ScoreConfig,
+    job: _Job,
     refs: Sequence[SlideRef],
     ids: Sequence[str],
     *,
@@ -294,18 +387,7 @@ def _claim(
     command: Sequence[str],
 ) -> None:
     """Write run.json, or refuse a folder of another configuration before anything is touched."""
-    identity = json.loads(
-        json.dumps(
-            {
-                "model": engine.model.name,
-                "model_sha256": engine.model.sha256,
-                "mil_sha256": engine.mil.sha256 if engine.mil else None,
-                "precision": engine.model.precision,
-                "wsi_version": __version__,
-                **asdict(config),
-            }
-        )
-    )
+    identity = json.loads(json.dumps(job.identity))
     path = folder / "run.json"
     remedy = "Choose another folder with -o, or start these slides over with --force"
     foreign = sorted(slide_id for slide_id in ids if (folder / slide_id).exists() and not _is_ours(folder / slide_id))
@@ -341,16 +423,14 @@ def _claim(
             shutil.rmtree(own, ignore_errors=True)
         elif result is not None and result.numbers.get("mpp_given") != ref.mpp:
             given = [value or "the file's own" for value in (result.numbers.get("mpp_given"), ref.mpp)]
-            raise ConfigMismatch(
-                own, f"was scored at {given[0]} microns per pixel, now {given[1]} is asked for", remedy
-            )
+            raise ConfigMismatch(own, f"was made at {given[0]} microns per pixel, now {given[1]} is asked for", remedy)
     write_json(
         path,
         {
             "use": "research only",
             "configuration": identity,
             "command": list(command),
-            "execution": {"device": engine.model.device, "batch_size": engine.batch_size, "threads": engine.threads},
+            "execution": job.execution,
             "versions": _versions(),
         },
     )
@@ -359,7 +439,18 @@ def _claim(
 def _versions() -> dict[str, str]:
     import importlib.metadata
 
-    names = ("wsi", "numpy", "torch", "timm", "zarr", "openslide-python", "openslide-bin", "tiffslide", "shapely")
+    names = (
+        "wsi",
+        "numpy",
+        "torch",
+        "timm",
+        "zarr",
+        "simplejpeg",
+        "openslide-python",
+        "openslide-bin",
+        "tiffslide",
+        "shapely",
+    )
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -377,18 +468,15 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _row(result: SlideResult) -> dict[str, Any]:
+def _row(result: SlideResult, job: _Job) -> dict[str, Any]:
     numbers = result.numbers
-    return {
-        "slide_id": numbers["slide_id"],
-        "slide": numbers["slide"],
-        "status": "scored",
-        "grade": numbers["grade"],
-        **{f"prob_{name}": value for name, value in (numbers["probabilities"] or {}).items()},
-        **{name: numbers[name] for name in _NUMBER_COLUMNS if name != "flags"},
-        "flags": " ".join(numbers["flags"]),
-        **{f"seconds_{stage}": round(value, 3) for stage, value in result.seconds.items()},
-    }
+    row = {"slide_id": numbers["slide_id"], "slide": numbers["slide"], "status": job.status}
+    for name in job.columns:
+        if name == "probabilities":
+            row |= {f"prob_{kind}": value for kind, value in (numbers[name] or {}).items()}
+        else:
+            row[name] = " ".join(numbers[name]) if name == "flags" else numbers[name]
+    return row | {f"seconds_{stage}": round(value, 3) for stage, value in result.seconds.items()}
 
 
 def _failure(ref: SlideRef, slide_id: str, stage: str, error: Exception) -> dict[str, Any]:
@@ -404,17 +492,20 @@ def _failure(ref: SlideRef, slide_id: str, stage: str, error: Exception) -> dict
     }
 
 
-def _write_tables(folder: Path) -> None:
+def _write_tables(folder: Path, job: _Job) -> None:
     """Make slides.csv and failures.csv of what lies in the slide folders, whoever wrote it."""
     rows, failures = [], []
     for own in sorted(child for child in folder.iterdir() if child.is_dir()):
         result = read_result(own)
         if result is not None:
-            rows.append(_row(result))
+            rows.append(_row(result, job))
         elif (failure := _earlier(own)) is not None:
             failures.append(failure)
     grades = sorted({name for row in rows for name in row if name.startswith("prob_")})
-    columns = (*_SLIDE_COLUMNS, *grades, *_NUMBER_COLUMNS, *(f"seconds_{stage}" for stage in _STAGES))
+    columns = ["slide_id", "slide", "status"]
+    for name in job.columns:
+        columns += grades if name == "probabilities" else [name]
+    columns += [f"seconds_{stage}" for stage in job.stages]
     write_csv(folder / "slides.csv", columns, rows)
     write_csv(folder / "failures.csv", _FAILURE_COLUMNS, failures)
 

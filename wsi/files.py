@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +14,13 @@ from typing import IO, Any
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`; sync and rename it when the block ends well, else remove it.
+
+    Parameters
+    ----------
+    sync : bool
+        Wait until the disk has it. Without, a power cut may leave a file that is short: for files that tell.
 
     Examples
     --------
@@ -23,18 +28,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     ...     file.write(b"a,b")
     """
     path = Path(path)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".draft")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.draft")
+    file = draft.open("xb")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(draft).chmod(0o666 & ~umask)  # mkstemp makes private files
-        Path(draft).replace(path)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        draft.replace(path)
     except BaseException:
-        Path(draft).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
 
 

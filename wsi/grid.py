@@ -68,6 +68,49 @@ class TileGrid:
         >>> len(grid), grid.box(1)
         (15, Box(x=200.0, y=0.0, w=200.0, h=200.0))
         """
+        if not (math.isfinite(mpp) and mpp > 0):
+            raise GridError(f"mpp={mpp:g}", "the resolution must be positive microns per pixel")
+        return cls._lay(size, (mpp / slide_mpp.x, mpp / slide_mpp.y), mpp, tile_px, stride_px)
+
+    @classmethod
+    def of_level(
+        cls,
+        size: tuple[int, int],
+        level_size: tuple[int, int],
+        *,
+        slide_mpp: Mpp,
+        tile_px: int,
+        stride_px: int | None = None,
+    ) -> Self:
+        """Lay tiles over a slide at the very resolution of a pyramid level: no pixel of it is resampled.
+
+        Parameters
+        ----------
+        level_size : (int, int)
+            The level's width and height in its own pixels; `tile_px` and `stride_px` are in these.
+        size, slide_mpp, tile_px, stride_px
+            As in ``cover``.
+
+        Raises
+        ------
+        GridError
+            As in ``cover``.
+
+        Examples
+        --------
+        >>> grid = TileGrid.of_level((1001, 600), (500, 300), slide_mpp=Mpp(0.5, 0.5), tile_px=100)
+        >>> len(grid), round(grid.mpp, 4), grid.box(1).x
+        (15, 1.0005, 200.2)
+        """
+        scale = size[0] / level_size[0], size[1] / level_size[1]
+        mpp = math.sqrt(scale[0] * slide_mpp.x * scale[1] * slide_mpp.y)
+        return cls._lay(size, scale, mpp, tile_px, stride_px)
+
+    @classmethod
+    def _lay(
+        cls, size: tuple[int, int], scale: tuple[float, float], mpp: float, tile_px: int, stride_px: int | None
+    ) -> Self:
+        """Lay tiles whose pixels are `scale` level-0 pixels wide and high."""
         stride_px = tile_px if stride_px is None else stride_px
         if tile_px < 1:
             raise GridError(f"tile={tile_px}", "a tile must be at least 1 px wide")
@@ -75,9 +118,6 @@ class TileGrid:
             raise GridError(
                 f"stride={stride_px}", "the stride must be at least 1 px", "Leave it out for tiles side by side"
             )
-        if not (math.isfinite(mpp) and mpp > 0):
-            raise GridError(f"mpp={mpp:g}", "the resolution must be positive microns per pixel")
-        scale = mpp / slide_mpp.x, mpp / slide_mpp.y
         tile = tile_px * scale[0], tile_px * scale[1]
         stride = stride_px * scale[0], stride_px * scale[1]
         # Rounded before comparing: 0.1 + 0.2 must neither refuse a slide of one tile nor make an extra column.
@@ -108,6 +148,11 @@ class TileGrid:
         out[:, 0], out[:, 1] = self.columns * self.stride[0], self.rows * self.stride[1]
         out[:, 2:] = self.tile
         return out
+
+    def inside(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+        """Tell which tiles lie wholly inside a slide of `size`, bool (n,)."""
+        boxes = self.boxes()
+        return np.asarray((np.round(boxes[:, :2] + boxes[:, 2:] - size, 6) <= 0).all(axis=1))
 
     def keep(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.integer]) -> Self:
         """Return the grid of the chosen tiles only (mask or indices)."""

@@ -26,7 +26,7 @@ def score_tiles(
     stain: StainTransform | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Compute what is missing of ``probabilities``, ``features`` and, where kept, ``pixels``.
+    """Compute what is missing of ``probabilities``, ``features`` and, where kept as zstd or JPEG, ``pixels``.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def score_tiles(
     batch size, another number of torch threads or another CPU may differ in the last bits:
     2e-5 in float32 and 2e-2 in bfloat16 bound what was seen of probabilities.
     """
-    kept = {"pixels"} & set(store.arrays)
+    kept = {"pixels"} if store.pixels in ("zstd", "jpeg") else set()
     wanted = ["probabilities", *(["features"] if "features" in store.arrays else []), *kept]
     missing = store.missing(*wanted)
     done = len(store) - sum(len(store.tiles(shard)) for shard in missing)

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,26 +17,24 @@ import numpy.typing as npt
 import shapely
 
 from wsi import __version__
-from wsi.errors import ConfigMismatch, GridError, ModelError, SlideError, StainError, StoreError
+from wsi.errors import GridError, ModelError, SlideError, StainError, StoreError
 from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
-from wsi.files import write_json
 from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.grade import MilModel, SlideScores, pick_class
 from wsi.nn.patch import PatchModel
+from wsi.result import Clock, Progress, SlideResult, rounded, write_result
 from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
 from wsi.stain import METHODS, TARGETS, StainTransform, fit
-from wsi.store import PatchStore
+from wsi.store import KINDS, PatchStore, copy_tiles, stored_tiles
 from wsi.tissue import TissueConfig, TissueMask, find_tissue
 
 #: Colours of classes in QuPath: the positive ones as its built-in Tumor, the others apart from them.
 _POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
 _OTHER_RGB = ((120, 170, 220), (150, 200, 150), (160, 90, 160), (255, 200, 0), (50, 50, 50), (90, 140, 90))
 _TISSUE_RGB = (150, 200, 150)
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,8 @@ class ScoreConfig:
         Distance between tiles in pixels at the model's mpp; None for tiles side by side.
     min_tissue : float
         Share of a tile's area that must be tissue for the tile to be scored; 0 scores every tile.
-    keep_pixels : bool
-        Keep the patches in the store.
+    pixels : str
+        How the patches are kept in the store: "none", "zstd", "jpeg" or "verbatim" (see ``PatchStore.create``).
     reader, decode : str
         As for ``open_slide``.
     stain : str, optional
@@ -71,7 +66,7 @@ class ScoreConfig:
     threshold: float | None = None
     stride_px: int | None = None
     min_tissue: float = 0.25
-    keep_pixels: bool = False
+    pixels: str = "none"
     reader: str = "auto"
     decode: str = "auto"
     stain: str | None = None
@@ -90,6 +85,8 @@ class ScoreConfig:
             raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
         if self.decode not in DECODES:
             raise SlideError(f"decode={self.decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
+        if self.pixels not in KINDS:
+            raise StoreError(f"pixels={self.pixels!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
         if self.stain is not None and self.stain not in METHODS:
             raise StainError(f"stain={self.stain!r}", "no such method", f"Known methods: {', '.join(METHODS)}")
         if self.stain_target not in TARGETS and not Path(self.stain_target).is_file():
@@ -110,14 +107,6 @@ class Engine:
     mil: MilModel | None = None
     batch_size: int = 64
     threads: int = 4
-
-
-@dataclass(frozen=True)
-class SlideResult:
-    """What is known of a scored slide: the content of result.json, and the seconds each stage took."""
-
-    numbers: dict[str, Any]
-    seconds: dict[str, float]
 
 
 def score_slide(
@@ -161,7 +150,7 @@ def score_slide(
     config.check(engine.model.config)
     folder = Path(folder)
     slide_id = slide_id or folder.name
-    clock = _Clock(progress)
+    clock = Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
     with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode) as slide:
         with clock.stage("tissue"):
@@ -174,8 +163,12 @@ def score_slide(
                 slide.size, slide_mpp=slide.mpp, mpp=model.mpp, tile_px=model.tile_px, stride_px=config.stride_px
             )
             grid = grid.keep(tissue.fraction(grid.boxes()) >= config.min_tissue)
+            if config.pixels == "verbatim":
+                stored_tiles(slide, grid)  # refuses a grid that is not the slide's own, before there is a store
             store = _store(folder / "store.zarr", grid, slide, stain, engine, config)
         with clock.stage("tiles") as report:
+            if config.pixels == "verbatim":
+                copy_tiles(slide, store, threads=engine.threads)
             score_tiles(
                 slide,
                 store,
@@ -198,19 +191,9 @@ def score_slide(
                 if stain.fallback:
                     numbers["flags"].append("stain-fallback")
                     numbers["warnings"].append(f"stains could not be measured ({stain.fallback}): tiles are as scanned")
-    write_json(folder / "seconds.json", {stage: round(value, 3) for stage, value in clock.seconds.items()})
-    write_json(folder / "result.json", numbers)
-    return SlideResult(numbers, clock.seconds)
-
-
-def read_result(folder: Path) -> SlideResult | None:
-    """Return what an earlier run found of a slide, or None where it is not finished."""
-    try:
-        numbers = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return SlideResult(numbers, seconds) if isinstance(numbers, dict) and "slide_id" in numbers else None
+    result = SlideResult(numbers, clock.seconds)
+    write_result(folder, result)
+    return result
 
 
 def _store(
@@ -236,26 +219,7 @@ def _store(
         arrays["features"] = ((engine.model.num_features,), "float16")
     if engine.mil is not None:
         arrays["attention"] = ((), "float32")
-    if not path.exists():
-        return PatchStore.create(path, grid, arrays, pixels=config.keep_pixels, attributes=identity)
-    store = PatchStore.open(path)
-    if set(arrays) | ({"pixels"} if config.keep_pixels else set()) != set(store.arrays):
-        raise ConfigMismatch(
-            path, f"holds {', '.join(store.arrays)}, and others are asked for", "Choose another folder"
-        )
-    found = {key: store.attributes.get(key) for key in identity}
-    changed = [key for key in identity if found[key] != identity[key]]
-    if changed:
-        raise ConfigMismatch(
-            path,
-            "was made with another "
-            + ", ".join(f"{key} ({json.dumps(found[key])}, now {json.dumps(identity[key])})" for key in changed),
-            "Choose another folder",
-        )
-    same_tiles = np.array_equal(store.grid.columns, grid.columns) and np.array_equal(store.grid.rows, grid.rows)
-    if not same_tiles or (store.grid.tile, store.grid.stride) != (grid.tile, grid.stride):
-        raise StoreError(path, "holds other tiles than this slide gives", "Choose another folder")
-    return store
+    return PatchStore.resume(path, grid, arrays, pixels=config.pixels, attributes=identity)
 
 
 def _export(
@@ -365,23 +329,23 @@ def _numbers(
         "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
         "probabilities": (
             {
-                name: None if slide_scores is None else _rounded(float(slide_scores.probabilities[i]))
+                name: None if slide_scores is None else rounded(float(slide_scores.probabilities[i]))
                 for i, name in enumerate(mil.config.class_names)
             }
             if mil
             else None
         ),
         "n_tiles": len(grid),
-        "tissue_mm2": _rounded(tissue.area_mm2),
+        "tissue_mm2": rounded(tissue.area_mm2),
         "positive_mm2": None
         if "positive_mm2" in reasons
-        else _rounded(_mm2(_common(outlines, tissue.outlines()), slide)),
+        else rounded(_mm2(_common(outlines, tissue.outlines()), slide)),
         "largest_region_um": None
         if "largest_region_um" in reasons
-        else _rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)),
+        else rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)),
         "positive_classes": list(positive),
         "threshold": threshold,
-        "mpp": _rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
+        "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
         "mpp_source": slide.mpp_source,
         "size_px": list(slide.size),
         "bounds_px": list(slide.bounds),
@@ -420,25 +384,3 @@ def _common(regions: list[shapely.Polygon], tissue: list[shapely.Polygon]) -> sh
 
 def _mm2(outline: shapely.Geometry, slide: Slide) -> float:
     return slide.mpp.area_um2(outline.area) / 1e6
-
-
-def _rounded(value: float) -> float:
-    """Six significant digits: what is printed is what was measured."""
-    return float(f"{value:.6g}")
-
-
-class _Clock:
-    """Seconds spent in each stage, told to whoever watches."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        begun = time.perf_counter()
-        self._progress(name, 0, 0)
-        try:
-            yield lambda done, total: self._progress(name, done, total)
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - begun

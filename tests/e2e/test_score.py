@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import gzip
-import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.e2e.conftest import Run, digest, rows
 from tests.nn.make import write_head, write_model
 from tests.slide.make import halved, section, write_pyramid
 from wsi import archive, infer
-from wsi.cli import main
 from wsi.nn.patch import load_patch_model
 from wsi.slide import open_slide
 from wsi.stain import StainTransform
 from wsi.store import PatchStore
 
-Run = Callable[..., tuple[int, str, str]]
 NUMBERS = ("store.zarr", "tiles.geojson.gz", "regions.geojson", "overlay.png", "seconds.json", "result.json")
 
 
@@ -63,37 +59,6 @@ def in_a_process(slides: Path, model: Path, out: Path) -> subprocess.Popen[bytes
     """Score slide b in a process of its own."""
     command = [sys.executable, "-c", "from wsi.cli import main; main()", "score", slides / "b.svs", "-m", model]
     return subprocess.Popen([*map(str, command), "-o", str(out), "-q", "--stride", str(STRIDE)])
-
-
-@pytest.fixture
-def wsi(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call the command line in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wsi", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def digest(folder: Path) -> dict[str, str]:
-    """Hash of every file that holds numbers; not the tables, which tell seconds."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.name != "seconds.json"
-        and path.relative_to(folder).parts[0] not in ("run.json", "slides.csv", "failures.csv")
-    }
 
 
 class TestResults:
@@ -133,7 +98,16 @@ class TestResults:
     ) -> None:
         """Patches cut one by one, scored one by one, give the same probabilities."""
         wsi(
-            "score", slides / "a.svs", "--model", model, "-o", tmp_path / "r", "--keep-pixels", "--precision", "float32"
+            "score",
+            slides / "a.svs",
+            "--model",
+            model,
+            "-o",
+            tmp_path / "r",
+            "--pixels",
+            "zstd",
+            "--precision",
+            "float32",
         )
         store = PatchStore.open(tmp_path / "r/a/store.zarr")
         patch_model = load_patch_model(str(model), device="cpu", precision="float32")
@@ -163,7 +137,7 @@ class TestResults:
             np.testing.assert_allclose(one.get("probabilities"), two.get("probabilities"), atol=2e-5)
 
     def test_stains_are_normalised_for_the_model(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
-        common = ("score", slides / "a.svs", "-m", model, "-q", "--keep-pixels", "--precision", "float32")
+        common = ("score", slides / "a.svs", "-m", model, "-q", "--pixels", "zstd", "--precision", "float32")
         assert wsi(*common, "-o", tmp_path / "plain")[0] == 0
         assert wsi(*common, "-o", tmp_path / "stained", "--stain", "macenko")[0] == 0
         plain, stained = (PatchStore.open(tmp_path / name / "a/store.zarr") for name in ("plain", "stained"))
@@ -283,12 +257,12 @@ class TestResume:
         """The second run starts and ends while the first is between its slide and its table."""
         write, inside = archive._write_tables, False
 
-        def other_run_first(folder: Path) -> None:
+        def other_run_first(folder: Path, job: object) -> None:
             nonlocal inside
             if not inside:
                 inside = True
                 wsi("score", slides / "b.svs", "-m", model, "-o", tmp_path, "-q")
-            write(folder)
+            write(folder, job)
 
         monkeypatch.setattr(archive, "_write_tables", other_run_first)
         wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path, "-q")
@@ -482,10 +456,10 @@ class TestOtherVerbs:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        for verb in ("score", "info", "demo", "doctor"):
+        for verb in ("score", "tile", "info", "demo", "doctor"):
             assert verb in done.stdout
 
     def test_every_verb_shows_an_example(self, wsi: Run) -> None:
-        for verb in ("score", "info", "demo", "doctor"):
+        for verb in ("score", "tile", "info", "demo", "doctor"):
             code, stdout, _ = wsi(verb, "--help")
             assert code == 0 and f"wsi {verb}" in stdout.split("Example")[1]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import Image
+
+from wsi.slide.base import GivenMpp
+from wsi.slide.tiff import TiffReader
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
@@ -42,24 +46,36 @@ def write_pyramid(
 
 
 def write_jpeg_pyramid(
-    path: Path, levels: list[np.ndarray], mpp: float = 0.5, *, tile: int = 128, subsampling: tuple[int, int] = (2, 2)
-) -> None:
-    """Write a generic pyramid of JPEG tiles, YCbCr, with tables shared by the tiles of a level."""
-    levels = [np.asarray(Image.fromarray(level).convert("YCbCr")) for level in levels]  # tifffile takes it as it is
+    path: Path,
+    levels: Sequence[np.ndarray],
+    mpp: float = 0.5,
+    *,
+    tile: int = 128,
+    subsampling: tuple[int, int] = (2, 2),
+    rgb: bool = False,
+    quality: int = 85,
+) -> Path:
+    """Write a generic pyramid of JPEG tiles with shared tables: YCbCr, or `rgb` without an Adobe marker, as Aperio."""
     with tifffile.TiffWriter(path) as tiff:
         for i, level in enumerate(levels):
             tiff.write(
                 level,
                 tile=(tile, tile),
+                photometric="rgb",
                 compression="jpeg",
-                compressionargs={"level": 85},
-                photometric="ycbcr",
-                subsampling=subsampling,
-                subfiletype=0 if i == 0 else 1,
+                compressionargs={"level": quality, "outcolorspace": "rgb"} if rgb else {"level": quality},
+                subsampling=(1, 1) if rgb else subsampling,
+                subfiletype=min(i, 1),
                 resolution=(10000 / mpp, 10000 / mpp),
                 resolutionunit="CENTIMETER",
                 metadata=None,
             )
+    return path
+
+
+def tiff_slide(path: str | os.PathLike[str], mpp: float = 0.5) -> TiffReader:
+    """Open a slide with our own TIFF reader, whatever resolution it says."""
+    return TiffReader(os.fspath(path), GivenMpp(mpp, "user"))
 
 
 def section(width: int = 900, height: int = 700, seed: int = 0) -> np.ndarray:

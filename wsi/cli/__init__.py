@@ -11,6 +11,7 @@ from wsi.cli.demo import demo
 from wsi.cli.doctor import doctor
 from wsi.cli.info import info
 from wsi.cli.score import score
+from wsi.cli.tile import tile
 from wsi.errors import WsiError
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     help="Whole-slide pathology analysis: slides in; grades, QuPath GeoJSON and heatmaps out. Research use only.",
     epilog="Start with [bold]wsi demo[/bold]; `wsi VERB --help` has examples.",
 )
-for verb in (score, info, demo, doctor):
+for verb in (score, tile, info, demo, doctor):
     app.command()(verb)
 
 

@@ -50,7 +50,7 @@ def demo(
     if summary.failed:
         say(f"wsi: {summary.failed[0]['error']}")
         raise typer.Exit(2)
-    row = summary.scored[0]
+    row = summary.done[0]
     folder = results / row["slide_id"]
     positive = [
         shapely.geometry.shape(feature["geometry"])

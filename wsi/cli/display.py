@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from wsi.archive import Summary
 
 
 class Watcher:
@@ -68,3 +74,16 @@ def say(text: str, *, quiet: bool = False) -> None:
     """Print a line for people."""
     if not quiet:
         print(text, file=sys.stderr)
+
+
+def conclude(summary: Summary, n_slides: int, out: Path, *, as_json: bool, quiet: bool, verb: str) -> None:
+    """Tell what became of a run's slides; exit 3 where some failed, 2 where all did."""
+    if as_json:
+        print(json.dumps({verb: summary.done, "failed": summary.failed}, indent=2))
+    for row in summary.failed:
+        where = "" if row["slide"] in row["error"] else f"{row['slide']}: "
+        say(f"wsi: {where}{row['error']} [{row['stage']}]. {row['remedy']}")
+    say(f"{len(summary.done)} of {n_slides} slides {verb}: {out / 'slides.csv'}", quiet=quiet)
+    if summary.failed:
+        say(f"{len(summary.failed)} failed: {out / 'failures.csv'}", quiet=quiet)
+        raise typer.Exit(3 if summary.done else 2)

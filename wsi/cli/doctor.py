@@ -32,6 +32,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         "openslide-python",
         "openslide-bin",
         "tiffslide",
+        "simplejpeg",
         "zarr",
         "dask",
         "shapely",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wsi.cli.display import say, watching
+from wsi.cli.display import conclude, watching
 
 if TYPE_CHECKING:
     from wsi.run import Engine
@@ -40,7 +39,12 @@ def score(
     positive: Annotated[
         list[str] | None, typer.Option(help="Class shown in the heatmap (repeatable). Default: the model's.")
     ] = None,
-    keep_pixels: Annotated[bool, typer.Option(help="Keep the patches in the store.")] = False,
+    pixels: Annotated[
+        str,
+        typer.Option(
+            help="Keep the patches in the store: none, zstd (lossless), jpeg, or verbatim (the slide's own JPEG tiles)."
+        ),
+    ] = "none",
     stain: Annotated[
         str | None, typer.Option(help="Normalise stains for the model: macenko, vahadane, ruifrok or reinhard.")
     ] = None,
@@ -82,7 +86,7 @@ def score(
         threshold=threshold,
         stride_px=stride,
         min_tissue=min_tissue,
-        keep_pixels=keep_pixels,
+        pixels=pixels,
         reader=reader,
         decode=decode,
         stain=stain,
@@ -93,15 +97,7 @@ def score(
             refs, out, engine, config,
             force=force, command=sys.argv, started=watcher.started, progress=watcher.progress,
         )  # fmt: skip
-    if as_json:
-        print(json.dumps({"scored": summary.scored, "failed": summary.failed}, indent=2))
-    for row in summary.failed:
-        where = "" if row["slide"] in row["error"] else f"{row['slide']}: "
-        say(f"wsi: {where}{row['error']} [{row['stage']}]. {row['remedy']}")
-    say(f"{len(summary.scored)} of {len(refs)} slides scored: {out / 'slides.csv'}", quiet=quiet)
-    if summary.failed:
-        say(f"{len(summary.failed)} failed: {out / 'failures.csv'}", quiet=quiet)
-        raise typer.Exit(3 if summary.scored else 2)
+    conclude(summary, len(refs), out, as_json=as_json, quiet=quiet, verb="scored")
 
 
 def load_engine(

@@ -211,7 +211,28 @@ class Slide(ABC):
         list of str or None
             Why a tile cannot be decoded.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.reader} has no stored tiles to give")
+
+    def holds_jpeg(self, level: int) -> bool:
+        """Whether ``jpeg_tiles`` has something to give."""
+        return False
+
+    def jpeg_tiles(self, level: int, tiles: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Give stored tiles as they are: each a whole JPEG stream that decodes alone, as RGB.
+
+        Parameters
+        ----------
+        level : int
+            One that ``holds_jpeg``.
+        tiles : sequence of (int, int)
+            Column and row of each.
+
+        Returns
+        -------
+        list of bytes or None
+            None where the file holds no tile, or less than all of it.
+        """
+        raise NotImplementedError(f"{self.reader} has no JPEG tiles to give")
 
     def level_for(self, downsample: float) -> int:
         """Return the coarsest level that is at least as fine as `downsample` level-0 pixels a pixel."""
@@ -278,7 +299,10 @@ def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, float] | 
         Missing, outside ``MPP_RANGE``, or x and y apart by more than 5 %.
     """
     low, high = MPP_RANGE
-    remedy = "Give it with --mpp (microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
+    remedy = (
+        "Give it with --mpp, for wsi tile with --slide-mpp "
+        "(microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
+    )
     if given is not None:
         if not (math.isfinite(given.mpp) and low <= given.mpp <= high):
             what = f"{given.mpp:g} microns per pixel ({given.source}) is outside {low}-{high}"

@@ -37,14 +37,16 @@ class Source:
     def __init__(self, path: str) -> None:
         self.path = path
         self._fs: Any = None
+        self._fd = -1
+        self._close = os.close  # the module may be gone when the interpreter ends
         try:
             if "://" in path:
                 self._fs, self._remote = fsspec.core.url_to_fs(path)
                 self.size = int(self._fs.size(self._remote))
             else:
-                self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115  closed by close()
+                self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
                 self._lock = threading.Lock()
-                self.size = os.fstat(self._file.fileno()).st_size
+                self.size = os.fstat(self._fd).st_size
         except ImportError as error:
             raise SlideUnreadable(path, f"needs a further package ({error})", "pip install 'wsi[remote]'") from error
         except FileNotFoundError as error:
@@ -59,10 +61,10 @@ class Source:
         if self._fs is not None:
             return bytes(self._fs.cat_file(self._remote, start=offset, end=min(offset + length, self.size)))
         if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), length, offset)
+            return os.pread(self._fd, length, offset)
         with self._lock:
-            self._file.seek(offset)
-            return self._file.read(length)
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.read(self._fd, length)
 
     def ranges(self, offsets: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
         """Read many ranges, neighbours in one go, and remote ones all at the same time."""
@@ -88,6 +90,10 @@ class Source:
         return found
 
     def close(self) -> None:
-        """Close the file."""
-        if self._fs is None:
-            self._file.close()
+        """Close the file; so does its last reference."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self._close(fd)
+
+    def __del__(self) -> None:
+        self.close()

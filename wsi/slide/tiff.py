@@ -169,25 +169,12 @@ class TiffReader(Slide):
             problems.append(problem)
         return problems
 
+    def holds_jpeg(self, level: int) -> bool:
+        """Whether the level's tiles are JPEG."""
+        return isinstance(self._levels[level].codec, _Jpeg) and not any(self._turn)
+
     def jpeg_tiles(self, level: int, tiles: Sequence[tuple[int, int]]) -> list[bytes | None]:
-        """Give stored JPEG tiles as they are: complete streams that decode to RGB alone.
-
-        Parameters
-        ----------
-        level : int
-        tiles : sequence of (int, int)
-            Column and row of each.
-
-        Returns
-        -------
-        list of bytes or None
-            None where the file holds no tile, or less than all of it.
-
-        Raises
-        ------
-        SlideUnreadable
-            The level is not JPEG.
-        """
+        """Give stored JPEG tiles as they are; see ``Slide.jpeg_tiles``."""
         stored = self._levels[level]
         if not isinstance(stored.codec, _Jpeg):
             raise SlideUnreadable(self.path, f"level {level} is not stored as JPEG", "Keep its pixels as zstd or jpeg")

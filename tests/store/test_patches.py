@@ -15,10 +15,10 @@ import zarr
 
 from tests.array_slide import ArraySlide
 from tests.slide.make import picture
-from wsi.errors import StoreError
+from wsi.errors import ConfigMismatch, StoreError
 from wsi.grid import TileGrid
 from wsi.slide import Slide, open_slide
-from wsi.store import SHARD_TILES, PatchStore
+from wsi.store import KINDS, SHARD_TILES, PatchStore
 from wsi.units import Mpp
 
 ARRAYS = {"probabilities": ((2,), "float32"), "features": ((5,), "float16"), "attention": ((), "float32")}
@@ -31,7 +31,7 @@ def grid() -> TileGrid:
 
 @pytest.fixture
 def store(tmp_path: Path, grid: TileGrid) -> PatchStore:
-    return PatchStore.create(tmp_path / "store.zarr", grid, ARRAYS, pixels=True, attributes={"slide": "a"})
+    return PatchStore.create(tmp_path / "store.zarr", grid, ARRAYS, pixels="zstd", attributes={"slide": "a"})
 
 
 def values(store: PatchStore, shard: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -59,6 +59,8 @@ def test_what_is_written_is_read(store: PatchStore, grid: TileGrid) -> None:
     lazy = again.dask()
     assert lazy.shape == (720, 50, 50, 3) and lazy.dtype == np.uint8 and lazy.chunks[0] == (256, 256, 208)
     np.testing.assert_array_equal(lazy[250:260].compute(scheduler="sync"), again.get("pixels")[250:260])
+    mean = lazy[:300].mean().compute(scheduler="processes", num_workers=1)
+    assert mean == pytest.approx(again.get("pixels")[:300].mean(), abs=1e-9)
 
 
 def test_any_zarr_v3_reader_opens_it(store: PatchStore) -> None:
@@ -107,9 +109,94 @@ def test_put_needs_all_tiles(store: PatchStore) -> None:
         store.put("attention", np.zeros(3, np.float32))
 
 
-def test_an_empty_grid(tmp_path: Path, grid: TileGrid) -> None:
-    store = PatchStore.create(tmp_path / "none.zarr", grid.keep(np.zeros(len(grid), bool)), ARRAYS)
+@pytest.mark.parametrize("pixels", KINDS)
+def test_an_empty_grid(tmp_path: Path, grid: TileGrid, pixels: str) -> None:
+    nothing = grid.keep(np.zeros(len(grid), bool))
+    store = PatchStore.create(tmp_path / "none.zarr", nothing, ARRAYS, pixels=pixels, attributes={"slide_path": "a"})
     assert PatchStore.open(store.path).missing() == [] and store.get("probabilities").shape == (0, 2)
+    assert store.get("unreadable").shape == (0,) and list(store.batches(10)) == []
+    assert store.dask(ArraySlide(picture(64, 64))).compute(scheduler="sync").shape == (0, 50, 50, 3)
+
+
+class TestUnreadable:
+    """NaN is null, where the store says why."""
+
+    def test_none_at_first_and_no_file_is_asked_for(self, store: PatchStore) -> None:
+        assert not store.get("unreadable").any() and store.get("unreadable").dtype == bool
+        for shard in store.missing():
+            store.write(shard, values(store, shard))
+        assert store.missing() == [] and not (store.path / "unreadable/c").exists()
+
+    def test_null_is_taken_there_and_only_there(self, store: PatchStore) -> None:
+        part = values(store, 1)
+        for name in ("features", "probabilities", "attention"):
+            part[name][[3, 200]] = np.nan
+        with pytest.raises(StoreError, match="not finite"):
+            store.write(1, part)
+        for wrong in ([3], [], [3, 201]):
+            unreadable = np.zeros(256, bool)
+            unreadable[wrong] = True
+            copy = PatchStore.create(store.path.with_name(f"{wrong}.zarr"), store.grid, ARRAYS, pixels="zstd")
+            with pytest.raises(StoreError, match="not finite"):
+                copy.write(1, {**part, "unreadable": unreadable})
+        unreadable = np.zeros(256, bool)
+        unreadable[[3, 200]] = True
+        store.write(1, {**part, "unreadable": unreadable})
+        again = PatchStore.open(store.path)
+        np.testing.assert_array_equal(np.flatnonzero(again.get("unreadable")), [256 + 3, 256 + 200])
+        assert 1 not in again.missing()
+        raw = zarr.open_group(str(store.path), mode="r")
+        for name in ("features", "probabilities", "attention"):
+            np.testing.assert_array_equal(np.asarray(raw[name][256:512]), part[name])  # type: ignore[index]
+        expected = np.where(unreadable[:, None, None, None], 255, part["pixels"])
+        np.testing.assert_array_equal(again.read(range(256, 512)), expected)
+        np.testing.assert_array_equal(np.asarray(raw["pixels"][256:512]), expected)  # type: ignore[index]
+
+    def test_it_stays_and_infinity_is_no_null(self, store: PatchStore) -> None:
+        first, second = np.zeros(256, bool), np.zeros(256, bool)
+        first[1] = second[2] = True
+        store.write(0, {"unreadable": first})
+        store.write(0, {"unreadable": second})
+        np.testing.assert_array_equal(np.flatnonzero(store.get("unreadable")), [1, 2])
+        attention = np.zeros(256, np.float32)
+        attention[1] = np.nan
+        store.write(0, {"attention": attention})
+        attention[1] = np.inf
+        with pytest.raises(StoreError, match="not finite"):
+            store.write(0, {"attention": attention})
+        with pytest.raises(StoreError, match="takes"):
+            store.write(0, {"unreadable": np.zeros(3, bool)})
+
+    def test_attention_of_all_tiles_at_once(self, store: PatchStore) -> None:
+        unreadable = np.zeros(208, bool)
+        unreadable[7] = True
+        store.write(2, {"unreadable": unreadable})
+        attention = np.zeros(720, np.float32)
+        attention[512 + 7] = np.nan
+        store.put("attention", attention)
+        np.testing.assert_array_equal(np.flatnonzero(np.isnan(store.get("attention"))), [512 + 7])
+
+
+class TestResume:
+    def again(self, store: PatchStore, **changes: object) -> PatchStore:
+        arguments: dict = {"arrays": ARRAYS, "pixels": "zstd", "attributes": {"slide": "a"}, "grid": store.grid}
+        return PatchStore.resume(store.path, **(arguments | changes))
+
+    def test_the_same_is_opened_and_another_is_made(self, store: PatchStore) -> None:
+        store.write(0, values(store, 0))
+        assert self.again(store).missing() == [1, 2]
+        made = PatchStore.resume(store.path.with_name("b.zarr"), store.grid, {}, attributes={})
+        assert made.pixels == "none" and made.arrays == ["unreadable"]
+
+    def test_another_is_refused_and_named(self, store: PatchStore) -> None:
+        with pytest.raises(ConfigMismatch, match=r"pixels: zstd"):
+            self.again(store, pixels="jpeg")
+        with pytest.raises(ConfigMismatch, match="attention"):
+            self.again(store, arrays={"features": ARRAYS["features"]})
+        with pytest.raises(ConfigMismatch, match=r'slide \("a", now "b"\)'):
+            self.again(store, attributes={"slide": "b"})
+        with pytest.raises(StoreError, match="other tiles"):
+            self.again(store, grid=store.grid.keep(np.arange(700)))
 
 
 class TestRefuses:
@@ -131,6 +218,11 @@ class TestRefuses:
         assert not (tmp_path / "nothing.zarr").exists()
         with pytest.raises(StoreError, match="is there already"):
             PatchStore.create(store.path, grid, ARRAYS)
+        with pytest.raises(StoreError, match="no such way to keep them"):
+            PatchStore.create(tmp_path / "b.zarr", grid, ARRAYS, pixels="gif")
+        with pytest.raises(ValueError, match="quality"):
+            PatchStore.create(tmp_path / "b.zarr", grid, ARRAYS, pixels="jpeg", jpeg_quality=0)
+        assert not (tmp_path / "b.zarr").exists()
         zarr.create_group(str(tmp_path / "other.zarr"))
         with pytest.raises(StoreError, match="damaged or no patch store"):
             PatchStore.open(tmp_path / "other.zarr")
@@ -138,15 +230,27 @@ class TestRefuses:
         with pytest.raises(StoreError, match="damaged"):
             PatchStore.open(store.path)
 
-    def test_a_damaged_shard_is_an_error_not_numbers(self, store: PatchStore) -> None:
+    def test_another_layout(self, store: PatchStore) -> None:
+        path = store.path / "zarr.json"
+        path.write_text(path.read_text().replace('"layout": 2', '"layout": 1'))
+        with pytest.raises(StoreError, match="has layout 1, this version reads 2"):
+            PatchStore.open(store.path)
+
+    def test_a_damaged_shard_counts_as_missing_and_gives_no_pixels(self, store: PatchStore) -> None:
         for shard in range(3):
             store.write(shard, values(store, shard))
         path = store.path / "pixels/c/1/0/0/0"
         raw = bytearray(path.read_bytes())
         raw[-200:] = bytes(200)  # the shard's index, which carries a checksum
         path.write_bytes(raw)
-        with pytest.raises(StoreError, match="damaged"):
-            store.get("pixels")
+        again = PatchStore.open(store.path)
+        assert again.missing() == [1]
+        with pytest.raises(StoreError, match=r"shards \[1\] are missing"):
+            again.get("pixels")
+        with pytest.raises(StoreError, match="index does not fit"):
+            again.read([300])
+        again.write(1, values(store, 1))
+        np.testing.assert_array_equal(again.read([300])[0], values(store, 1)["pixels"][300 - 256])
 
 
 def test_creation_leaves_nothing_half_made(tmp_path: Path, grid: TileGrid, monkeypatch: pytest.MonkeyPatch) -> None:

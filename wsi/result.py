@@ -1,0 +1,69 @@
+"""What is known of a slide when a run is done with it, and how long it took."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wsi.files import write_json
+
+#: Called with the stage, and how much of it is done out of how much.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """What is known of a finished slide: the content of result.json, and the seconds each stage took."""
+
+    numbers: dict[str, Any]
+    seconds: dict[str, float]
+
+
+def write_result(folder: Path, result: SlideResult) -> None:
+    """Write seconds.json, and then result.json, which marks the slide as done."""
+    write_json(folder / "seconds.json", {stage: round(value, 3) for stage, value in result.seconds.items()})
+    write_json(folder / "result.json", result.numbers)
+
+
+def read_result(folder: Path) -> SlideResult | None:
+    """Return what an earlier run found of a slide, or None where it is not finished."""
+    try:
+        numbers = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return SlideResult(numbers, seconds) if isinstance(numbers, dict) and "slide_id" in numbers else None
+
+
+def rounded(value: float) -> float:
+    """Six significant digits: what is printed is what was measured.
+
+    Examples
+    --------
+    >>> rounded(1 / 3)
+    0.333333
+    """
+    return float(f"{value:.6g}")
+
+
+class Clock:
+    """Seconds spent in each stage, told to whoever watches."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Time a stage; what is given reports how much of it is done out of how much."""
+        begun = time.perf_counter()
+        self._progress(name, 0, 0)
+        try:
+            yield lambda done, total: self._progress(name, done, total)
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - begun

@@ -1,0 +1,401 @@
+"""PatchStore: the Zarr group, and which of its shards are there.
+
+Rows are written in shards of 256 tiles, each array's part in one file that appears under its final
+name only when it is whole. So a kill at any moment loses at most the shard being computed, and what
+is missing is what has no file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import ZstdCodec
+from zarr.storage import LocalStore
+
+from wsi.errors import ConfigMismatch, StoreError
+from wsi.grid import TileGrid
+from wsi.store.codec import JpegCodec
+from wsi.store.pixels import KINDS, SHARD_TILES, U8, Pixels
+
+if TYPE_CHECKING:
+    import dask.array
+
+    from wsi.slide import Slide
+
+LAYOUT = 2
+
+Array = npt.NDArray[Any]
+
+
+class PatchStore:
+    """A grid's patches and what was computed from them, on disk.
+
+    Attributes
+    ----------
+    path : Path
+    grid : TileGrid
+    attributes : dict
+        What ``create`` was given: identity of slide, model, configuration.
+    pixels : str
+        How the patches are kept: one of ``wsi.store.KINDS``.
+
+    Examples
+    --------
+    >>> from wsi.units import Mpp
+    >>> grid = TileGrid.cover((1000, 1000), slide_mpp=Mpp(0.5, 0.5), mpp=1.0, tile_px=100)
+    >>> store = PatchStore.create("out/store.zarr", grid, {"probabilities": ((2,), "float32")})  # doctest: +SKIP
+    >>> for shard in store.missing("probabilities"):                                             # doctest: +SKIP
+    ...     store.write(shard, {"probabilities": np.full((len(store.tiles(shard)), 2), 0.5, np.float32)})
+    """
+
+    def __init__(self, path: Path, group: zarr.Group, grid: TileGrid) -> None:
+        self.path = path
+        self.grid = grid
+        self.attributes: dict[str, Any] = dict(group.attrs["wsi"])  # type: ignore[arg-type]
+        kept = self.attributes["pixels"]
+        self.pixels: str = kept["kind"]
+        codec = JpegCodec(kept["quality"], kept["subsampling"])
+        self._group = group
+        self._pixels = Pixels(path / "pixels", len(grid), grid.tile_px, self.pixels, codec)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        grid: TileGrid,
+        arrays: Mapping[str, tuple[tuple[int, ...], str]],
+        *,
+        pixels: str = "none",
+        jpeg_quality: int = 90,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Make an empty store; it appears under its name only when it is whole.
+
+        Parameters
+        ----------
+        path : path
+            Must not exist.
+        grid : TileGrid
+        arrays : mapping of name to (shape of one row, dtype)
+            What will be computed for each tile.
+        pixels : {"none", "zstd", "jpeg", "verbatim"}
+            How the patches themselves are kept: not at all, without loss, as JPEG (4:2:0), or as the slide's own
+            JPEG tiles (see ``copy_tiles``).
+        jpeg_quality : int
+            1 to 100.
+        attributes : mapping, optional
+            JSON-able provenance.
+
+        Raises
+        ------
+        StoreError
+            Something is there already, or no such way to keep pixels.
+        OSError
+            The place cannot be written to.
+        """
+        path = Path(path)
+        if pixels not in KINDS:
+            raise StoreError(f"pixels={pixels!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
+        if path.exists():
+            raise StoreError(path, "is there already", "Open it, or choose another place")
+        codec = JpegCodec(jpeg_quality)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            geometry = {"tile": grid.tile, "stride": grid.stride, "tile_px": grid.tile_px, "mpp": grid.mpp}
+            ours = {"layout": LAYOUT, "grid": geometry, "pixels": {"kind": pixels, **asdict(codec)}}
+            group = zarr.create_group(
+                LocalStore(draft), zarr_format=3, attributes={"wsi": {**ours, **(attributes or {})}}
+            )
+            n = len(grid)
+            for name, values in (("columns", grid.columns), ("rows", grid.rows)):
+                array = group.create_array(name, shape=(n,), dtype="int32", chunks=(max(n, 1),))
+                array[:] = values
+            if pixels != "none":
+                Pixels.create(group, n, grid.tile_px, pixels, codec)
+            for name, (row, dtype) in {"unreadable": ((), "bool"), **arrays}.items():
+                group.create_array(
+                    name,
+                    shape=(n, *row),
+                    dtype=dtype,
+                    chunks=(SHARD_TILES, *(max(side, 1) for side in row)),
+                    compressors=ZstdCodec(level=1),
+                    # A shard of nothing but fill values must still leave its file: files are what is done.
+                    config={"write_empty_chunks": True},
+                )
+            draft.rename(path)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        return cls.open(path)
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | os.PathLike[str],
+        grid: TileGrid,
+        arrays: Mapping[str, tuple[tuple[int, ...], str]],
+        *,
+        pixels: str = "none",
+        attributes: Mapping[str, Any],
+    ) -> Self:
+        """Open what an earlier run left, if it is of the same grid, arrays and attributes; else ``create``.
+
+        Raises
+        ------
+        ConfigMismatch
+            It holds other arrays, or was made with other attributes; the difference is named.
+        StoreError
+            It holds other tiles, or is damaged.
+        """
+        path, remedy = Path(path), "Choose another folder"
+        if not path.exists():
+            return cls.create(path, grid, arrays, pixels=pixels, attributes=attributes)
+        store = cls.open(path)
+        asked = sorted({*arrays, "unreadable", *(["pixels"] if pixels != "none" else [])})
+        if asked != store.arrays or pixels != store.pixels:
+            what = f"holds {', '.join(store.arrays)} (pixels: {store.pixels}), and others are asked for"
+            raise ConfigMismatch(path, what, remedy)
+        changed = [key for key in attributes if store.attributes.get(key) != attributes[key]]
+        if changed:
+            differences = ", ".join(
+                f"{key} ({json.dumps(store.attributes.get(key))}, now {json.dumps(attributes[key])})" for key in changed
+            )
+            raise ConfigMismatch(path, f"was made with another {differences}", remedy)
+        same_tiles = np.array_equal(store.grid.columns, grid.columns) and np.array_equal(store.grid.rows, grid.rows)
+        if not same_tiles or (store.grid.tile, store.grid.stride) != (grid.tile, grid.stride):
+            raise StoreError(path, "holds other tiles than this slide gives", remedy)
+        return store
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open a store.
+
+        Raises
+        ------
+        StoreError
+            It is not there, of another layout, or damaged.
+        """
+        path = Path(path)
+        remedy = "Delete it and run again: it will be computed anew"
+        if not path.is_dir():  # opening for writing would make the folder
+            raise StoreError(path, "there is no patch store", "Check the path")
+        try:
+            group = zarr.open_group(LocalStore(path), mode="r+", zarr_format=3)
+            attributes: Any = group.attrs["wsi"]
+            if attributes["layout"] != LAYOUT:
+                raise StoreError(path, f"has layout {attributes['layout']}, this version reads {LAYOUT}", remedy)
+            geometry = attributes["grid"]
+            grid = TileGrid(
+                np.asarray(group["columns"][:], np.int32),  # type: ignore[index]
+                np.asarray(group["rows"][:], np.int32),  # type: ignore[index]
+                (float(geometry["tile"][0]), float(geometry["tile"][1])),
+                (float(geometry["stride"][0]), float(geometry["stride"][1])),
+                int(geometry["tile_px"]),
+                float(geometry["mpp"]),
+            )
+            return cls(path, group, grid)
+        except StoreError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, FileNotFoundError) as error:
+            raise StoreError(path, f"is damaged or no patch store ({error})", remedy) from error
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Pickle as the path: the files are opened again where they are needed."""
+        return type(self).open, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of what the store holds for each tile."""
+        return sorted(set(self._group.array_keys()) - {"columns", "rows"})
+
+    @property
+    def shards(self) -> range:
+        """Numbers of the shards, there or not."""
+        return range(-(-len(self) // SHARD_TILES))
+
+    def tiles(self, shard: int) -> range:
+        """Return the tiles of a shard."""
+        return range(shard * SHARD_TILES, min((shard + 1) * SHARD_TILES, len(self)))
+
+    def missing(self, *names: str) -> list[int]:
+        """Return the shards that are not there in full for the named arrays (default: all but ``unreadable``)."""
+        there = [self._is_there(name) for name in names or self.arrays if name != "unreadable"]
+        return [shard for shard in self.shards if not all(is_there(shard) for is_there in there)]
+
+    def write(self, shard: int, values: Mapping[str, Array]) -> None:
+        """Write one whole shard of the named arrays.
+
+        A tile that is written ``unreadable`` stays so, whatever else is written: its numbers may be NaN, which
+        is null there, and its pixels read as white.
+
+        Parameters
+        ----------
+        shard : int
+        values : mapping of name to array (tiles of the shard, ...)
+
+        Raises
+        ------
+        StoreError
+            Values of another shape, unknown to the store, or not finite once stored (but NaN of unreadable tiles).
+        OSError
+            The disk is full, or may not be written to; what was there before stays.
+        """
+        tiles = self.tiles(shard)
+        part = slice(tiles.start, tiles.stop)
+        arrays = {name: self._array(name) for name in values}
+        for name, rows in values.items():
+            takes = (len(tiles), *arrays[name].shape[1:])
+            if rows.shape != takes:
+                raise StoreError(f"{self.path}/{name}", f"shard {shard} takes {takes}, not {rows.shape}")
+        unreadable: npt.NDArray[np.bool_] = np.asarray(self._array("unreadable")[part])
+        if "unreadable" in values:  # first: why a number is null is written before the number
+            unreadable = unreadable | values["unreadable"].astype(bool)
+            arrays.pop("unreadable")[part] = unreadable
+        for name, array in arrays.items():
+            if name == "pixels":
+                encoded = self.encode(values[name])
+                self.keep(shard, [None if unreadable[i] else chunk for i, chunk in enumerate(encoded)])
+                continue
+            with np.errstate(over="ignore"):
+                stored = values[name].astype(array.dtype, copy=False)
+            null = np.isnan(stored) & unreadable.reshape(-1, *[1] * (stored.ndim - 1))
+            if not (np.isfinite(stored) | null).all():
+                raise StoreError(f"{self.path}/{name}", f"values of shard {shard} are not finite as {array.dtype}")
+            array[part] = stored
+
+    def put(self, name: str, values: Array) -> None:
+        """Write an array for all tiles at once; see ``write``."""
+        if len(values) != len(self):
+            raise StoreError(f"{self.path}/{name}", f"there are {len(self)} tiles, not {len(values)}")
+        for shard in self.shards:
+            tiles = self.tiles(shard)
+            self.write(shard, {name: values[tiles.start : tiles.stop]})
+
+    def get(self, name: str) -> Array:
+        """Return an array for all tiles.
+
+        Raises
+        ------
+        StoreError
+            Part of it was never computed, or is damaged.
+        """
+        array = self._array(name)
+        missing = self.missing(name)
+        if missing:
+            raise StoreError(
+                f"{self.path}/{name}", f"shards {missing[:5]} are missing", "Run the same command again: it resumes"
+            )
+        if name == "pixels":
+            return self.read(range(len(self)))
+        try:
+            return np.asarray(array[:])
+        except (RuntimeError, ValueError) as error:
+            raise StoreError(
+                f"{self.path}/{name}", f"is damaged ({error})", "Delete the store and run again"
+            ) from error
+
+    def encode(self, rgb: U8, threads: int = 1) -> list[bytes]:
+        """Encode patches, uint8 (m, h, w, 3), as this store keeps them, for ``keep``."""
+        self._array("pixels")
+        if self.pixels == "verbatim":
+            raise StoreError(self.path, "keeps the slide's own JPEG tiles", "Fill it with copy_tiles")
+        return self._pixels.encode(rgb, threads)
+
+    def keep(self, shard: int, chunks: Sequence[bytes | None]) -> None:
+        """Write the pixels of one whole shard, encoded; None, of tiles that are unreadable, reads as white."""
+        self._array("pixels")
+        if len(chunks) != len(self.tiles(shard)):
+            raise StoreError(
+                f"{self.path}/pixels", f"shard {shard} takes {len(self.tiles(shard))} patches, not {len(chunks)}"
+            )
+        self._pixels.put(shard, chunks)
+
+    def read(self, rows: Sequence[int] | npt.NDArray[np.integer], out: U8 | None = None) -> U8:
+        """Read kept patches in any order, safely from many threads and in forked or spawned processes.
+
+        Several thousand a second on one core, one by one and shuffled; no Zarr on the way.
+
+        Parameters
+        ----------
+        rows : sequence of int (m,)
+            Numbers of tiles in the grid; any order, repeats allowed.
+        out : uint8 (m, h, w, 3), contiguous, optional
+            Written in place, and returned.
+
+        Returns
+        -------
+        uint8 (m, h, w, 3)
+            RGB; white where the slide could not be read (see ``get("unreadable")``).
+
+        Raises
+        ------
+        StoreError
+            No pixels are kept, no such row, a shard that is missing, or a patch that is damaged.
+        ValueError
+            `out` is of another shape or kind.
+
+        Examples
+        --------
+        >>> import random
+        >>> order = random.sample(range(len(store)), len(store))             # doctest: +SKIP
+        >>> batch = store.read(order[:64])                                   # doctest: +SKIP
+        """
+        if self.pixels == "none":
+            raise StoreError(self.path, "keeps no pixels", "Use dask(), which cuts them from the slide")
+        return self._pixels.read(rows, out)
+
+    def batches(self, size: int) -> Iterator[U8]:
+        """Give the kept patches in order, uint8 (up to `size`, h, w, 3) a time."""
+        for start in range(0, len(self), size):
+            yield self.read(range(start, min(start + size, len(self))))
+
+    def dask(self, slide: Slide | None = None) -> dask.array.Array:
+        """Return the patches as a lazy array, uint8 (n, h, w, 3), in chunks of one shard.
+
+        Kept pixels are read from the store; otherwise each chunk is cut from the slide when it is
+        computed, in whatever process that happens (stores and slides are pickled by their paths).
+
+        Parameters
+        ----------
+        slide : Slide, optional
+            Where the patches were cut from; default: the path the store was made with.
+        """
+        from wsi.store.lazy import lazy_patches
+
+        return lazy_patches(self, slide)
+
+    def _array(self, name: str) -> Any:
+        if name not in self.arrays:
+            raise StoreError(self.path, f"holds no {name!r}", f"It holds {', '.join(self.arrays)}")
+        array: Any = self._group[name]
+        return array.with_config({"write_empty_chunks": True})
+
+    def _is_there(self, name: str) -> Callable[[int], bool]:
+        array = self._array(name)
+        if name == "pixels":
+            return self._pixels.is_whole
+        trailing = (0,) * (array.ndim - 1)
+        encode = array.metadata.encode_chunk_key
+        return lambda shard: _has_bytes(self.path / name / encode((shard, *trailing)))
+
+
+def _has_bytes(path: Path) -> bool:
+    """A file of no length is what a power cut leaves of one that was renamed before it was synced."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,182 @@
+"""Zarr shards as files: whole ones written, single chunks read.
+
+A ``sharding_indexed`` shard is its chunks one after the other and then an index: offset and length of each
+chunk, uint64 little-endian, both 2**64 - 1 where a chunk is not there; and the CRC-32C of the index.
+Source: Zarr v3 specification, codec ``sharding_indexed`` version 1.0, index at the end.
+
+Zarr itself reads the index again for every patch asked for. Here it is read once: what remains is one ``pread``
+a patch, or one for all that lie together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from wsi.errors import StoreError
+from wsi.files import replacing
+
+_ABSENT = 2**64 - 1
+_CRC_BYTES = 4
+
+#: Chunks that lie closer than this are read at once, up to so much at a time.
+_GAP_BYTES, _RUN_BYTES = 1 << 14, 1 << 23
+
+#: Files open at once, of all stores together; a process may often have 1024.
+_OPEN_FILES = 256
+
+
+def write_shard(path: str | os.PathLike[str], chunks: Sequence[bytes | None], n_chunks: int) -> None:
+    """Write a whole shard under a temporary name, then rename it.
+
+    Parameters
+    ----------
+    chunks : sequence of bytes or None
+        Encoded; None, and those beyond the end, are not there: a reader takes the array's fill value.
+    n_chunks : int
+        Chunks that a shard may hold.
+
+    Raises
+    ------
+    OSError
+        It cannot be written; what was there before stays.
+    """
+    index = np.full((n_chunks, 2), _ABSENT, "<u8")
+    there = [i for i, chunk in enumerate(chunks) if chunk is not None]
+    present = [chunk for chunk in chunks if chunk is not None]
+    lengths = np.fromiter(map(len, present), np.uint64, len(present))
+    index[there, 0] = np.cumsum(lengths) - lengths
+    index[there, 1] = lengths
+    raw = index.tobytes()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, sync=False) as file:  # a shard cut short by a power cut is found out by its index
+        file.writelines(present)
+        file.write(raw + google_crc32c.value(raw).to_bytes(_CRC_BYTES, "little"))
+
+
+class ShardFile:
+    """An open shard: its index, and its chunks by position.
+
+    The file closes with the last reference, so that no thread's file is closed by another, nor its number
+    given to another file.
+
+    Raises
+    ------
+    StoreError
+        There is no such shard; or it is shorter than its index, the checksum does not fit, or chunks reach beyond it.
+    """
+
+    def __init__(self, path: str, n_chunks: int) -> None:
+        self._path = path
+        self._close = os.close  # modules may be gone when the interpreter ends
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise StoreError(path, "this shard is missing", "Run the same command again: it resumes") from error
+        tail = n_chunks * 16 + _CRC_BYTES
+        start = os.fstat(self._file).st_size - tail
+        raw = os.pread(self._file, tail, start) if start >= 0 else b""
+        if len(raw) < tail or google_crc32c.value(raw[:-_CRC_BYTES]) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
+            raise self._damaged("its index does not fit its checksum")
+        self.index: npt.NDArray[np.uint64] = np.frombuffer(raw[:-_CRC_BYTES], "<u8").reshape(n_chunks, 2)
+        there = self.index[self.index[:, 0] != _ABSENT]
+        if (there > start).any() or (there.sum(axis=1) > start).any():
+            raise self._damaged("its index points outside")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._close(self._file)
+
+    def _damaged(self, how: str) -> StoreError:
+        return StoreError(self._path, f"is damaged: {how}", "Run the same command again: damaged shards are made anew")
+
+    def chunks(self, positions: Iterable[tuple[int, int]]) -> Iterator[tuple[int, memoryview | None]]:
+        """Read chunks; pairs of (position in the shard, mark) give pairs of (mark, bytes), in the file's order.
+
+        None where a chunk is not there.
+        """
+        spans = []
+        for position, mark in positions:
+            offset, length = self.index[position].tolist()
+            if offset == _ABSENT:
+                yield mark, None
+            else:
+                spans.append((offset, length, mark))
+        spans.sort()
+        for run in _runs(spans):
+            start = run[0][0]
+            stop = max(offset + length for offset, length, _ in run)
+            data = memoryview(os.pread(self._file, stop - start, start))
+            if len(data) < stop - start:
+                raise self._damaged("it is cut short")
+            for offset, length, mark in run:
+                yield mark, data[offset - start : offset - start + length]
+
+
+class ShardReader:
+    """Reads chunks of an array that is sharded along its first axis, in any order; from many threads, and after a fork.
+
+    Parameters
+    ----------
+    folder : path
+        The array's.
+    ndim : int
+        Its dimensions.
+    n_chunks : int
+        Chunks a shard.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], ndim: int, n_chunks: int) -> None:
+        self.n_chunks = n_chunks
+        self._before, self._after = f"{os.fspath(folder)}/c/", "/0" * (ndim - 1)
+        self._generation = 0
+
+    def path(self, shard: int) -> str:
+        """Return where a shard lies: Zarr's default chunk keys."""
+        return f"{self._before}{shard}{self._after}"
+
+    def forget(self) -> None:
+        """Open files anew: something was written."""
+        self._generation += 1
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether a shard is there, with an index that fits."""
+        try:
+            ShardFile(self.path(shard), self.n_chunks)
+        except StoreError:
+            return False
+        return True
+
+    def chunks(self, rows: Sequence[int]) -> Iterator[tuple[int, memoryview | None]]:
+        """Give (i, bytes of chunk ``rows[i]``) for each i, in the order that reads fastest; see ``ShardFile``."""
+        order = range(len(rows)) if len(rows) == 1 else sorted(range(len(rows)), key=rows.__getitem__)
+        for shard, marks in groupby(order, key=lambda i: rows[i] // self.n_chunks):
+            file = _open(self, self._generation, shard)
+            yield from file.chunks((rows[i] % self.n_chunks, i) for i in marks)
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _open(reader: ShardReader, generation: int, shard: int) -> ShardFile:
+    return ShardFile(reader.path(shard), reader.n_chunks)
+
+
+def _runs(spans: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Split spans (offset, length, mark), sorted, into runs that one read covers."""
+    run: list[tuple[int, int, int]] = []
+    stop = 0
+    for span in spans:
+        offset, length, _ = span
+        if run and (offset > stop + _GAP_BYTES or offset + length > run[0][0] + _RUN_BYTES):
+            yield run
+            run = []
+        stop = max(stop, offset + length) if run else offset + length
+        run.append(span)
+    if run:
+        yield run

@@ -1,0 +1,269 @@
+"""One slide into a patch store: which patches, and how they are kept. No model has a say."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsi import __version__
+from wsi.errors import GridError, SlideError, StoreError
+from wsi.grid import TileGrid
+from wsi.result import Clock, Progress, SlideResult, rounded, write_result
+from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
+from wsi.store import KINDS, PatchStore, copy_tiles, stored_tiles
+from wsi.tiling import stream
+from wsi.tissue import TissueConfig, TissueMask, find_tissue
+
+#: Where neither a resolution nor a level is asked for, and a slide has no tiles of its own to go by.
+DEFAULT_MPP, DEFAULT_TILE_PX = 0.5, 256
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """What decides the patches; the same values on the same slide give the same bytes.
+
+    Attributes
+    ----------
+    mpp : float, optional
+        Microns per pixel of the patches; None for the level's own, or 0.5 where no level is named.
+    level : int, optional
+        Pyramid level whose pixels the patches are, not resampled; None for 0 with verbatim pixels and no `mpp`.
+    tile_px : int, optional
+        Side of a patch; None for that of the level's own tiles where they are known, else 256.
+    stride_px : int, optional
+        Distance between patches in their pixels; None for side by side.
+    min_tissue : float
+        Share of a patch's area that must be tissue; 0 keeps every patch.
+    pixels : str
+        "none", "zstd", "jpeg" or "verbatim" (see ``PatchStore.create``).
+    reader, decode : str
+        As for ``open_slide``.
+    tissue : TissueConfig
+    """
+
+    mpp: float | None = None
+    level: int | None = None
+    tile_px: int | None = None
+    stride_px: int | None = None
+    min_tissue: float = 0.25
+    pixels: str = "jpeg"
+    reader: str = "auto"
+    decode: str = "auto"
+    tissue: TissueConfig = field(default_factory=TissueConfig)
+
+    def check(self) -> None:
+        """Refuse what no slide could be cut with."""
+        if self.pixels not in KINDS:
+            raise StoreError(f"pixels={self.pixels!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
+        if self.reader not in READERS:
+            raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+        if self.decode not in DECODES:
+            raise SlideError(f"decode={self.decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
+        if self.mpp is not None and self.level is not None:
+            raise GridError("mpp and level", "only one of them can be asked for", "Leave one out")
+        if self.mpp is not None and not (math.isfinite(self.mpp) and self.mpp > 0):
+            raise GridError(f"mpp={self.mpp:g}", "the resolution must be positive microns per pixel")
+        if self.level is not None and self.level < 0:
+            raise GridError(f"level={self.level}", "levels are numbered from 0, the finest")
+        for name, value in (("tile", self.tile_px), ("stride", self.stride_px)):
+            if value is not None and value < 1:
+                raise GridError(f"{name}={value}", "must be at least 1 px")
+        if not 0 <= self.min_tissue <= 1:
+            raise GridError(f"min_tissue={self.min_tissue:g}", "must be from 0 to 1")
+
+
+def tile_slide(
+    path: str,
+    folder: str | os.PathLike[str],
+    config: TileConfig | None = None,
+    *,
+    threads: int = 4,
+    mpp: float | None = None,
+    mpp_source: str = "user",
+    slide_id: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> SlideResult:
+    """Cut one slide into ``folder/store.zarr``, or go on where an earlier run was stopped.
+
+    Parameters
+    ----------
+    path : str
+        The slide.
+    folder : path
+        Its store, and last result.json.
+    config : TileConfig, optional
+    threads : int
+        Reading, decoding and encoding at a time.
+    mpp : float, optional
+        Microns per level-0 pixel of the slide, where the file's own are missing or wrong.
+    mpp_source : str
+        Who gave `mpp`.
+    slide_id : str, optional
+        Default: the folder's name.
+    progress : callable
+        Called with the stage, and how much of it is done out of how much.
+
+    Raises
+    ------
+    SlideError, GridError, StoreError, ConfigMismatch
+        One line each that says what to do.
+    OSError
+        `folder` cannot be written to; what was written stays.
+    """
+    config = config or TileConfig()
+    config.check()
+    folder = Path(folder)
+    clock = Clock(progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode) as slide:
+        with clock.stage("grid"):
+            grid = lay_grid(slide, config)
+        with clock.stage("tissue"):
+            tissue = find_tissue(slide, config.tissue)
+            grid = grid.keep(tissue.fraction(grid.boxes()) >= config.min_tissue)
+        with clock.stage("tiles") as report:
+            identity = {
+                "slide_path": absolute(slide.path),
+                "slide": {
+                    "size": list(slide.size),
+                    "mpp": list(slide.mpp),
+                    "reader": slide.reader,
+                    "decode": slide.decode,
+                },
+                "wsi_version": __version__,
+            }
+            store = PatchStore.resume(folder / "store.zarr", grid, {}, pixels=config.pixels, attributes=identity)
+            keep_tiles(slide, store, threads=threads, progress=lambda done: report(done, len(grid)))
+        numbers = _numbers(slide, slide_id or folder.name, tissue, store, mpp)
+    result = SlideResult(numbers, clock.seconds)
+    write_result(folder, result)
+    return result
+
+
+def lay_grid(slide: Slide, config: TileConfig) -> TileGrid:
+    """Lay the patches that `config` asks for, on tissue or not.
+
+    With verbatim pixels only patches that lie wholly inside the slide: its own tiles are padded beyond.
+
+    Raises
+    ------
+    GridError
+        No such level, no such grid, or with verbatim pixels one that is not the slide's own tiles.
+    """
+    verbatim = config.pixels == "verbatim"
+    level = 0 if verbatim and config.level is None and config.mpp is None else config.level
+    if level is None:
+        grid = TileGrid.cover(
+            slide.size,
+            slide_mpp=slide.mpp,
+            mpp=config.mpp or DEFAULT_MPP,
+            tile_px=config.tile_px or DEFAULT_TILE_PX,
+            stride_px=config.stride_px,
+        )
+    elif level < len(slide.level_sizes):
+        own = slide.tile_px(level)
+        grid = TileGrid.of_level(
+            slide.size,
+            slide.level_sizes[level],
+            slide_mpp=slide.mpp,
+            tile_px=config.tile_px or (own[0] if own else DEFAULT_TILE_PX),
+            stride_px=config.stride_px,
+        )
+    else:
+        raise GridError(slide.path, f"has no level {level}", f"Its levels: 0 to {len(slide.level_sizes) - 1}")
+    if verbatim:
+        grid = grid.keep(grid.inside(slide.size))
+        stored_tiles(slide, grid)  # refuses before anything is made
+    return grid
+
+
+def keep_tiles(slide: Slide, store: PatchStore, *, threads: int, progress: Callable[[int], None] | None = None) -> None:
+    """Fill the missing pixels of a store, shard by shard: copied where it is verbatim, else read and encoded.
+
+    Parameters
+    ----------
+    slide : Slide
+    store : PatchStore
+        Made for a grid of this slide; one that keeps no pixels is left as it is.
+    threads : int
+        The bytes written do not depend on it.
+    progress : callable, optional
+        Called with the number of tiles done in all.
+
+    Raises
+    ------
+    GridError
+        A verbatim store whose patches are not the slide's own tiles.
+    OSError
+        The store cannot be written to.
+    """
+    if store.pixels == "verbatim":
+        copy_tiles(slide, store, threads=threads, progress=progress)
+        return
+    missing = store.missing("pixels") if store.pixels != "none" else []
+    done = len(store) - sum(len(store.tiles(shard)) for shard in missing)
+    if progress is not None:
+        progress(done)
+    chunks: list[bytes | None] = []
+    runs = [store.tiles(shard) for shard in missing]
+    with closing(stream(slide, store.grid, runs, batch_size=64, threads=threads)) as batches:
+        for tiles, rgb, unreadable, _ in batches:
+            encoded = store.encode(rgb, threads)
+            chunks += [None if bad else chunk for bad, chunk in zip(unreadable, encoded, strict=True)]
+            if tiles.stop == store.tiles(missing[0]).stop:
+                shard = missing.pop(0)
+                store.write(shard, {"unreadable": np.array([chunk is None for chunk in chunks])})
+                store.keep(shard, chunks)
+                chunks = []
+            done += len(tiles)
+            if progress is not None:
+                progress(done)
+
+
+def _numbers(
+    slide: Slide, slide_id: str, tissue: TissueMask, store: PatchStore, mpp_given: float | None
+) -> dict[str, Any]:
+    """Assemble result.json."""
+    flags, warnings = [], []
+    n_unreadable = int(store.get("unreadable").sum())
+    if not len(store):
+        flags.append("no-tile" if tissue.mask.any() else "no-tissue")
+        warnings.append("no tile holds enough tissue; lower --min-tissue if there is some")
+    if n_unreadable:
+        flags.append("unreadable-tiles")
+        warnings.append(f"{n_unreadable} tiles of the slide are cut short: they read as white, and are marked")
+    if max(slide.mpp) > store.grid.mpp * 1.1:
+        flags.append("upsampled")
+        warnings.append(
+            f"the slide has {max(slide.mpp):.4g} microns per pixel, {store.grid.mpp:g} was asked for: "
+            "patches are enlarged"
+        )
+    return {
+        "slide_id": slide_id,
+        "slide": absolute(slide.path),
+        "mpp_given": mpp_given,
+        "use": "research only",
+        "n_tiles": len(store),
+        "n_unreadable": n_unreadable,
+        "tile_px": store.grid.tile_px,
+        "tile_mpp": rounded(store.grid.mpp),
+        "pixels": store.pixels,
+        "tissue_mm2": rounded(tissue.area_mm2),
+        "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
+        "mpp_source": slide.mpp_source,
+        "size_px": list(slide.size),
+        "bounds_px": list(slide.bounds),
+        "coordinate_frame": "level-0 pixels",
+        "vendor": slide.vendor,
+        "reader": slide.reader,
+        "flags": flags,
+        "warnings": warnings,
+        "provenance": {"wsi": __version__},
+    }
