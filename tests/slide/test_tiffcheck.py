@@ -263,11 +263,15 @@ def test_what_subifds_point_to_next_means_nothing(layout: dict) -> None:
     check(tiff(image(t330=(LONG, [second])), image(32, 24), chain=[None, 0], **layout))
 
 
-def test_an_ndpi_beyond_4_gib_is_openslides() -> None:
-    data = tiff(image(t65420=(LONG, [1])))
-    check(data)
-    with pytest.raises(UnknownFormat, match="NDPI"):
+def test_beyond_4_gib_only_bigtiff_is_tiff(layout: dict) -> None:
+    """An NDPI is not, and its first directory mostly lies where a TIFF's offsets do not reach."""
+    check(tiff(image(t65420=(LONG, [1])), **layout))
+    data = tiff(image(), **layout)
+    if layout["big"]:
         check(data, size=5 << 30)
+    else:
+        with pytest.raises(UnknownFormat, match="beyond 4 GiB"):
+            check(data, size=5 << 30)
 
 
 @pytest.mark.parametrize("name", SLIDES)

@@ -56,7 +56,7 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
     Raises
     ------
     UnknownFormat
-        It is no TIFF, or an NDPI beyond 4 GiB, which stretches TIFF's offsets in its own way.
+        It is no TIFF, or beyond what a TIFF's offsets reach: NDPI stretches them in its own way.
     SlideUnreadable
         IFDs in a loop, IFDs, values or tiles outside the file, fewer tiles than an image needs, or more than the
         ``MAX_...`` of this module. Images in strips after the first are thumbnails, and may be of any size.
@@ -111,6 +111,8 @@ class _File:
         if header[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             raise UnknownFormat(where, f"is not a TIFF: it begins with the bytes {header[:4].hex(' ')}", _CONVERT)
         self.order, self.big = "<" if header[:2] == b"II" else ">", b"+" in header[:4]
+        if size >> 32 and not self.big:
+            raise UnknownFormat(where, "is no BigTIFF and beyond 4 GiB, as an NDPI can be", "Read it through OpenSlide")
         if self.big and header[4:] not in (b"\x08\0\0\0", b"\0\x08\0\0"):
             raise self.refuse("has a BigTIFF header that does not say 8-byte offsets")
         self.first = self.whole(self.read(8, 8, "the header") if self.big else header[4:])
@@ -174,8 +176,6 @@ class _Ifd:
                 raise self.refuse(f"has tag {code} of the unknown type {kind}")
         file.use("bytes of tags", int(lengths.sum()))
         file.use("numbers in tags", int(entries["count"][sizes > 1].sum(dtype=float)))
-        if _NDPI in self.tags and file.size >> 32 and not file.big:
-            raise UnknownFormat(file.where, "is an NDPI beyond 4 GiB, which is no TIFF", "Read it through OpenSlide")
 
     def refuse(self, what: str, remedy: str = _AGAIN) -> SlideUnreadable:
         return self.file.refuse(f"{self.name} {what}", remedy)
