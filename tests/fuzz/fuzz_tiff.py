@@ -5,7 +5,8 @@
     python -m tests.fuzz.fuzz_tiff --reader tiff --replay FILE...
 
 A slide is read, or refused with a SlideError of one line; all else is a finding: another exception, a crash, more than
-10 s, more than 1 GiB beyond what the process began with, other pixels when read again. Seeds are the slides of
+10 s, memory beyond what the process began with (1 GiB asked for or half of it used), other pixels when read again, or
+when the decoder reduces, what is readable in full and not reduced. Seeds are the slides of
 `tests.slide.make.tiny_slides`; FOLDER keeps what reached new code, for the next time. A finding is cut down as far as
 it stays the same finding and saved as FOLDER/finding-*.tif.
 
@@ -28,13 +29,15 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
 SECONDS_LIMIT = 10
 MEMORY_LIMIT = 1 << 30
-READ_PX = 512  # what a reader does with a box larger than a screen is the caller's wish, not the file's
+CORNER_PX = 300
+MOST_PX = 1 << 24  # reading more may take long, as whoever asks for it knows
 
 
 class Fault(Exception):
@@ -42,41 +45,61 @@ class Fault(Exception):
 
 
 def read_slide(path: Path, reader: str) -> None:
-    """Open a slide and read some of every level, in the corners too; what is not as promised is raised."""
-    from wsi.errors import SlideError
+    """Open a slide and read some of every level; what is not as promised is raised."""
+    from wsi.errors import SlideError, SlideUnreadable
     from wsi.slide import open_slide
     from wsi.slide.tiffcheck import check_tiff
     from wsi.units import Box
 
+    data, seen = path.read_bytes(), set()
     try:
-        if reader != "tiff":  # which calls it itself
-            data = path.read_bytes()
+        if reader != "tiff":  # which begins with it
             check_tiff(lambda offset, length: data[offset : offset + length], len(data), str(path))
-        with open_slide(path, reader, mpp=0.5) as slide:
-            for w, h in slide.level_sizes:
-                scale = slide.size[0] / w
-                side_x, side_y = min(w, READ_PX), min(h, READ_PX)
-                for x, y in {(0, 0), (w - side_x, h - side_y)}:
-                    box = Box(x * scale, y * scale, side_x * scale, side_y * scale)
-                    first = slide.read(box, (side_x, side_y))
-                    if not (first == slide.read(box, (side_x, side_y))).all():
+        for decode in ("full", "auto", "fast") if reader == "tiff" else ("auto",):
+            with open_slide(path, reader, mpp=0.5, decode=decode) as slide:
+                for box, out_px in views(slide.level_sizes):
+                    try:
+                        pixels = slide.read(Box(*box), out_px)
+                    except SlideUnreadable as error:
+                        if (box, out_px) in seen:
+                            raise Fault(f"read in full, and not with decode={decode}") from error
+                        raise
+                    seen.add((box, out_px))
+                    if pixels.shape != (*out_px[::-1], 3) or not (pixels == slide.read(Box(*box), out_px)).all():
                         raise Fault("other pixels when read again")
     except SlideError as error:
         if "\n" in str(error) or str(path) not in str(error):
             raise Fault(f"a message of several lines or without the file: {error!r}") from error
-        cause: BaseException | None = error
+        said, cause = [], error
         while cause is not None:
-            if isinstance(cause, MemoryError) or "allocate" in str(cause):
-                raise Fault(f"wanted more than {MEMORY_LIMIT} bytes") from error
+            said += [type(cause).__name__, str(cause)]
             cause = cause.__cause__ or cause.__context__
+        if re.search("memory|allocat", " ".join(said), re.IGNORECASE):
+            raise Fault(f"wanted more than {MEMORY_LIMIT} bytes") from error
+
+
+def views(level_sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[tuple[float, ...], tuple[int, int]]]:
+    """Boxes to read, and into how many pixels: corners of each level, all of it, a row of it."""
+    width, height = level_sizes[0]
+    for w, h in level_sizes:
+        scale_x, scale_y = width / w, height / h
+        side_x, side_y = min(w, CORNER_PX), min(h, CORNER_PX)
+        for x, y in {(0, 0), (w - side_x, h - side_y)}:
+            yield (x * scale_x, y * scale_y, side_x * scale_x, side_y * scale_y), (side_x, side_y)
+        across, down = -(-w // 512), -(-h // 512)
+        if w * h <= MOST_PX:
+            yield (0, 0, width, height), (across, down)
+        if w <= MOST_PX:
+            yield (0, height / 2, width, scale_y), (across, 1)
 
 
 def signature(error: BaseException) -> str:
     """What kind of finding an exception is: its type and where it came from."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     root = error.__cause__ if isinstance(error, Fault) and error.__cause__ else error
-    words = re.sub(r"[^a-z]+", "-", str(error).lower())[:40].strip("-") if isinstance(error, Fault) else ""
-    return f"{type(root).__name__}-{Path(frame.filename).stem}-{frame.name}-{words}".strip("-<>")
+    words = str(error)[:40].lower() if isinstance(error, Fault) else ""
+    said = f"{type(root).__name__} {Path(frame.filename).stem} {frame.name} {words}"
+    return re.sub(r"[^A-Za-z0-9_]+", "-", said).strip("-")
 
 
 def limit_memory() -> None:
@@ -101,7 +124,7 @@ def try_apart(data: bytes, reader: str, path: Path) -> str:
                 read_slide(path, reader)
             except BaseException as error:  # noqa: BLE001
                 found = signature(error)
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun > MEMORY_LIMIT >> 10:
+            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun > MEMORY_LIMIT >> 11:
                 found = found or "memory"
             os.write(pipe_in, found.encode())
         finally:

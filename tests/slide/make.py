@@ -111,6 +111,7 @@ def tiny_slides() -> dict[str, bytes]:
     slides["subifds"] = _tiny(levels, {"bigtiff": True}, subifds=2, compression="deflate")
     mpp = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
     slides["ome"] = _tiny(levels, {"ome": True}, subifds=2, compression="deflate", metadata=mpp)
+    slides["philips"] = _tiny(levels[:2], compression="deflate", software="Philips DP v1.0", description=_philips(2))
     slides["planes"] = _tiny([np.moveaxis(plain, 2, 0)], compression="deflate", planarconfig="separate")
     slides["alpha"] = _tiny([np.dstack([plain, plain[..., :1]])], compression="deflate", extrasamples=["unassalpha"])
     some = [None if i % 2 else tile for i, tile in enumerate(_tiles(noisy))]
@@ -127,6 +128,25 @@ def _tiny(levels: list, layout: dict | None = None, subifds: int | None = None, 
             tiff.write(level, subfiletype=int(i > 0), subifds=None if i else subifds, **shape)
             shape["metadata"] = None
     return file.getvalue()
+
+
+def _philips(levels: int, mpp: float = 0.5) -> str:
+    """The description of a Philips TIFF, as far as readers look at it; each level is half of the one before."""
+
+    def spacing(level: int) -> str:
+        mm = f"&quot;{mpp / 1000 * 2**level}&quot;"
+        return f'<Attribute Name="DICOM_PIXEL_SPACING" Group="0x0028" Element="0x0030">{mm} {mm}</Attribute>'
+
+    stored = "".join(
+        f'<DataObject ObjectType="PixelDataRepresentation">{spacing(level)}</DataObject>' for level in range(levels)
+    )
+    return (
+        f'<?xml version="1.0" encoding="UTF-8" ?><DataObject ObjectType="DPUfsImport">{spacing(0)}'
+        '<Attribute Name="PIM_DP_SCANNED_IMAGES"><Array><DataObject ObjectType="DPScannedImage">'
+        '<Attribute Name="PIM_DP_IMAGE_TYPE">WSI</Attribute>'
+        f'<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE"><Array>{stored}</Array></Attribute>'
+        "</DataObject></Array></Attribute></DataObject>"
+    )
 
 
 def _tiles(rgb: np.ndarray, side: int = 16) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from wsi.slide import tiffcheck
 from wsi.slide.tiffcheck import check_tiff
 
 SLIDES = tiny_slides()
-SHORT, LONG, RATIONAL, SLONG, UNKNOWN, LONG8 = 3, 4, 5, 9, 99, 16
+BYTE, SHORT, LONG, RATIONAL, SLONG, UNKNOWN, LONG8 = 1, 3, 4, 5, 9, 99, 16
 FORMATS = {SHORT: "H", LONG: "I", RATIONAL: "Q", SLONG: "i", UNKNOWN: "B", LONG8: "Q"}
 
 
@@ -133,7 +133,7 @@ DEFECTS: dict[str, tuple[list, str]] = {
     "width -1": ([image(t256=(SLONG, [-1]))], r"has \[-1\] in tag 256"),
     "two widths": ([image(t256=(SHORT, [64, 64]))], r"has \[64, 64\] in tag 256"),
     "a fraction as width": ([image(t256=(RATIONAL, [64]))], r"no whole numbers in tag 256 \(type 5"),
-    "a width of no known type": ([image(t256=(UNKNOWN, [64]))], r"\(type 99"),
+    "a width of no known type": ([image(t256=(UNKNOWN, [64]))], r"has tag 256 of the unknown type 99"),
     "samples 0": ([image(t277=(SHORT, [0]))], r"has \[0\] in tag 277"),
     "pixels more than can be": ([image(), strips(t256=(LONG, [1 << 20]), t257=(LONG, [1 << 20]))],
                                 "declares 1099511630848 pixels, more than 1099511627776"),
@@ -189,15 +189,28 @@ def test_large_strips_are_for_thumbnails_alone(layout: dict) -> None:
 
 
 def test_values_more_than_can_be_in_all(layout: dict) -> None:
-    data = tiff(*[image(t700=At(LONG, 15 << 20, 16))] * 5, **layout)
+    data = tiff(*[image(t700=At(BYTE, 60 << 20, 16))] * 5, **layout)
     with pytest.raises(SlideUnreadable, match=r"declares 3145\d+ bytes of tags, more than 268435456"):
         check(data, size=1 << 30)
 
 
-def test_tiles_more_than_can_be(layout: dict) -> None:
-    data = tiff(image(t324=At(LONG, (1 << 22) + 1, 16)), **layout)
-    with pytest.raises(SlideUnreadable, match="has 4194305 numbers in tag 324, more than 4194304"):
+@pytest.mark.parametrize("kind", [BYTE, LONG])
+def test_tiles_more_than_can_be(kind: int, layout: dict) -> None:
+    data = tiff(image(t324=At(kind, (1 << 23) + 1, 16)), **layout)
+    with pytest.raises(SlideUnreadable, match=r"declares 83886\d\d numbers in tags, more than 8388608"):
         check(data, size=1 << 30)
+
+
+def test_a_tile_that_is_stored_too_large(layout: dict) -> None:
+    data = tiff(image(t325=(LONG, [10, 10, 10, (1 << 27) + 1])), **layout)
+    with pytest.raises(SlideUnreadable, match="has a tile of 134217729 bytes as stored, more than 134217728"):
+        check(data, size=1 << 30)
+
+
+def test_a_long_description() -> None:
+    data = tiff(image(t270=At(BYTE, (1 << 24) + 1, 16)))
+    with pytest.raises(SlideUnreadable, match="has a description of 16777217 bytes, more than 16777216"):
+        check(data + bytes(1 << 24))
 
 
 @pytest.mark.parametrize(
@@ -250,11 +263,15 @@ def test_what_subifds_point_to_next_means_nothing(layout: dict) -> None:
     check(tiff(image(t330=(LONG, [second])), image(32, 24), chain=[None, 0], **layout))
 
 
-def test_an_ndpi_beyond_4_gib_is_openslides() -> None:
-    data = tiff(image(t65420=(LONG, [1])))
-    check(data)
-    with pytest.raises(UnknownFormat, match="NDPI"):
+def test_beyond_4_gib_only_bigtiff_is_tiff(layout: dict) -> None:
+    """An NDPI is not, and its first directory mostly lies where a TIFF's offsets do not reach."""
+    check(tiff(image(t65420=(LONG, [1])), **layout))
+    data = tiff(image(), **layout)
+    if layout["big"]:
         check(data, size=5 << 30)
+    else:
+        with pytest.raises(UnknownFormat, match="beyond 4 GiB"):
+            check(data, size=5 << 30)
 
 
 @pytest.mark.parametrize("name", SLIDES)

@@ -8,6 +8,7 @@ Sources: TIFF 6.0 (1992), sections 2 and 15; the BigTIFF design note; Adobe TIFF
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -15,23 +16,23 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi.errors import SlideUnreadable, UnknownFormat
+from wsi.slide.omecheck import check_ome
 
 MAX_IFDS = 1024
 MAX_TAGS = 4096  #: of one IFD
-MAX_TAGS_IN_ALL = 1 << 16
 MAX_VALUE_BYTES = 1 << 26  #: of one tag
-MAX_VALUE_BYTES_IN_ALL = 1 << 28
-MAX_TILES = 1 << 22  #: of one image: 524,288 px square in tiles of 256
+MAX_DESCRIPTION_BYTES = 1 << 24
 MAX_TILE_PX = 16384  #: a side
-MAX_TILE_BYTES = 1 << 26  #: of a tile or strip, decoded
-MAX_PX = 1 << 40  #: of all images of a file
+MAX_TILE_BYTES = 1 << 26  #: of a tile or strip, decoded; as stored, twice that
+#: Of a file. So many numbers are the places and lengths of 4 million tiles: 524,288 px square in tiles of 256.
+MAX_IN_ALL = {"tags": 1 << 16, "bytes of tags": 1 << 28, "numbers in tags": 1 << 23, "pixels": 1 << 40}
 
 _BLOCK = 1 << 16  # bytes asked for at once: a directory's values mostly lie near it, and a request may cross the world
 _TYPE_BYTES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 2, 8, 8, 8, 8, 0])  # by type; 0: unknown
 _WHOLE = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}  # by type
 
-_WIDTH, _HEIGHT, _DEPTH, _BITS, _SAMPLES, _ROWS_PER_STRIP, _PLANAR = 256, 257, 32997, 258, 277, 278, 284
-_TILE_WIDTH, _TILE_HEIGHT, _TILE_DEPTH, _SUB_IFDS, _NDPI = 322, 323, 32998, 330, 65420
+_WIDTH, _HEIGHT, _DEPTH, _BITS, _SAMPLES, _PLANAR, _DESCRIPTION = 256, 257, 32997, 258, 277, 284, 270
+_TILE_WIDTH, _TILE_HEIGHT, _TILE_DEPTH, _ROWS_PER_STRIP, _SUB_IFDS, _NDPI = 322, 323, 32998, 278, 330, 65420
 _OFFSETS, _LENGTHS = (324, 273), (325, 279)  # of tiles, of strips: readers take either for both
 _ONCE = {_WIDTH, _HEIGHT, _DEPTH, _BITS, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_DEPTH,
          _SUB_IFDS, *_OFFSETS, *_LENGTHS}  # fmt: skip
@@ -55,7 +56,7 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
     Raises
     ------
     UnknownFormat
-        It is no TIFF, or an NDPI beyond 4 GiB, which stretches TIFF's offsets in its own way.
+        It is no TIFF, or beyond what a TIFF's offsets reach: NDPI stretches them in its own way.
     SlideUnreadable
         IFDs in a loop, IFDs, values or tiles outside the file, fewer tiles than an image needs, or more than the
         ``MAX_...`` of this module. Images in strips after the first are thumbnails, and may be of any size.
@@ -74,7 +75,7 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
     """
     file = _File(read_at, size, where)
     seen: set[int] = set()
-    chained, subs, pixels, n_tags, n_bytes = file.first, list[int](), 0, 0, 0
+    chained, subs, chain_px, description = file.first, list[int](), list[int](), b""
     while chained or subs:
         is_sub = bool(subs)
         offset = subs.pop() if is_sub else chained
@@ -84,19 +85,19 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
             raise file.refuse(f"has more than {MAX_IFDS} IFDs", _CONVERT)
         ifd = _Ifd(file, offset, f"IFD {len(seen)}")
         seen.add(offset)
-        pixels += _check_image(ifd, is_level=is_sub or len(seen) == 1)
-        n_tags, n_bytes = n_tags + ifd.n_tags, n_bytes + ifd.value_bytes
-        for n, most, of in (
-            (pixels, MAX_PX, "pixels"),
-            (n_tags, MAX_TAGS_IN_ALL, "tags"),
-            (n_bytes, MAX_VALUE_BYTES_IN_ALL, "bytes of tags"),
-        ):
-            if n > most:
-                raise file.refuse(f"declares {n} {of}, more than {most}", _CONVERT)
+        px = _check_image(ifd, is_level=is_sub or len(seen) == 1)
         if not is_sub:  # SubIFDs are listed, not chained: what stands as their next means nothing
             chained = ifd.next
+            chain_px.append(px)
+        if len(seen) == 1:
+            description = ifd.raw(_DESCRIPTION)
         if _SUB_IFDS in ifd.tags:
             subs += ifd.numbers(_SUB_IFDS)[MAX_IFDS::-1].tolist()
+    if len(description) > MAX_DESCRIPTION_BYTES:
+        what = f"has a description of {len(description)} bytes, more than {MAX_DESCRIPTION_BYTES}"
+        raise file.refuse(what, "Write it again with fewer annotations in it")
+    if b"OME>" in description:
+        check_ome(description, chain_px, where)
 
 
 class _File:
@@ -104,11 +105,14 @@ class _File:
 
     def __init__(self, read_at: Callable[[int, int], bytes], size: int, where: str) -> None:
         self.read_at, self.size, self.where = read_at, size, where
+        self.used = dict.fromkeys(MAX_IN_ALL, 0)
         self.block = lru_cache(8)(lambda i: read_at(i * _BLOCK, min(_BLOCK, size - i * _BLOCK)))
         header = self.read(0, 8, "the header")
         if header[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             raise UnknownFormat(where, f"is not a TIFF: it begins with the bytes {header[:4].hex(' ')}", _CONVERT)
         self.order, self.big = "<" if header[:2] == b"II" else ">", b"+" in header[:4]
+        if size >> 32 and not self.big:
+            raise UnknownFormat(where, "is no BigTIFF and beyond 4 GiB, as an NDPI can be", "Read it through OpenSlide")
         if self.big and header[4:] not in (b"\x08\0\0\0", b"\0\x08\0\0"):
             raise self.refuse("has a BigTIFF header that does not say 8-byte offsets")
         self.first = self.whole(self.read(8, 8, "the header") if self.big else header[4:])
@@ -117,6 +121,12 @@ class _File:
 
     def refuse(self, what: str, remedy: str = _AGAIN) -> SlideUnreadable:
         return SlideUnreadable(self.where, what, remedy)
+
+    def use(self, what: str, n: int) -> None:
+        """Count what the file declares, up to ``MAX_IN_ALL``."""
+        self.used[what] += n
+        if self.used[what] > MAX_IN_ALL[what]:
+            raise self.refuse(f"declares {self.used[what]} {what}, more than {MAX_IN_ALL[what]}", _CONVERT)
 
     def whole(self, raw: bytes) -> int:
         return int.from_bytes(raw, "little" if self.order == "<" else "big")
@@ -140,16 +150,17 @@ class _Ifd:
     def __init__(self, file: _File, offset: int, name: str) -> None:
         self.file, self.name = file, name
         head, wide = (8, 8) if file.big else (2, 4)
-        n = self.n_tags = file.whole(file.read(offset, head, name))
+        n = file.whole(file.read(offset, head, name))
         if n > MAX_TAGS:
             raise self.refuse(f"has {n} tags, more than {MAX_TAGS}", _CONVERT)
+        file.use("tags", n)
         o, number = file.order, f"{file.order}u{wide}"
         layout = np.dtype([("code", o + "u2"), ("type", o + "u2"), ("count", number), ("value", number)])
         raw = file.read(offset + head, n * layout.itemsize + wide, name)
         self.next = file.whole(raw[n * layout.itemsize :])
         entries = np.frombuffer(raw, layout, n)
-        lengths = entries["count"].astype(float) * _TYPE_BYTES[np.minimum(entries["type"], 19)]
-        self.value_bytes = int(lengths.sum())
+        sizes = _TYPE_BYTES[np.minimum(entries["type"], 19)]
+        lengths = entries["count"].astype(float) * sizes
         self.tags: dict[int, tuple[int, int, int]] = {}
         for i, ((code, kind, count, value), length) in enumerate(zip(entries.tolist(), lengths, strict=True)):
             if code in self.tags and code in _ONCE:
@@ -159,22 +170,29 @@ class _Ifd:
             if length > wide and not 8 <= value <= file.size - length:
                 raise self.refuse(f"has tag {code} outside the file's {file.size} bytes")
             here = offset + head + (i + 1) * layout.itemsize - wide
-            self.tags[code] = kind, count, value if length > wide else here
-        if _NDPI in self.tags and file.size >> 32 and not file.big:
-            raise UnknownFormat(file.where, "is an NDPI beyond 4 GiB, which is no TIFF", "Read it through OpenSlide")
+            if kind < len(_TYPE_BYTES) and _TYPE_BYTES[kind]:
+                self.tags.setdefault(code, (kind, count, value if length > wide else here))
+            elif code in _ONCE:
+                raise self.refuse(f"has tag {code} of the unknown type {kind}")
+        file.use("bytes of tags", int(lengths.sum()))
+        file.use("numbers in tags", int(entries["count"][sizes > 1].sum(dtype=float)))
 
     def refuse(self, what: str, remedy: str = _AGAIN) -> SlideUnreadable:
         return self.file.refuse(f"{self.name} {what}", remedy)
 
     def numbers(self, code: int) -> npt.NDArray[np.integer]:
         """Return the whole numbers of a tag, one at least."""
-        kind, count, place = self.tags.get(code, (0, 0, 0))
+        kind, count, _ = self.tags.get(code, (0, 0, 0))
         if kind not in _WHOLE or not count:
             raise self.refuse(f"has no whole numbers in tag {code} (type {kind}, {count} values)")
-        if count > MAX_TILES:
-            raise self.refuse(f"has {count} numbers in tag {code}, more than {MAX_TILES}", _CONVERT)
-        raw = self.file.read(place, count * int(_TYPE_BYTES[kind]), f"tag {code}")
-        return np.frombuffer(raw, self.file.order + _WHOLE[kind])
+        if _TYPE_BYTES[kind] == 1:  # the others have been counted
+            self.file.use("numbers in tags", count)
+        return np.frombuffer(self.raw(code), self.file.order + _WHOLE[kind])
+
+    def raw(self, code: int) -> bytes:
+        """Return the bytes of a tag; none where there is no such tag."""
+        kind, count, place = self.tags.get(code, (0, 0, 0))
+        return self.file.read(place, count * int(_TYPE_BYTES[kind]), f"tag {code}") if count else b""
 
     def number(self, code: int, default: int | None = None) -> int:
         """Return the one whole number of a tag, at least 1."""
@@ -192,8 +210,10 @@ def _check_image(ifd: _Ifd, *, is_level: bool) -> int:
     if not (tiled or is_level) and ifd.tags.keys().isdisjoint((_WIDTH, _HEIGHT)):
         return 0  # no image at all
     sides = ifd.number(_WIDTH), ifd.number(_HEIGHT), ifd.number(_DEPTH, 1)
+    px = math.prod(sides)
+    ifd.file.use("pixels", px)
     if not (tiled or is_level):
-        return int(np.prod(sides, dtype=object))
+        return px
     if tiled:
         tile = ifd.number(_TILE_WIDTH), ifd.number(_TILE_HEIGHT), ifd.number(_TILE_DEPTH, 1)
         if max(tile) > MAX_TILE_PX:
@@ -204,12 +224,12 @@ def _check_image(ifd: _Ifd, *, is_level: bool) -> int:
     if ifd.number(_PLANAR, 1) == 2:
         samples, planes = 1, samples
     bits = int(ifd.numbers(_BITS).max()) if _BITS in ifd.tags else 1
-    n_bytes = tile[0] * tile[1] * tile[2] * samples * max(bits, 1) // 8
+    n_bytes = math.prod(tile) * samples * max(bits, 1) // 8
     if n_bytes > MAX_TILE_BYTES and _NDPI not in ifd.tags:  # NDPI: one strip, cut by restart markers
         kind = "tiles" if tiled else "strips"
         raise ifd.refuse(f"has {kind} of {n_bytes} bytes when decoded, more than {MAX_TILE_BYTES}", _CONVERT)
-    _check_tiles(ifd, planes * int(np.prod([-(-a // b) for a, b in zip(sides, tile, strict=True)], dtype=object)))
-    return int(np.prod(sides, dtype=object))
+    _check_tiles(ifd, planes * math.prod(-(-a // b) for a, b in zip(sides, tile, strict=True)))
+    return px
 
 
 def _check_tiles(ifd: _Ifd, needed: int) -> None:
@@ -224,6 +244,8 @@ def _check_tiles(ifd: _Ifd, needed: int) -> None:
     held = lengths > 0  # a length of 0 is a hole: nothing was scanned there
     if (lengths > size).any() or (offsets[held] > size - lengths[held]).any():
         raise ifd.refuse(f"has tiles outside the file's {size} bytes")
+    if lengths.max() > 2 * MAX_TILE_BYTES and _NDPI not in ifd.tags:
+        raise ifd.refuse(f"has a tile of {lengths.max()} bytes as stored, more than {2 * MAX_TILE_BYTES}", _CONVERT)
     if lengths.sum() > size:  # equal tiles may share their bytes (tifftools writes such files): each counts once
         total = int(lengths[np.unique(offsets, return_index=True)[1]].sum())
         if total > size:
