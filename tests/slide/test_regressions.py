@@ -12,17 +12,6 @@ from tests.conftest import REPOSITORY
 
 FILES = sorted((Path(__file__).parent / "regressions").glob("*.tif"))
 
-#: Faults that are known and not mended yet.
-OPEN = {
-    "jpeg-tile-50.tif": "tiles whose sides are no multiple of the reduction are readable in full alone",
-    "jpeg2000-65536.tif": "memory for 65,536 px square is taken before the tile's size is compared",
-    "philips-negative.tif": "ValueError: a level with negative sides",
-    "philips-too-far.tif": "ZeroDivisionError: a level without pixels",
-    "philips-too-few-tiles.tif": "IndexError: the text gives a level more tiles than the file holds",
-    "scans.tif": "hundreds of progressive scans take minutes",
-    "wide-row.tif": "all tiles across a row are decoded at once: 17 GB",
-}
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux knows them")
 
 
@@ -35,11 +24,5 @@ def found() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", [path.name for path in FILES])
-def test_it_is_read_or_refused(name: str, found: dict[str, str], request: pytest.FixtureRequest) -> None:
-    if name in OPEN:
-        request.applymarker(pytest.mark.xfail(reason=OPEN[name], strict=True))
+def test_it_is_read_or_refused(name: str, found: dict[str, str]) -> None:
     assert found[name] == "ok"
-
-
-def test_what_is_open_is_there() -> None:
-    assert {path.name for path in FILES} >= OPEN.keys() and len(FILES) >= 9

@@ -7,6 +7,7 @@ What it is not sure of it refuses with ``UnknownFormat``, and ``open_slide`` ask
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -35,6 +36,12 @@ _RGB, _YCBCR, _GREY = 2, 6, 1
 #: By how much libjpeg may reduce while decoding, by chroma subsampling: the reduced picture is within 45 dB of the area
 #: average on H&E. 4:2:2 loses its chroma rows from 1/4 on.
 _SHRINKS = {"420": (8, 4, 2), "444": (8, 4, 2), "Gray": (8, 4, 2), "422": (2,)}
+
+#: Decoded tiles held while a region is put together.
+_AT_ONCE_BYTES = 1 << 26
+
+#: Of a progressive JPEG; encoders make about ten, and each one more costs a pass over all pixels.
+_MAX_SCANS = 64
 
 #: Adobe's APP14 marker: the three components are RGB, not YCbCr. Aperio leaves it out.
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
@@ -101,12 +108,12 @@ class TiffReader(Slide):
         self._downsamples: list[int] | None = None
         if self.vendor == "philips":  # its levels are padded to whole tiles; the text says what they are
             self._downsamples = _philips(first.description)[1]
-            if len(self._downsamples) != len(pages):
-                raise UnknownFormat(self.path, "describes other levels than it holds", _ELSEWHERE)
             w, h = self._levels[0].size
-            self._levels = tuple(
-                replace(level, size=(w // n, h // n)) for level, n in zip(self._levels, self._downsamples, strict=True)
-            )
+            sizes = [(w // n, h // n) for n in self._downsamples if 1 <= n <= min(w, h)]
+            stored = [level.size for level in self._levels]
+            if len(sizes) != len(stored) or any(a > c or b > d for (a, b), (c, d) in zip(sizes, stored, strict=True)):
+                raise UnknownFormat(self.path, "describes other levels than it holds", _ELSEWHERE)
+            self._levels = tuple(replace(level, size=size) for level, size in zip(self._levels, sizes, strict=True))
         orientation = int(first.tags.valueof("Orientation", 1))
         if orientation not in _TURNS:
             raise SlideUnreadable(self.path, f"has TIFF orientation {orientation}", "Rewrite it with orientation 1")
@@ -208,10 +215,12 @@ class TiffReader(Slide):
         tile_w, tile_h = (side // shrink for side in self._levels[level].tile_px)
         columns, rows = range(x // tile_w, -(-(x + w) // tile_w)), range(y // tile_h, -(-(y + h) // tile_h))
         region, damage = np.empty((h, w, 3), np.uint8), ""
-        for row in rows:
-            decoded = np.empty((len(columns), tile_h, tile_w, 3), np.uint8)
-            problems = self.read_tiles(level, shrink, [(column, row) for column in columns], list(decoded))
-            for column, tile, problem in zip(columns, decoded, problems, strict=True):
+        at_once = max(1, _AT_ONCE_BYTES // (tile_w * tile_h * 3))
+        runs = [(columns[i : i + at_once], row) for row in rows for i in range(0, len(columns), at_once)]
+        for run, row in runs:
+            decoded = np.empty((len(run), tile_h, tile_w, 3), np.uint8)
+            problems = self.read_tiles(level, shrink, [(column, row) for column in run], list(decoded))
+            for column, tile, problem in zip(run, decoded, problems, strict=True):
                 if problem is not None and not damage:
                     damage = f"x {column * tile_w * shrink}, y {row * tile_h * shrink} ({problem})"
                 put(tile, column * tile_w, row * tile_h, region, x, y)
@@ -243,6 +252,8 @@ class _Jpeg:
 
     def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
         stream = self.stream(data)
+        if b"\xff\xc2" in stream and stream.count(b"\xff\xda") > _MAX_SCANS:
+            raise ValueError(f"is a progressive JPEG of more than {_MAX_SCANS} scans")
         height, width, colours, _ = simplejpeg.decode_jpeg_header(stream)
         if (height, width, colours) != self._expected:
             raise ValueError(f"is a JPEG of {width} x {height} px in {colours}")
@@ -262,15 +273,27 @@ class _Other:
     def __init__(self, page: tifffile.TiffPage) -> None:
         self._decode = page.decode
         self._shape = page.tilelength, page.tilewidth
+        self._is_jpeg2000 = int(page.compression) in _JPEG2000
         self._raw_bytes = page.tilelength * page.tilewidth * page.samplesperpixel if page.compression == 1 else 0
 
     def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
         if len(data) < self._raw_bytes:
             raise ValueError(f"holds {len(data)} bytes, not {self._raw_bytes}")
+        if self._is_jpeg2000 and _jpeg2000_size(bytes(data)) != self._shape[::-1]:
+            raise ValueError("is a JPEG 2000 picture of another size")
         pixels = self._decode(bytes(data), tile, _fullsize=True)[0]
         if pixels is None or pixels.dtype != np.uint8 or pixels.shape[-3:-1] != self._shape:
             raise ValueError("decodes to another size")
         out[...] = pixels.reshape(*self._shape, -1)  # grey becomes three equal channels
+
+
+def _jpeg2000_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that a codestream declares (ISO/IEC 15444-1, SIZ): asked before memory is taken for it."""
+    start = data.find(b"\xff\x4f\xff\x51")  # start of codestream, and SIZ, which must follow
+    if start < 0 or len(data) < start + 24:
+        return None
+    right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
+    return right - left, bottom - top
 
 
 def jpeg_head(tables: bytes | None, colours: str) -> bytes:
@@ -286,6 +309,9 @@ def _level(path: str, page: tifffile.TiffPage, source: Source) -> _Level:
     n_tiles = columns * -(-size[1] // tile_px[1])
     if min(*size, *tile_px) < 1 or len(offsets) != n_tiles or len(counts) != n_tiles:
         raise SlideUnreadable(path, f"lists {len(offsets)} of {n_tiles} tiles of a level", _AGAIN)
+    padded_px = n_tiles * tile_px[0] * tile_px[1]
+    if padded_px > max(16 * size[0] * size[1], 1 << 26):  # a row of pixels in tall tiles: minutes, for nothing
+        raise SlideUnreadable(path, f"stores {size[0]} x {size[1]} px in tiles of {padded_px} px in all", _ELSEWHERE)
     counts[offsets == 0] = 0
     if page.compression != _JPEG:
         return _Level(size, tile_px, offsets, counts, columns, _Other(page))
@@ -302,7 +328,8 @@ def _level(path: str, page: tifffile.TiffPage, source: Source) -> _Level:
             raise UnknownFormat(path, f"holds JPEG tiles of another kind ({error})", _ELSEWHERE) from error
         if found != colours:
             raise UnknownFormat(path, f"says {colours}, and its JPEG tiles are {found}", _ELSEWHERE)
-        shrinks = _SHRINKS.get("Gray" if found == "Gray" else subsampling, ())
+        known = _SHRINKS.get("Gray" if found == "Gray" else subsampling, ())
+        shrinks = tuple(n for n in known if tile_px[0] % n == tile_px[1] % n == 0)
     return _Level(size, tile_px, offsets, counts, columns, _Jpeg(page.jpegtables, colours, tile_px, shrinks))
 
 
