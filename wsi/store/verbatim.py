@@ -45,7 +45,7 @@ def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
     asked = f"patches of {grid.tile_px} px at {grid.mpp:.4g} microns per pixel"
     if side is None or not slide.holds_jpeg(level):
         what = f"level {level} holds no JPEG tiles that the {slide.reader} reader can copy"
-        raise GridError(slide.path, what, "Keep pixels as jpeg or zstd")
+        raise GridError(slide.path, what, "Keep pixels as jpeg or zstd, or read it with another --reader")
     if side != (grid.tile_px, grid.tile_px):
         raise GridError(slide.path, f"{asked} are not its tiles of {side[0]} x {side[1]} px at level {level}", _REMEDY)
     boxes = grid.boxes()
