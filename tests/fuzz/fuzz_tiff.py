@@ -37,6 +37,7 @@ from pathlib import Path
 SECONDS_LIMIT = 10
 MEMORY_LIMIT = 1 << 30
 CORNER_PX = 300
+ROW_PX = 1 << 16
 MOST_PX = 1 << 24  # reading more may take long, as whoever asks for it knows
 
 
@@ -89,8 +90,8 @@ def views(level_sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[tuple[floa
         across, down = -(-w // 512), -(-h // 512)
         if w * h <= MOST_PX:
             yield (0, 0, width, height), (across, down)
-        if w <= MOST_PX:
-            yield (0, height / 2, width, scale_y), (across, 1)
+        row = min(w, ROW_PX)
+        yield (0, height / 2, row * scale_x, scale_y), (-(-row // 512), 1)
 
 
 def signature(error: BaseException) -> str:
