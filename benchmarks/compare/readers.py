@@ -162,7 +162,7 @@ def ours(job: Job, threads: int) -> Callable[[], Iterator[U8]]:
     grid = wsi.TileGrid(columns, rows, side, side, job.out_px, mpp)
 
     def run() -> Iterator[U8]:
-        for _, rgb in stream(slide, grid, [range(len(grid))], batch_size=64, threads=threads):
+        for _, rgb, _, _ in stream(slide, grid, [range(len(grid))], batch_size=64, threads=threads):
             yield from rgb
 
     return run

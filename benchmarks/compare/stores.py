@@ -119,28 +119,15 @@ def tensorstore() -> Program:
 
 def ours(kind: str) -> Program:
     """Make a program of ``wsi.PatchStore`` that keeps pixels as `kind`."""
-    # ---- ADAPTER: what follows until the next such line is to be completed when PatchStore has `pixels=KIND` and
-    # `read(rows)`. Today it keeps pixels with zstd or not at all, and gives a single patch only through its array.
-    finished = hasattr(PatchStore, "read")
-    if not finished and kind != "zstd":
-        raise NotImplementedError(f"PatchStore does not keep pixels as {kind} yet")
-
-    def create(path: Path, grid: TileGrid) -> PatchStore:
-        return PatchStore.create(path, grid, {}, pixels=kind if finished else True)
-
     def reader(path: Path) -> ReadOne:
         store = PatchStore.open(path)
-        if finished:
-            return lambda row: store.read([row])[0]
-        array = store._array("pixels")
-        return lambda row: np.asarray(array[row])
-
-    # ---- ADAPTER ends
+        return lambda row: store.read([row])[0]
 
     def write(path: Path, patches: U8) -> None:
         numbers = np.arange(len(patches), dtype=np.int32)
         side = (float(TILE_PX), float(TILE_PX))
-        store = create(path, TileGrid(numbers, np.zeros_like(numbers), side, side, TILE_PX, 0.5))
+        grid = TileGrid(numbers, np.zeros_like(numbers), side, side, TILE_PX, 0.5)
+        store = PatchStore.create(path, grid, {}, pixels=kind)
         for shard, part in enumerate(_parts(patches)):
             store.write(shard, {"pixels": patches[part]})
 
