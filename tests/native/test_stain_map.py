@@ -90,6 +90,21 @@ def test_pixels(kernel, seed, n):
 
 
 @needs_compiled
+@pytest.mark.parametrize("kernel", ["od_map", "od_map_portable"])
+@pytest.mark.parametrize("largest", [255.4, 1e5, 2.0**31 - 128, 2.0**31, 1e38])
+def test_products_beyond_integers_are_clamped(kernel, largest):
+    rng = np.random.default_rng(0)
+    tables = rng.uniform(0, 1, (3, 256, 4)).astype(np.float32)
+    tables[0] *= np.float32(largest)
+    tables[:, 7] = [[largest], [1], [1]]
+    rgb = images(1, 500)
+    rgb[::3] = 7
+    ours = run(getattr(native._cpu, kernel), rgb, tables, 0.5)
+    np.testing.assert_array_equal(ours, run(twin.od_map, rgb, tables, 0.5))
+    assert (ours[::3] == 255).all()
+
+
+@needs_compiled
 @pytest.mark.parametrize("kernel", ["od_map_planes", "lab_map_planes"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 5), (3, 33, 47)])
