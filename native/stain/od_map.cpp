@@ -1,6 +1,6 @@
 #include "od_map.h"
 
-#include "planes.h"
+#include "cpu.h"
 
 #if defined(__GNUC__) && defined(__x86_64__)
 #define WSI_HAVE_AVX2_BUILD
@@ -12,9 +12,8 @@
 namespace wsi {
 namespace {
 
-using MapPixels = void (*)(const uint8_t* rgb, int64_t n_px, const float* tables, float bias, uint8_t* out);
-
-void map_pixels_portable(const uint8_t* rgb, int64_t n_px, const float* tables, float bias, uint8_t* out) {
+void map_pixels_portable(const OdMap& map, const uint8_t* rgb, int64_t n_px, uint8_t* out) {
+  const float *tables = map.tables, bias = map.bias;
   for (int64_t i = 0; i < n_px; ++i) {
     const float *red = tables + 4 * rgb[3 * i], *green = tables + 4 * (256 + rgb[3 * i + 1]),
                 *blue = tables + 4 * (512 + rgb[3 * i + 2]);
@@ -68,11 +67,11 @@ WSI_AVX2_INLINE __m256i map_two(const Tables& t, const uint64_t* a, const uint64
 
 // Eight pixels a step, packed to bytes; each half is stored as 16 bytes of which the last four are overwritten.
 template <bool kClamp>
-WSI_AVX2 void map_pixels_avx2(const uint8_t* rgb, int64_t n_px, const float* tables, float bias, uint8_t* out) {
+WSI_AVX2 void map_pixels_avx2(const OdMap& map, const uint8_t* rgb, int64_t n_px, uint8_t* out) {
   const __m256i drop_fourth = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1,  //
                                                0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
-  const __m256 bias8 = _mm256_set1_ps(bias);
-  const char* bytes = reinterpret_cast<const char*>(tables);
+  const __m256 bias8 = _mm256_set1_ps(map.bias);
+  const char* bytes = reinterpret_cast<const char*>(map.tables);
   const Tables t = {bytes, bytes + 4096, bytes + 8192};
   int64_t i = 0;
   for (; i + 10 <= n_px; i += 8) {  // two pixels more, so that the last four bytes are still ours
@@ -86,7 +85,7 @@ WSI_AVX2 void map_pixels_avx2(const uint8_t* rgb, int64_t n_px, const float* tab
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 3 * i), _mm256_castsi256_si128(mapped));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 3 * i + 12), _mm256_extracti128_si256(mapped, 1));
   }
-  map_pixels_portable(rgb + 3 * i, n_px - i, tables, bias, out + 3 * i);
+  map_pixels_portable(map, rgb + 3 * i, n_px - i, out + 3 * i);
 }
 
 // The largest factors of a table, by channel.
@@ -100,42 +99,31 @@ WSI_AVX2_INLINE __m128 largest(const float* table) {
 
 // Whether no product leaves the range of 32-bit integers: then packing to bytes clamps, and the kernel need not.
 // Products of floats round monotonically, so that none is above that of the largest factors.
-WSI_AVX2 bool fits_int32(const float* tables, float bias) {
-  const __m128 product = _mm_mul_ps(_mm_mul_ps(largest(tables), largest(tables + 1024)), largest(tables + 2048));
-  const __m128 fits = _mm_cmplt_ps(_mm_add_ps(product, _mm_set1_ps(bias)), _mm_set1_ps(2147483648.0f));
+WSI_AVX2 bool fits_int32(const OdMap& map) {
+  const float* t = map.tables;
+  const __m128 product = _mm_mul_ps(_mm_mul_ps(largest(t), largest(t + 1024)), largest(t + 2048));
+  const __m128 fits = _mm_cmplt_ps(_mm_add_ps(product, _mm_set1_ps(map.bias)), _mm_set1_ps(2147483648.0f));
   return (_mm_movemask_ps(fits) & 7) == 7;
 }
 
 #endif
 
-MapPixels kernel_for(const float* tables, float bias) {
+}  // namespace
+
+template <>
+Kernel<OdMap> fastest(const OdMap& map) {
 #if defined(WSI_HAVE_AVX2_BUILD)
   static const bool have_avx2 = __builtin_cpu_supports("avx2");
-  if (have_avx2) return fits_int32(tables, bias) ? map_pixels_avx2<false> : map_pixels_avx2<true>;
+  if (have_avx2) return fits_int32(map) ? map_pixels_avx2<false> : map_pixels_avx2<true>;
 #endif
   return map_pixels_portable;
 }
 
-}  // namespace
-
-void od_map(const uint8_t* rgb, int64_t n_px, const float* tables, float bias, uint8_t* out) {
-  kernel_for(tables, bias)(rgb, n_px, tables, bias, out);
+template <>
+Kernel<OdMap> portable<OdMap>() {
+  return map_pixels_portable;
 }
 
-void od_map_portable(const uint8_t* rgb, int64_t n_px, const float* tables, float bias, uint8_t* out) {
-  map_pixels_portable(rgb, n_px, tables, bias, out);
-}
-
-template <typename Element>
-void od_map_planes(const uint8_t* rgb, int64_t n_images, int64_t n_px, const float* tables, float bias,
-                   const Element* levels, Element* out) {
-  const MapPixels map_pixels = kernel_for(tables, bias);
-  map_to_planes(rgb, n_images, n_px, levels, out, [=](const uint8_t* from, int64_t n, uint8_t* to) {
-    map_pixels(from, n, tables, bias, to);
-  });
-}
-
-template void od_map_planes(const uint8_t*, int64_t, int64_t, const float*, float, const uint16_t*, uint16_t*);
-template void od_map_planes(const uint8_t*, int64_t, int64_t, const float*, float, const uint32_t*, uint32_t*);
+WSI_BUILD_CPU(OdMap)
 
 }  // namespace wsi
