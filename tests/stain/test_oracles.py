@@ -236,6 +236,25 @@ def test_sparse_amounts_are_the_lassos():
     np.testing.assert_allclose(sparse_amounts(density.T, stains, 0.1).T, expected, atol=1e-6)
 
 
+def test_vahadanes_picture_by_the_lasso():
+    # The published program: V = ln 255 - ln(I + 1), H by the lasso over all pixels, 99th percentiles, 255 exp(-W H).
+    rng = np.random.default_rng(3)
+    density = TRUE_HE @ rng.gamma(0.7, 0.6, (2, 1200))
+    levels = np.clip(np.rint(255 * np.exp(-density) - 1), 0, 255).astype(np.uint8)
+    image = np.ascontiguousarray(levels.T).reshape(30, 40, 3)
+    image[:3] = 255
+    transform = fit("vahadane", image, config=FitConfig(published=True, io=255.0))
+    stains = np.array(transform.source.vectors)
+    lasso = Lasso(alpha=0.02 / 3, positive=True, fit_intercept=False, tol=1e-12, max_iter=100_000)
+    pixels = -np.log((image.reshape(-1, 3) + 1.0) / 255)
+    amounts = np.array([lasso.fit(stains.T, pixel).coef_.copy() for pixel in pixels])
+    np.testing.assert_allclose(transform.source.max_amounts, np.percentile(amounts, 99, axis=0), atol=1e-5)
+    scaled = amounts * (MAX_REF / transform.source.max_amounts)
+    expected = np.clip(255 * np.exp(-scaled @ HE_REF.T), 0, 255).reshape(image.shape)
+    assert np.abs(transform.apply(image) - expected).max() <= 0.501
+    assert ((amounts == 0).any(axis=1)).mean() > 0.1
+
+
 def test_factors_are_found_from_a_poor_start_and_never_get_worse():
     rng = np.random.default_rng(0)
     amounts = rng.gamma(0.5, 0.8, (5000, 2))  # most pixels have little of one of them
