@@ -119,6 +119,7 @@ def tensorstore() -> Program:
 
 def ours(kind: str) -> Program:
     """Make a program of ``wsi.PatchStore`` that keeps pixels as `kind`."""
+
     def reader(path: Path) -> ReadOne:
         store = PatchStore.open(path)
         return lambda row: store.read([row])[0]
