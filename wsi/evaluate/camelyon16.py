@@ -152,6 +152,8 @@ def evaluate_camelyon16(
             if name != "max_probability":
                 results_[f"auroc_{name}_less_max_probability"] = auroc_difference(truth, usable[name], highest).estimate
 
+    if head.n_lesions and all((each.hits > 0).all() for each in for_froc):
+        warnings.append("no lesion was missed, so the official curve leaves out its last point: the lowest confidence")
     n_outside = sum(each.outside for each in hits.values())
     if n_outside:
         warnings.append(f"{n_outside} detections lie outside their slide; they count as false positives")

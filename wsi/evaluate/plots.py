@@ -40,11 +40,13 @@ def froc_plot(curves: Mapping[str, Froc]) -> Plot:
 
     def draw(axes: Any) -> None:
         for i, (name, curve) in enumerate(curves.items()):
-            axes.plot(curve.per_slide, curve.sensitivity, label=name, **_line(i), linewidth=1.8)
+            # Beyond its last point the curve stays where it is, as in the score.
+            x, y = np.append(20.0, curve.per_slide), np.append(curve.sensitivity[0], curve.sensitivity)
+            axes.plot(x, y, label=name, **_line(i), linewidth=1.8)
             axes.plot(PER_SLIDE, curve.at, "o", color=_SHADES[i % 4], markerfacecolor="white")
         axes.set_xscale("symlog", base=2, linthresh=0.125)
         axes.set_xticks([0, *PER_SLIDE], ["0", "1/4", "1/2", "1", "2", "4", "8"])
-        axes.set(xlabel="false positives a slide", ylabel="lesion sensitivity", xlim=(0, 8.5), ylim=(-0.01, 1.01))
+        axes.set(xlabel="false positives a slide", ylabel="lesion sensitivity", xlim=(-0.02, 8.5), ylim=(-0.01, 1.02))
         axes.legend(frameon=False, loc="lower right")
         _clean(axes)
 
