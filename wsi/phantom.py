@@ -85,7 +85,11 @@ class PhantomConfig:
 
     def __post_init__(self) -> None:
         width, height = self.size
-        ranges = {"width": (width, 1024, 100_000), "height": (height, 1024, 100_000), "mpp": (self.mpp, 0.1, 1)}
+        ranges: dict[str, tuple[float, float, float]] = {
+            "width": (width, 1024, 100_000),
+            "height": (height, 1024, 100_000),
+            "mpp": (self.mpp, 0.1, 1),
+        }
         ranges |= {"seed": (self.seed, 0, 2**63), "tumours": (self.tumours, 0, 100)}
         ranges |= {"tile_px": (self.tile_px, 64, 1024), "quality": (self.quality, 1, 100)}
         longest = 0.5 * min(self.size) * self.mpp

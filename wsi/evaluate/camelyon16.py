@@ -17,6 +17,7 @@ from wsi.evaluate.detect import F64, DetectConfig, detect, write_detections
 from wsi.evaluate.inputs import (
     ScoredSlide,
     annotation_of,
+    is_image,
     lesion_mask,
     read_detections,
     read_rows,
@@ -45,9 +46,9 @@ class Camelyon16Config:
     true_mpp : bool
         Use each slide's own microns per pixel instead of the official 0.243, and masks of about 7.8 um a pixel.
     exclusions : Path, optional
-        A CSV with the columns slide, task (all, lesion or note), issue, source. None: those that ship; an empty path
-        cannot be given, `exclude` turns them off.
+        A CSV with the columns slide, task (all, lesion or note), issue, source; None for the one that ships.
     exclude : bool
+        Whether any slide is left out.
     roles : mapping of group to "lesion", "hole" or "ignore"
     n_bootstrap, seed : int
     """
@@ -108,6 +109,12 @@ def evaluate_camelyon16(
         Slides without results, tumour slides without an annotation, or the reverse.
     AnnotationError, StoreError
         A file that cannot be used.
+
+    Examples
+    --------
+    >>> report = evaluate_camelyon16(Path("results"), Path("annotations"), out=Path("out"))       # doctest: +SKIP
+    >>> print(report.results["froc"])                                                             # doctest: +SKIP
+    0.807 (0.732 to 0.889)
     """
     config = config or Camelyon16Config()
     cases, warnings = _cases(results, annotations, out, reference, config)
@@ -317,6 +324,8 @@ def _match(
         )  # fmt: skip
         warnings += [f"{case.annotation.name}: {note}" for note in notes]
         found = find_lesions(mask, mpp=mpp, downsample=downsample) if mask.any() else None
+        if size is None and is_image(case.annotation):
+            size = mask.shape[1] * downsample, mask.shape[0] * downsample
         if found is None and case.tumour is None:
             warnings.append(f"{case.annotation.name} holds no lesion: the slide is taken for normal")
     if case.tumour is True and found is None and not partly:

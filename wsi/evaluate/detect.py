@@ -101,7 +101,7 @@ def _suppressed(raster: npt.NDArray[np.float32], threshold: float, radius: tuple
 
 def _components(raster: npt.NDArray[np.float32], threshold: float) -> list[tuple[int, int]]:
     """The cell nearest to the centroid of each region, the highest of equals, so that its value is the region's own."""
-    labels, n = ndimage.label(raster >= max(threshold, 0.0), np.ones((3, 3), bool))
+    labels, _ = ndimage.label(raster >= max(threshold, 0.0), np.ones((3, 3), bool))
     chosen = []
     for i, part in enumerate(ndimage.find_objects(labels), 1):
         row, column = np.nonzero(labels[part] == i)
@@ -109,13 +109,17 @@ def _components(raster: npt.NDArray[np.float32], threshold: float) -> list[tuple
         value = raster[part][row, column]
         best = np.lexsort((-value, far.round(6)))[0]
         chosen.append((int(row[best] + part[0].start), int(column[best] + part[1].start)))
-    return chosen[:n]
+    return chosen
 
 
 def write_detections(path: Path, detections: F64) -> None:
     """Write an official detection file: ``confidence,x,y`` a row, no header; empty where there are none.
 
     Confidences are float32's, so they are written exactly, and ties stay ties.
+
+    Examples
+    --------
+    >>> write_detections(Path("test_001.csv"), detect(heatmap, 0.243))                            # doctest: +SKIP
     """
     lines = (f"{float(p)!r},{int(x)},{int(y)}\n" for p, x, y in detections.tolist())
     with replacing(path) as file:

@@ -21,7 +21,6 @@ from wsi.store import PatchStore
 from wsi.units import Mpp
 
 F64 = npt.NDArray[np.float64]
-_IMAGES = (".tif", ".tiff", ".png")
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,10 @@ def scored_slides(folder: Path) -> dict[str, ScoredSlide]:
     ------
     EvaluationError
         No results there.
+
+    Examples
+    --------
+    >>> scored_slides(Path("results"))["slide_1"].heatmap().regions(0.5, bounds)                  # doctest: +SKIP
     """
     found = {}
     for path in sorted(folder.glob("*/result.json")):
@@ -91,6 +94,11 @@ def read_detections(path: Path) -> F64:
     ------
     EvaluationError
         Not three finite numbers a row, or a confidence outside 0 to 1; the line is named.
+
+    Examples
+    --------
+    >>> read_detections(Path("test_001.csv"))                                                     # doctest: +SKIP
+    array([[9.375e-01, 4.800e+04, 9.120e+03]])
     """
     rows = []
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -125,6 +133,11 @@ def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[s
     ------
     EvaluationError
         Not there, not UTF-8, rows of another length, or no rows.
+
+    Examples
+    --------
+    >>> read_rows(Path("labels.csv"))[0]                                                          # doctest: +SKIP
+    {'slide_id': 'a', 'label': '1'}
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -143,7 +156,13 @@ def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[s
 
 
 def unique(rows: Sequence[dict[str, str]], column: str, where: Path) -> dict[str, dict[str, str]]:
-    """Return rows by a column in which nothing may stand twice."""
+    """Return rows by a column in which nothing may stand twice.
+
+    Examples
+    --------
+    >>> unique([{"id": "a", "label": "1"}], "id", Path("labels.csv"))
+    {'a': {'id': 'a', 'label': '1'}}
+    """
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         name = row[column]
@@ -160,6 +179,11 @@ def annotation_of(folder: Path, slide_id: str) -> Path | None:
     ------
     EvaluationError
         Two files could be meant.
+
+    Examples
+    --------
+    >>> annotation_of(Path("annotations"), "tumor_001").name                                      # doctest: +SKIP
+    'Tumor_001.xml'
     """
     if folder.is_file():
         return folder
@@ -168,6 +192,17 @@ def annotation_of(folder: Path, slide_id: str) -> Path | None:
     if len(found) > 1:
         raise EvaluationError(found[0], f"and {found[1].name} both belong to {slide_id}", "Keep one")
     return found[0] if found else None
+
+
+def is_image(path: Path) -> bool:
+    """Whether an annotation file is a mask.
+
+    Examples
+    --------
+    >>> is_image(Path("tumor_001_mask.tif")), is_image(Path("tumor_001.xml"))
+    (True, False)
+    """
+    return path.suffix.lower() in (".tif", ".tiff", ".png")
 
 
 def lesion_mask(
@@ -181,9 +216,14 @@ def lesion_mask(
 ) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
     """Return where lesions are at one pixel in `downsample`, and what was taken for granted.
 
-    `size` may be None where nobody knows the slide's: the mask then reaches as far as the outlines do.
+    `size` may be None where nobody knows the slide's: the mask then reaches as far as the outlines do. `at` is where in
+    its pixel an outline is sampled, see ``rasterize``.
+
+    Examples
+    --------
+    >>> mask, notes = lesion_mask(Path("tumor_001.xml"), size=(97792, 221184), downsample=32)     # doctest: +SKIP
     """
-    if path.suffix.lower() in _IMAGES:
+    if is_image(path):
         values = read_mask(path, downsample=downsample, size=size)
         known = ROLES | {group.lower(): role for group, role in (roles or {}).items()}
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1

@@ -61,6 +61,12 @@ def evaluate_segmentation(results: Path, annotations: Path, *, config: Segmentat
     Raises
     ------
     EvaluationError, AnnotationError, StoreError
+
+    Examples
+    --------
+    >>> report = evaluate_segmentation(Path("results"), Path("annotations"))                      # doctest: +SKIP
+    >>> print(report.results["mean_dice"])                                                        # doctest: +SKIP
+    0.924 (0.901 to 0.944)
     """
     config = config or SegmentationConfig()
     slides = scored_slides(results)
@@ -158,6 +164,10 @@ def tile_cases(results: Path, annotations: Path, roles: Mapping[str, Role] | Non
     Raises
     ------
     EvaluationError, AnnotationError, StoreError
+
+    Examples
+    --------
+    >>> evaluate_table("patches", tile_cases(Path("results"), Path("annotations")))               # doctest: +SKIP
     """
     slides = scored_slides(results)
     ids: list[str] = []

@@ -118,6 +118,10 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     EvaluationError
         A case without a prediction, a name that stands twice, a score that is no finite number, a column that is not
         there.
+
+    Examples
+    --------
+    >>> cases, warnings = read_cases(Path("mine.csv"), Path("labels.csv"), TableConfig())         # doctest: +SKIP
     """
     rows = read_rows(labels)
     key = _id_column(rows[0], labels)
@@ -238,6 +242,14 @@ def evaluate_table(
     ------
     EvaluationError
         `other` is of other cases.
+
+    Examples
+    --------
+    >>> names = tuple("abcdef")
+    >>> cases = Cases(names, np.array([0, 0, 0, 1, 1, 1], bool), np.array([0.1, 0.2, 0.6, 0.4, 0.7, 0.9]), names)
+    >>> report = evaluate_table("slides", cases, config=TableConfig(n_bootstrap=100))
+    >>> round(report.results["auroc"].value, 3)
+    0.889
     """
     config = config or TableConfig()
     notes = list(warnings)
