@@ -202,6 +202,14 @@ def test_detections_that_are_none_are_refused(detections):
         match(None, *detections)
 
 
+def test_a_lesion_along_the_whole_border_is_filled():
+    """Its only background is a hole, which must not be taken for the outside."""
+    mask = np.ones((60, 60), bool)
+    mask[20:40, 20:40] = False
+    labels = official.evaluation_mask(mask.astype(np.uint8) * 255)
+    assert (find_lesions(mask).labels == labels).all() and labels.all()
+
+
 def test_one_mask_pixel_is_one_lesion_of_isolated_cells():
     mask = np.zeros((7, 7), bool)
     mask[3, 3] = True

@@ -118,11 +118,13 @@ def find_lesions(
 def _grow(mask: npt.NDArray[np.bool_], reach: float) -> npt.NDArray[np.bool_]:
     """Pixels nearer than `reach` to the mask: row by row, since a disc is a stack of lines."""
     grown = np.zeros_like(mask)
+    wide: dict[int, npt.NDArray[np.bool_]] = {}
     for dy in range(min(math.ceil(reach), len(mask))):
         dx = max(x for x in range(math.ceil(reach)) if math.sqrt(x * x + dy * dy) < reach)
-        wide = ndimage.maximum_filter1d(mask.view(np.uint8), 2 * dx + 1, axis=1, mode="constant").view(bool)
-        grown[dy:] |= wide[: len(wide) - dy]
-        grown[: len(wide) - dy] |= wide[dy:]
+        if dx not in wide:
+            wide[dx] = ndimage.maximum_filter1d(mask.view(np.uint8), 2 * dx + 1, axis=1, mode="constant").view(bool)
+        grown[dy:] |= wide[dx][: len(mask) - dy]
+        grown[: len(mask) - dy] |= wide[dx][dy:]
     return grown
 
 
@@ -133,6 +135,8 @@ def _fill_holes(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     for edge in (background[0], background[-1], background[:, 0], background[:, -1]):
         open_[edge] = True
     open_[0] = False
+    if open_[1:].all():
+        return mask
     return np.asarray(~open_[background])
 
 
