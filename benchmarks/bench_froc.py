@@ -4,10 +4,10 @@
     python benchmarks/bench_froc.py wsi FOLDER
     MONAI/bin/python benchmarks/bench_froc.py monai FOLDER      (a venv of its own: pip install monai scikit-image)
 
-49 of the slides hold tumours, on masks of 6,000 x 3,000 px (level 5 of a large slide). Times are CPU time of the computation,
-without reading the inputs. MONAI's parts are those that ``LesionFROC`` strings together, given the detections: its own
-suppression is left out, and normal slides skip its distance transform, which is undefined on an empty mask.
-Confidences are multiples of 1/4096, since its curve takes time by distinct confidence; ours does not.
+49 of the slides hold tumours, on masks of 6,000 x 3,000 px (level 5 of a large slide). Times are CPU time of the
+computation, without reading the inputs. MONAI's parts are those that ``LesionFROC`` strings together, given the
+detections: its own suppression is left out, and normal slides skip its distance transform, which is undefined on an
+empty mask. Confidences are multiples of 1/4096, since its curve takes time by distinct confidence; ours does not.
 """
 
 from __future__ import annotations
