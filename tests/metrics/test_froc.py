@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage import measure
 
 from tests.metrics import official
+from wsi.annotations import rasterize
 from wsi.metrics.froc import Lesions, SlideHits, find_lesions, froc, match
 
 
@@ -174,6 +177,29 @@ def test_a_draw_of_the_bootstrap_is_the_curve_of_those_slides(slides, seed):
     if froc(hits).score.value is not None and expected is not None:
         assert found.low == found.high == pytest.approx(expected, abs=1e-12)
         assert "1 of 1 draws" in found.method
+
+
+def test_real_lesions_are_counted_as_the_script_counts_them(data_dir: Path):
+    """Outlines of CAMELYON16 training slides: hundreds of lesions that merge, enclose each other and are tiny."""
+    n_lesions = n_itc = 0
+    with zipfile.ZipFile(data_dir / "camelyon/camelyon16_tumor_polygons_json.zip") as archive:
+        for name in ("Tumor_006.json", "Tumor_013.json", "Tumor_044.json", "Tumor_085.json"):
+            outlines = json.loads(archive.read(name))
+            parts = {
+                kind: [shapely.Polygon(p["vertices"]).buffer(0) for p in outlines[kind] if len(p["vertices"]) > 3]
+                for kind in ("positive", "negative")
+            }
+            area = shapely.union_all(parts["positive"]).difference(shapely.union_all(parts["negative"]))
+            left, top, right, bottom = area.bounds
+            area = shapely.transform(area, lambda xy, at=(left - 999, top - 999): xy - at)
+            mask = rasterize(area, (int(right - left) // 32 + 70, int(bottom - top) // 32 + 70), 32)
+            labels = official.evaluation_mask(mask.astype(np.uint8) * 255)
+            lesions = find_lesions(mask)
+            y, x = np.nonzero(labels)
+            assert len(lesions.itc) == labels.max() and (lesions.at(x * 32, y * 32) == labels[y, x]).all(), name
+            assert (np.flatnonzero(lesions.itc) + 1).tolist() == official.itc_labels(labels), name
+            n_lesions, n_itc = n_lesions + len(lesions.itc), n_itc + int(lesions.itc.sum())
+    assert n_lesions > 20 and 0 < n_itc < n_lesions
 
 
 def test_planted_defects_are_seen():
