@@ -64,6 +64,19 @@ def test_lesions_are_found_where_they_are(camelyon: Path, monkeypatch: pytest.Mo
         assert wrong["results"]["froc"]["value"] < right["results"]["froc"]["value"] - 0.15
 
 
+def test_a_third_slide_score(
+    camelyon: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on the very slides it is applied to: only that the commands fit together."""
+    words = ("--reference", camelyon / "reference.csv", "-o", camelyon / "forest")
+    assert wsi(monkeypatch, "train", "slide-features", camelyon / "results", *words) == 0
+    assert "2 slides, 1 positive\ncross-validated AUROC undefined: fewer than two" in capsys.readouterr().out
+    found = evaluated(camelyon, monkeypatch, "camelyon16", "xml", "--true-mpp", "--slide-model", camelyon / "forest")
+    assert found["results"]["auroc_random_forest"]["value"] == 1
+    rows = (camelyon / "out-camelyon16-xml/slide_scores.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["max_probability", "mil", "random_forest"]
+
+
 def test_regions_overlap_with_what_was_drawn(camelyon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = evaluated(camelyon, monkeypatch, "segmentation", "xml")
     assert right["results"]["pooled_iou"]["value"] > 0.6

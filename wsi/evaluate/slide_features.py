@@ -22,6 +22,7 @@ from wsi.errors import EvaluationError
 from wsi.evaluate.inputs import read_rows, scored_slides, unique
 from wsi.files import replacing, write_csv, write_json
 from wsi.heatmap import Heatmap
+from wsi.metrics.estimate import Estimate
 from wsi.metrics.roc import auroc
 
 F64 = npt.NDArray[np.float64]
@@ -67,7 +68,8 @@ def slide_features(heatmap: Heatmap, tissue_px: float, *, threshold: float = 0.5
     tissue = max(tissue_px / cell_px, 1.0)
     over = [np.count_nonzero(raster > t) / tissue for t in _THRESHOLDS]
     beyond = [float(np.maximum(raster - t, 0).sum()) / tissue for t in _THRESHOLDS]
-    regions = measure.regionprops(measure.label(raster > threshold, connectivity=2), raster) if raster.size else []  # type: ignore[no-untyped-call]
+    labels = measure.label(raster > threshold, connectivity=2)  # type: ignore[no-untyped-call]
+    regions = measure.regionprops(labels, raster) if raster.size else []  # type: ignore[no-untyped-call]
     regions = sorted(regions, key=lambda region: (-region.area, region.label))
     local = [_local(regions[i]) if i < len(regions) else [0.0] * len(_LOCAL) for i in range(2)]
     return np.array([*over, *beyond, *local[0], *local[1]], np.float64)
@@ -287,7 +289,8 @@ def train_slide_features(
         The official ``reference.csv`` (slide, Tumor or Normal, ...; no header), or a CSV with the columns slide_id and
         label, 1 or 0.
     out : Path
-        config.json, forest.npz, and features.csv with the cross-validated probability of each slide.
+        config.json, forest.npz, and features.csv with the cross-validated probability of each slide (empty where a
+        class has one slide only).
     threshold, n_trees, max_depth, folds, seed
 
     Returns
@@ -313,12 +316,18 @@ def train_slide_features(
     y = np.array(list(labels.values()), np.intp)
     options: dict[str, Any] = {"threshold": threshold, "n_trees": n_trees, "max_depth": max_depth, "seed": seed}
     forest = train_forest(rows, y, **options)
-    held = cross_validated(rows, y, folds=folds, **options)
-    area = auroc(y, held)
+    fewest = int(min(y.sum(), len(y) - y.sum()))
+    if fewest >= 2:
+        held = cross_validated(rows, y, folds=min(folds, fewest), **options)
+        area = auroc(y, held)
+    else:
+        held = np.full(len(y), np.nan)
+        area = Estimate.undefined("fewer than two slides of a class: nothing to cross-validate on", len(y))
     facts = {**forest.facts, "folds": folds, "cross_validated_auroc": area.json()}
     replace(forest, facts=facts).save(out)
     table = [
-        {"slide_id": name, "label": int(label), "cross_validated": p, **dict(zip(FEATURES, row, strict=True))}
+        {"slide_id": name, "label": int(label), "cross_validated": p if fewest >= 2 else None}
+        | dict(zip(FEATURES, row, strict=True))
         for name, label, p, row in zip(labels, y, held.tolist(), rows.tolist(), strict=True)
     ]
     write_csv(out / "features.csv", list(table[0]), table)
