@@ -14,7 +14,8 @@ from tests.annotations.make import asap_xml, mask_tiff
 from tests.evaluate.make import scored
 from tests.metrics import official
 from wsi.errors import AnnotationError, EvaluationError
-from wsi.evaluate.camelyon16 import Camelyon16Config, evaluate_camelyon16
+from wsi.evaluate.camelyon16 import evaluate_camelyon16
+from wsi.evaluate.camelyon16_slides import Camelyon16Config
 from wsi.evaluate.detect import DetectConfig
 from wsi.evaluate.report import write_report
 

@@ -10,8 +10,9 @@ import pytest
 
 from tests.evaluate.make import scored
 from wsi.errors import EvaluationError
+from wsi.evaluate.cases import TableConfig, read_cases
 from wsi.evaluate.report import write_report
-from wsi.evaluate.tables import TableConfig, evaluate_table, read_cases
+from wsi.evaluate.tables import evaluate_table
 
 QUICK = TableConfig(n_bootstrap=100)
 

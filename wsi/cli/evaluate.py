@@ -70,7 +70,8 @@ def camelyon16(
 
       wsi evaluate camelyon16 detections --masks evaluation_masks -o evaluation
     """
-    from wsi.evaluate.camelyon16 import Camelyon16Config, evaluate_camelyon16
+    from wsi.evaluate.camelyon16 import evaluate_camelyon16
+    from wsi.evaluate.camelyon16_slides import Camelyon16Config
     from wsi.evaluate.detect import DetectConfig
     from wsi.evaluate.slide_features import load_forest
 
@@ -163,7 +164,8 @@ def slides(
 
       wsi evaluate slides predictions.csv --labels train.csv --isup --label gleason_score -o evaluation
     """
-    from wsi.evaluate.tables import TableConfig, evaluate_table, read_cases
+    from wsi.evaluate.cases import TableConfig, read_cases
+    from wsi.evaluate.tables import evaluate_table
 
     config = TableConfig(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold,
@@ -204,8 +206,9 @@ def patches(
 
       wsi evaluate patches results --annotations outlines -o evaluation
     """
+    from wsi.evaluate.cases import TableConfig, read_cases
     from wsi.evaluate.segmentation import tile_cases
-    from wsi.evaluate.tables import TableConfig, evaluate_table, read_cases
+    from wsi.evaluate.tables import evaluate_table
 
     config = TableConfig(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold, 0, False, bootstrap, seed

@@ -4,76 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
-from wsi.evaluate.detect import F64, DetectConfig, detect, write_detections
-from wsi.evaluate.inputs import (
-    ScoredSlide,
-    annotation_of,
-    is_image,
-    lesion_mask,
-    read_detections,
-    read_rows,
-    scored_slides,
-    unique,
-)
-from wsi.evaluate.report import Report, data_hash, leaderboard, packaged_rows
+from wsi.evaluate.camelyon16_slides import Camelyon16Config, Case, exclusions_of, read_slides
+from wsi.evaluate.detect import F64
+from wsi.evaluate.inputs import is_image, lesion_mask
+from wsi.evaluate.report import Report, data_hash, leaderboard
 from wsi.evaluate.slide_features import Forest, slide_features
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.compare import auroc_difference
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.froc import OFFICIAL_DOWNSAMPLE, OFFICIAL_MPP, PER_SLIDE, SlideHits, find_lesions, froc, match
 from wsi.metrics.roc import auprc, auroc
-
-
-@dataclass(frozen=True)
-class Camelyon16Config:
-    """How a set of slides is evaluated.
-
-    Attributes
-    ----------
-    detect : DetectConfig
-    fp : str
-        Which false positives the headline FROC counts: "all" (the organisers' script) or "normal" (JAMA 2017). Both are
-        reported.
-    true_mpp : bool
-        Use each slide's own microns per pixel instead of the official 0.243, and masks of about 7.8 um a pixel.
-    exclusions : Path, optional
-        A CSV with the columns slide, task (all, lesion or note), issue, source; None for the one that ships.
-    exclude : bool
-        Whether any slide is left out.
-    roles : mapping of group to "lesion", "hole" or "ignore"
-    n_bootstrap, seed : int
-    """
-
-    detect: DetectConfig = field(default_factory=DetectConfig)
-    fp: str = "all"
-    true_mpp: bool = False
-    exclusions: Path | None = None
-    exclude: bool = True
-    roles: Mapping[str, Role] = field(default_factory=dict)
-    n_bootstrap: int = 2000
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A slide: what was found on it, and what is there."""
-
-    slide_id: str
-    detections: F64
-    scored: ScoredSlide | None
-    annotation: Path | None
-    tumour: bool | None
-    """What the reference says; None without one."""
-    size_class: str
 
 
 def evaluate_camelyon16(
@@ -117,8 +66,8 @@ def evaluate_camelyon16(
     0.807 (0.732 to 0.889)
     """
     config = config or Camelyon16Config()
-    cases, warnings = _cases(results, annotations, out, reference, config)
-    excluded, exclusions = _exclusions(cases, config)
+    cases, warnings = read_slides(results, annotations, out, reference, config)
+    excluded, exclusions = exclusions_of(cases, config)
     hits: dict[str, SlideHits] = {}
     lesions: list[dict[str, Any]] = []
     for case in cases:
@@ -136,28 +85,9 @@ def evaluate_camelyon16(
 
     truth = np.array([hits[c.slide_id].has_lesions if c.tumour is None else c.tumour for c in kept], bool)
     scores = _slide_scores(kept, forest)
-    table, usable = [], {}
-    for name, values in scores.items():
-        missing = [case.slide_id for case, value in zip(kept, values, strict=True) if value is None]
-        if missing:
-            area = Estimate.undefined(f"{len(missing)} slides have no such score, {missing[0]} for one", len(kept))
-        else:
-            usable[name] = np.array(values, np.float64)
-            area = auroc(truth, usable[name])
-        table.append({"slide_score": name, **area.json()})
-        results_[f"auroc_{name}"] = area
-        if name in usable:
-            results_[f"auprc_{name}"] = auprc(truth, usable[name])
-    if "max_probability" in usable:
-        highest = usable["max_probability"]
-        results_["auroc_max_probability_bootstrap"] = bootstrap(
-            lambda rows: auroc(truth[rows], highest[rows]).value,
-            range(len(truth)), strata=truth.tolist(), n_draws=config.n_bootstrap, seed=config.seed, unit="slides",
-        )  # fmt: skip
-        results_ |= _by_size(kept, truth, highest)
-        for name in usable:
-            if name != "max_probability":
-                results_[f"auroc_{name}_less_max_probability"] = auroc_difference(truth, usable[name], highest).estimate
+    usable = {n: np.array(v, np.float64) for n, v in scores.items() if not any(each is None for each in v)}
+    results_ |= _slide_results(kept, truth, scores, usable, config)
+    table = [{"slide_score": name, **results_[f"auroc_{name}"].json()} for name in scores]
 
     if head.n_lesions and all((each.hits > 0).all() for each in for_froc):
         warnings.append("no lesion was missed, so the official curve leaves out its last point: the lowest confidence")
@@ -183,9 +113,10 @@ def evaluate_camelyon16(
         pictures.append(plots.froc_plot({f"FP of {fp} slides": curve for fp, curve in curves.items() if curve.at}))
     if usable and 0 < truth.sum() < len(truth):
         pictures.append(plots.roc_plot({f"{n} {results_[f'auroc_{n}']}": (truth, v) for n, v in usable.items()}))
-    best = max((e for n, e in results_.items() if n in {f"auroc_{s}" for s in usable} and e.value is not None),
-               key=lambda e: e.value or 0, default=Estimate.undefined("no slide score"))  # fmt: skip
-    protocol = _protocol(config, reference)
+    # Declared, not chosen by how well it does here.
+    headline = next((name for name in ("random_forest", "mil", "max_probability") if name in usable), "max_probability")
+    best = results_[f"auroc_{headline}"]
+    protocol = _protocol(config, reference) | {"slide_score_on_the_leaderboard": headline}
     counted = f"{len(for_froc)} slides, {head.n_lesions} lesions"
     return Report(
         "camelyon16",
@@ -216,96 +147,8 @@ def evaluate_camelyon16(
     )
 
 
-def _cases(
-    results: Path, annotations: Path, out: Path, reference: Path | None, config: Camelyon16Config
-) -> tuple[list[_Case], list[str]]:
-    """Bring results, annotations and reference together; write the detection files of heatmaps."""
-    warnings: list[str] = []
-    scored: dict[str, ScoredSlide] = {}
-    files: dict[str, Path] = {}
-    if not annotations.exists():
-        raise EvaluationError(annotations, "there is no such file or folder", "Give the folder of annotations or masks")
-    if not results.is_dir():
-        raise EvaluationError(results, "is no folder", "Give a results folder, or a folder of detection files")
-    if (results / "run.json").exists():
-        scored = scored_slides(results)
-        failed = sorted(path.parent.name for path in results.glob("*/failure.json"))
-        if failed:
-            warnings.append(f"{len(failed)} slides failed and are left out, {failed[0]} for one: see failures.csv")
-    else:
-        files = {path.stem: path for path in sorted(results.glob("*.csv"))}
-    names = {name.lower(): name for name in (*scored, *files)}
-    labels: dict[str, dict[str, str]] = {}
-    if reference is not None:
-        rows = read_rows(reference, header=("slide", "label", "type", "size"))
-        labels = {name.removesuffix(".tif").lower(): row for name, row in unique(rows, "slide", reference).items()}
-        wrong = sorted({row["label"] for row in labels.values()} - {"Tumor", "Normal"})
-        if wrong:
-            raise EvaluationError(
-                reference, f"says {wrong[0]!r} of a slide", "Columns: slide, Tumor or Normal, type, size"
-            )
-        missing = sorted(set(labels) - set(names) - _out_of_all(config))
-        if missing:
-            raise EvaluationError(
-                results,
-                f"holds no results of {len(missing)} slides of the reference, {missing[0]} for one",
-                "Score them; a slide without detections needs an empty file, or it is missing in the denominator",
-            )
-        extra = sorted(set(names) - set(labels))
-        if extra:
-            warnings.append(f"{len(extra)} slides are not in the reference and are left out, {extra[0]} for one")
-            names = {low: name for low, name in names.items() if low in labels}
-    if annotations.is_file() and len(names) > 1:
-        raise EvaluationError(annotations, f"is one file, and there are {len(names)} slides", "Give the folder")
-    if not names:
-        raise EvaluationError(results, "holds no detection files", "One <slide>.csv a slide, empty ones too")
-    if scored:
-        (out / "detections").mkdir(parents=True, exist_ok=True)
-    cases = []
-    for low, name in names.items():
-        slide = scored.get(name)
-        if slide is not None:
-            found = detect(slide.heatmap(), slide.mpp, config.detect)
-            write_detections(out / "detections" / f"{name}.csv", found)
-        else:
-            found = read_detections(files[name])
-            if len(found) > len(np.unique(found, axis=0)):
-                warnings.append(f"{name}: some detections stand there twice, and count twice")
-        label = labels.get(low)
-        tumour = None if label is None else label["label"] == "Tumor"
-        size_class = "" if label is None else label["size"].lower()
-        cases.append(_Case(name, found, slide, annotation_of(annotations, name), tumour, size_class))
-    bare = [case.slide_id for case in cases if case.annotation is None and case.tumour is None]
-    if bare:
-        warnings.append(f"{len(bare)} slides without an annotation file are taken for normal, {bare[0]} for one")
-    return cases, warnings
-
-
-def _exclusion_rows(config: Camelyon16Config) -> list[dict[str, str]]:
-    if not config.exclude:
-        return []
-    rows = read_rows(config.exclusions) if config.exclusions else packaged_rows("camelyon16_exclusions")
-    wrong = [row for row in rows if row.get("task") not in ("all", "lesion", "note") or not row.get("slide")]
-    if wrong:
-        raise EvaluationError(
-            config.exclusions or "", f"holds a row that says nothing: {wrong[0]}", "task: all, lesion, note"
-        )
-    return rows
-
-
-def _out_of_all(config: Camelyon16Config) -> set[str]:
-    return {row["slide"].lower() for row in _exclusion_rows(config) if row["task"] == "all"}
-
-
-def _exclusions(cases: list[_Case], config: Camelyon16Config) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Which slides are left out of what, and the rows that say why."""
-    names = {case.slide_id.lower(): case.slide_id for case in cases}
-    rows = [row for row in _exclusion_rows(config) if row["slide"].lower() in names]
-    return {names[row["slide"].lower()]: row["task"] for row in rows if row["task"] != "note"}, rows
-
-
 def _match(
-    case: _Case, config: Camelyon16Config, lesions: list[dict[str, Any]], warnings: list[str], *, partly: bool
+    case: Case, config: Camelyon16Config, lesions: list[dict[str, Any]], warnings: list[str], *, partly: bool
 ) -> SlideHits:
     """Match a slide's detections with its lesions; `partly` where not all of those are annotated."""
     size = case.scored.size if case.scored else None
@@ -350,7 +193,7 @@ def _match(
     return hits
 
 
-def _slide_scores(cases: list[_Case], forest: Forest | None) -> dict[str, list[float | None]]:
+def _slide_scores(cases: list[Case], forest: Forest | None) -> dict[str, list[float | None]]:
     """Every way to score a slide that is there; None where a slide has no such score."""
     scores: dict[str, list[float | None]] = {"max_probability": []}
     for case in cases:
@@ -368,7 +211,38 @@ def _slide_scores(cases: list[_Case], forest: Forest | None) -> dict[str, list[f
     return scores
 
 
-def _by_size(cases: list[_Case], truth: Any, values: F64) -> dict[str, Estimate]:
+def _slide_results(
+    cases: list[Case],
+    truth: npt.NDArray[np.bool_],
+    scores: Mapping[str, list[float | None]],
+    usable: Mapping[str, F64],
+    config: Camelyon16Config,
+) -> dict[str, Estimate]:
+    """AUROC and AUPRC of every slide score, and how each differs from the highest probability."""
+    out: dict[str, Estimate] = {}
+    for name, values in scores.items():
+        if name in usable:
+            out |= {f"auroc_{name}": auroc(truth, usable[name]), f"auprc_{name}": auprc(truth, usable[name])}
+        else:
+            bare = [case.slide_id for case, value in zip(cases, values, strict=True) if value is None]
+            what = f"{len(bare)} slides have no such score, {bare[0]} for one"
+            out[f"auroc_{name}"] = Estimate.undefined(what, len(cases))
+    highest = usable["max_probability"]
+    out["auroc_max_probability_bootstrap"] = bootstrap(
+        lambda rows: auroc(truth[rows], highest[rows]).value,
+        range(len(truth)),
+        strata=truth.tolist(),
+        n_draws=config.n_bootstrap,
+        seed=config.seed,
+        unit="slides",
+    )
+    for name in usable:
+        if name != "max_probability":
+            out[f"auroc_{name}_less_max_probability"] = auroc_difference(truth, usable[name], highest).estimate
+    return out | _by_size(cases, truth, highest)
+
+
+def _by_size(cases: list[Case], truth: Any, values: F64) -> dict[str, Estimate]:
     """AUROC of slides with each size of lesion against all normal ones."""
     sizes = np.array([case.size_class for case in cases])
     out = {}

@@ -15,9 +15,9 @@ import shapely
 from wsi.annotations import lesion_area, rasterize, read_annotations
 from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
+from wsi.evaluate.cases import Cases
 from wsi.evaluate.inputs import ScoredSlide, annotation_of, lesion_mask, scored_slides
 from wsi.evaluate.report import Report, data_hash
-from wsi.evaluate.tables import Cases
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.overlap import dice, hausdorff, iou
