@@ -1,17 +1,32 @@
 # make demo   install into .venv and score a synthetic slide
 # make test   install if needed and run the tests
+# make camelyon-phantom   40 synthetic slides in the files of CAMELYON: train, score, evaluate, compare with the truth
 # make lint   what CI asks of the code's form
 # make bench-peers   other programs into .venv-peers, and wsi beside them
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench-peers clean
+.PHONY: demo test lint bench-peers camelyon-phantom clean
+PHANTOM := camelyon-phantom
 
 demo: .venv/installed
 	$(BIN)/wsi demo -o demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+camelyon-phantom: .venv/installed
+	$(BIN)/python benchmarks/camelyon_phantom.py $(PHANTOM)
+	$(BIN)/wsi score $(PHANTOM)/train/slides --model phantom -o $(PHANTOM)/train/results
+	$(BIN)/wsi train slide-features $(PHANTOM)/train/results --reference $(PHANTOM)/train/reference.csv \
+		-o $(PHANTOM)/slide-model
+	$(BIN)/wsi score $(PHANTOM)/test/slides --model phantom -o $(PHANTOM)/test/results
+	$(BIN)/wsi evaluate camelyon16 $(PHANTOM)/test/results --annotations $(PHANTOM)/test/annotations --true-mpp \
+		--reference $(PHANTOM)/test/reference.csv --slide-model $(PHANTOM)/slide-model -o $(PHANTOM)/camelyon16
+	$(BIN)/wsi evaluate camelyon17 $(PHANTOM)/test/results --reference $(PHANTOM)/test/stages.csv -o $(PHANTOM)/camelyon17
+	$(BIN)/wsi evaluate segmentation $(PHANTOM)/test/results --annotations $(PHANTOM)/test/annotations \
+		-o $(PHANTOM)/segmentation
+	$(BIN)/python benchmarks/camelyon_phantom.py $(PHANTOM) --check
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -45,4 +60,4 @@ PEERS := benchmarks/compare/requirements-peers
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers build demo
+	rm -rf .venv .venv-peers build demo camelyon-phantom

@@ -16,9 +16,10 @@ import tifffile
 
 from wsi import native
 from wsi.errors import OutputError
+from wsi.heatmap import major_axis_um
 from wsi.phantom import PhantomConfig, Truth, write_phantom
 from wsi.slide import Slide, open_slide
-from wsi.units import Box
+from wsi.units import Box, Mpp
 
 #: Not whole tiles, and not whole pixels at the upper levels.
 CONFIG = PhantomConfig(size=(3003, 2101), seed=5, tumours=2)
@@ -256,3 +257,19 @@ def test_impossible_configurations_are_refused(arguments, word):
 def test_tumours_without_room_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no room for 100 tumours"):
         write_phantom(tmp_path / "a.svs", PhantomConfig(size=(1024, 1024), tumours=100))
+
+
+def test_tumours_of_given_length(tmp_path):
+    lengths = (700.0, 450.0, 140.0)
+    config = PhantomConfig(size=(4096, 4096), mpp=1.0, seed=3, tumours=1, tumour_um=lengths)
+    truth = write_phantom(tmp_path / "a.svs", config)
+    found = [major_axis_um(outline, Mpp(1, 1)) for outline in truth.tumours.geoms]
+    assert found[:3] == pytest.approx(lengths, rel=0.12) and len(found) == 4
+    assert truth.tissue.buffer(1).contains(truth.tumours)
+    parts = list(truth.tumours.geoms)[:3]
+    assert min(a.distance(b) for i, a in enumerate(parts) for b in parts[:i]) > 149
+    for wrong in ((50.0,), (3000.0,)):
+        with pytest.raises(ValueError, match=r"tumour_um\[0\]"):
+            PhantomConfig(size=(4096, 4096), mpp=1.0, tumour_um=wrong)
+    with pytest.raises(ValueError, match="no room"):
+        write_phantom(tmp_path / "b.svs", PhantomConfig(size=(1024, 1024), mpp=1.0, tumours=0, tumour_um=(500.0,) * 9))

@@ -15,6 +15,8 @@
     |   `-- ModelNotFound            also LookupError
     |-- ConfigMismatch               also ValueError   a results folder of another configuration
     |-- ManifestError                also ValueError   a manifest row that cannot be used
+    |-- AnnotationError              also ValueError   outlines or a mask that cannot be used
+    |-- EvaluationError              also ValueError   results and a reference that cannot be compared
     `-- OutputError                  also OSError      results cannot be written
 
 Each one says where, what, and what to do; each also is the builtin a stranger would catch.
@@ -96,6 +98,14 @@ class ConfigMismatch(WsiError, ValueError):
 
 class ManifestError(WsiError, ValueError):
     """A manifest that cannot be used; the row is named."""
+
+
+class AnnotationError(WsiError, ValueError):
+    """An annotation file or mask that cannot be used."""
+
+
+class EvaluationError(WsiError, ValueError):
+    """Results and a reference that cannot be compared; what is missing is named."""
 
 
 class OutputError(WsiError, OSError):

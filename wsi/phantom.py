@@ -59,6 +59,8 @@ class PhantomConfig:
         Of shapes, textures and stain colours; not negative.
     tumours : int
         Number of tumour regions, 0 (a benign slide) to 100.
+    tumour_um : tuple of float
+        Lengths of further tumours in microns, 60 to half the slide each: about their longest diameter.
     pen : bool
         Draw a green, a blue and a black pen stroke.
     tile_px : int
@@ -76,17 +78,25 @@ class PhantomConfig:
     mpp: float = 0.5
     seed: int = 0
     tumours: int = 3
+    tumour_um: tuple[float, ...] = ()
     pen: bool = False
     tile_px: int = 256
     quality: int = 80
 
     def __post_init__(self) -> None:
         width, height = self.size
-        ranges = {"width": (width, 1024, 100_000), "height": (height, 1024, 100_000), "mpp": (self.mpp, 0.1, 1)}
+        ranges: dict[str, tuple[float, float, float]] = {
+            "width": (width, 1024, 100_000),
+            "height": (height, 1024, 100_000),
+            "mpp": (self.mpp, 0.1, 1),
+        }
         ranges |= {"seed": (self.seed, 0, 2**63), "tumours": (self.tumours, 0, 100)}
         ranges |= {"tile_px": (self.tile_px, 64, 1024), "quality": (self.quality, 1, 100)}
+        longest = 0.5 * min(self.size) * self.mpp
+        ranges |= {f"tumour_um[{i}]": (length, 60, longest) for i, length in enumerate(self.tumour_um)}
         for name, (value, low, high) in ranges.items():
-            if not low <= value <= high or (name != "mpp" and value != int(value)):
+            whole = name != "mpp" and not name.startswith("tumour_um")
+            if not low <= value <= high or (whole and value != int(value)):
                 raise ValueError(f"phantom: {name}={value!r}, and {low} to {high} is possible")
         if self.tile_px % _COARSE_PX:
             raise ValueError(f"phantom: tile_px={self.tile_px!r} is not a multiple of {_COARSE_PX}")
@@ -277,11 +287,15 @@ def _lay_tissue(rng: np.random.Generator, size: tuple[int, int]) -> list[_Blob]:
 def _lay_tumours(
     rng: np.random.Generator, config: PhantomConfig, tissue: list[shapely.Polygon]
 ) -> tuple[list[_Blob], list[shapely.Polygon]]:
-    """Put tumours into the tissue, apart from each other, each try a little smaller."""
+    """Put tumours into the tissue, apart from each other, each try a little smaller; first those of given length."""
     blobs: list[_Blob] = []
     outlines: list[shapely.Polygon] = []
+    for length in sorted(config.tumour_um, reverse=True):
+        blob, outline = _lay_tumour_of(length / config.mpp, rng, config, tissue, outlines)
+        blobs.append(blob)
+        outlines.append(outline)
     radius = 0.12 * min(config.size)
-    while len(blobs) < config.tumours:
+    while len(blobs) < config.tumours + len(config.tumour_um):
         radius *= 0.995
         if radius < 30 / config.mpp:
             raise ValueError(f"phantom: no room for {config.tumours} tumours on {config.size[0]} x {config.size[1]} px")
@@ -293,6 +307,26 @@ def _lay_tumours(
             blobs.append(blob)
             outlines.append(outline)
     return blobs, outlines
+
+
+def _lay_tumour_of(
+    length: float,
+    rng: np.random.Generator,
+    config: PhantomConfig,
+    tissue: list[shapely.Polygon],
+    others: list[shapely.Polygon],
+) -> tuple[_Blob, shapely.Polygon]:
+    """Put one tumour of `length` pixels wholly into the tissue, 150 um and more from others."""
+    for _ in range(2000):
+        short = length * rng.uniform(0.7, 0.95)
+        axes = np.array((length, short) if rng.random() < 0.5 else (short, length)) / 2
+        blob = _Blob(rng, rng.uniform(axes, np.array(config.size) - axes), axes, power=2, wobble=0.03)
+        outline = shapely.Polygon(blob.outline())
+        if any(piece.contains(outline) for piece in tissue) and all(
+            outline.distance(other) > 150 / config.mpp for other in others
+        ):
+            return blob, outline
+    raise ValueError(f"phantom: no room for a tumour of {length * config.mpp:g} um")
 
 
 def _draw_strokes(

@@ -339,6 +339,7 @@ def _numbers(
         warnings.append(
             f"the slide has {max(slide.mpp):.4g} microns per pixel, the model wants {model.mpp:g}: patches are enlarged"
         )
+    mil_positive = mil.config.positive_classes if mil else ()
     if slide_scores is None:
         reasons["grade"] = "no MIL model" if mil is None else nothing
     if not positive:
@@ -362,6 +363,11 @@ def _numbers(
             if mil
             else None
         ),
+        "positive_probability": (
+            rounded(sum(float(slide_scores.probabilities[mil.config.class_names.index(n)]) for n in mil_positive))
+            if mil and slide_scores and mil_positive
+            else None
+        ),
         "n_tiles": len(grid),
         "tissue_mm2": rounded(tissue.area_mm2),
         "positive_mm2": None
@@ -370,6 +376,7 @@ def _numbers(
         "largest_region_um": None
         if "largest_region_um" in reasons
         else rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)),
+        "class_names": list(model.class_names),
         "positive_classes": list(positive),
         "threshold": threshold,
         "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),

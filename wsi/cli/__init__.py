@@ -9,9 +9,11 @@ import typer
 
 from wsi.cli.demo import demo
 from wsi.cli.doctor import doctor
+from wsi.cli.evaluate import evaluate
 from wsi.cli.info import info
 from wsi.cli.score import score
 from wsi.cli.tile import tile
+from wsi.cli.train import train
 from wsi.errors import WsiError
 
 app = typer.Typer(
@@ -25,6 +27,8 @@ app = typer.Typer(
 )
 for verb in (score, tile, info, demo, doctor):
     app.command()(verb)
+for group in (evaluate, train):
+    app.add_typer(group)
 
 
 def main() -> None:

@@ -1,0 +1,263 @@
+"""Annotations of real programs, and files that are none."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.annotations.make import asap_xml, mask_tiff
+from wsi.annotations import Annotation, lesion_area, rasterize, read_annotations, read_mask
+from wsi.errors import AnnotationError
+
+SQUARE = shapely.box(100, 200, 300, 260)
+
+
+def test_asap_orders_points_and_keeps_groups(tmp_path: Path):
+    cross = shapely.Polygon([(0, 0), (40, 0), (40, 10), (20, 5)])
+    found = read_annotations(asap_xml(tmp_path / "a.xml", [(SQUARE, "_0"), (cross, "None")]))
+    assert [a.group for a in found] == ["_0", ""] and found[0].name == "Annotation 0"
+    assert found[0].geometry.equals(SQUARE) and found[1].geometry.equals(cross)
+    spline = read_annotations(asap_xml(tmp_path / "s.xml", [(SQUARE, "_2")], kind="Spline"))
+    assert spline[0].geometry.equals(SQUARE)
+
+
+def test_real_files_of_asap(data_dir: Path):
+    folder = data_dir / "annotations"
+    (dot,) = read_annotations(folder / "wsidicom/asap/asap-dot.xml")
+    assert dot.geometry.geom_type == "Point"
+    (polygon,) = read_annotations(folder / "wsidicom/asap/asap-polygon.xml")
+    assert polygon.geometry.is_valid and len(polygon.geometry.exterior.coords) == 7
+    assert polygon.geometry.bounds == pytest.approx((22693.1875, 16551.1797, 23067.4531, 16710.6367))
+    kinds = {}
+    for name in ("classification", "detection", "segmentation"):
+        found = read_annotations(folder / f"wsiprocess_asap/CMU-1_{name}.xml")
+        assert found and all(a.geometry.is_valid for a in found)
+        kinds[name] = [a.geometry.geom_type for a in found]
+    assert kinds["segmentation"] == ["Polygon"] * 4
+    # One "polygon" of this real file is a single click: kept, as the point it is.
+    assert kinds["detection"].count("Point") + kinds["classification"].count("Point") >= 1
+
+
+def test_one_slide_as_xml_and_as_geojson(data_dir: Path):
+    folder = data_dir / "patches/idc_mosaic_slides"
+    xml = lesion_area(read_annotations(folder / "idc_14082_tumor_asap.xml")).geometry
+    geojson = read_annotations(folder / "idc_14082_tumor.geojson")
+    roles = {annotation.group: "lesion" for annotation in geojson}
+    assert xml.symmetric_difference(lesion_area(geojson, roles=roles).geometry).area == 0
+    labels = np.asarray(Image.open(folder / "idc_14082_grid50_labels.png"))
+    assert (rasterize(xml, (56, 47), 50.0, at=0.5) == (labels == 2)).all()
+
+
+def test_real_files_of_qupath(data_dir: Path):
+    folder = data_dir / "annotations/wsidicom/qupath_geojson"
+    kinds = {path.stem: [a.geometry.geom_type for a in read_annotations(path)] for path in folder.glob("*.json")}
+    assert kinds["qupath-point"] == ["Point"] and kinds["qupath-line"] == ["LineString"]
+    assert kinds["qupath-rectangle"] == ["Polygon"]
+    (box,) = read_annotations(folder / "qupath-rectangle.json", origin=(1000, 50))
+    assert box.geometry.bounds == (27268, 15348, 27478, 15524)
+
+
+def test_polygons_of_a_hundred_camelyon_slides_survive_our_xml(data_dir: Path, tmp_path: Path):
+    """Real lesions, written as ASAP's XML and read again: the union of positives less the negatives."""
+    with zipfile.ZipFile(data_dir / "camelyon/camelyon16_tumor_polygons_json.zip") as archive:
+        for name in archive.namelist()[::10]:
+            outlines = json.loads(archive.read(name))
+            shapes = [
+                (shapely.Polygon(part["vertices"]), group)
+                for kind, group in (("positive", "_0"), ("negative", "_2"))
+                for part in outlines[kind]
+                if len(part["vertices"]) > 3
+            ]
+            area = lesion_area(read_annotations(asap_xml(tmp_path / "a.xml", shapes))).geometry
+            buffered = [(shape.buffer(0) if not shape.is_valid else shape, group) for shape, group in shapes]
+            expected = shapely.union_all([s for s, g in buffered if g == "_0"]).difference(
+                shapely.union_all([s for s, g in buffered if g == "_2"])
+            )
+            assert area.is_valid and area.area == pytest.approx(expected.area, rel=1e-3), name
+
+
+def test_geojson_of_all_shapes(tmp_path: Path):
+    path = tmp_path / "a.geojson.gz"
+    geometry = shapely.geometry.mapping(SQUARE)
+    features = [
+        {
+            "type": "Feature",
+            "geometry": geometry,
+            "properties": {"classification": {"name": "Tumor", "color": [1, 2, 3]}},
+        },
+        {"type": "Feature", "geometry": geometry, "properties": {"classification": {"names": ["Tumor", "In situ"]}}},
+        {"type": "Feature", "geometry": geometry, "properties": {"classification": "Stroma", "name": "x"}},
+        {"type": "Feature", "geometry": geometry},
+        {"type": "GeometryCollection", "geometries": [geometry, {"type": "Point", "coordinates": [1, 2]}]},
+    ]
+    path.write_bytes(gzip.compress(json.dumps({"type": "FeatureCollection", "features": features}).encode()))
+    found = read_annotations(path)
+    assert [a.group for a in found] == ["Tumor", "Tumor: In situ", "Stroma", "", "", ""]
+    assert found[2].name == "x" and found[-1].geometry.geom_type == "Point"
+
+
+# --- masks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tumour", [1, 255])
+@pytest.mark.parametrize("levels", [1, 4])
+def test_masks_of_either_value(tmp_path: Path, tumour: int, levels: int):
+    mask = np.zeros((256, 512), np.uint8)
+    mask[64:128, 200:300] = tumour
+    path = mask_tiff(tmp_path / "a.tif", mask, levels=levels)
+    assert (read_mask(path, downsample=8) == mask[::8, ::8]).all()
+    found = read_annotations(path)
+    assert lesion_area(found).geometry.equals(shapely.box(200, 64, 300, 128))
+    assert read_mask(path, downsample=8, size=(512, 256)).shape == (32, 64)
+    assert read_mask(path, downsample=32, size=(2048, 1024)).shape == (32, 64), "a mask at a quarter of the slide"
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path: Path):
+    path = mask_tiff(tmp_path / "a.tif", np.zeros((256, 512), np.uint8))
+    for size in ((256 + 700, 512 + 700), (5120, 256), (512 * 3 + 900, 256 * 3)):
+        with pytest.raises(AnnotationError, match="the slide"):
+            read_mask(path, size=size)
+    with pytest.raises(AnnotationError, match="finer"):
+        read_mask(path, downsample=2, size=(2048, 1024))
+
+
+def test_masks_as_png_and_in_colour(tmp_path: Path):
+    mask = np.zeros((40, 60, 3), np.uint8)
+    mask[10:20, 5:9, 0] = 255
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    assert (read_mask(tmp_path / "a.png", downsample=1) == mask[..., 0]).all()
+    assert read_annotations(tmp_path / "a.png")[0].group == "255"
+
+
+def test_masks_that_are_none_are_refused(tmp_path: Path):
+    (tmp_path / "a.tif").write_bytes(b"II*\0 nothing")
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    mask_tiff(tmp_path / "c.tif", np.zeros((64, 64), np.float32))
+    for name in ("a.tif", "b.png", "c.tif"):
+        with pytest.raises(AnnotationError):
+            read_mask(tmp_path / name, downsample=1)
+    for name in ("none.tif", "none.png", "none.xml", "none.geojson"):
+        with pytest.raises(FileNotFoundError):
+            read_annotations(tmp_path / name)
+
+
+# --- lesions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("_0", "_2"), ("Tumor", "Exclusion"), ("metastases", "normal"), ("_1", "exclusion")])
+def test_holes_win_in_any_order_and_spelling(names: tuple[str, str]):
+    lesion, hole = names
+    inner = Annotation(shapely.box(110, 210, 120, 220), hole)
+    outer = Annotation(SQUARE, lesion)
+    for order in ([inner, outer, outer], [outer, inner]):
+        assert lesion_area(order).geometry.area == SQUARE.area - 100
+
+
+def test_an_unknown_group_is_refused_and_can_be_named():
+    annotations = [Annotation(SQUARE, "DCIS"), Annotation(shapely.box(0, 0, 9, 9), "Tissue")]
+    with pytest.raises(AnnotationError, match="DCIS"):
+        lesion_area(annotations, where="tumor_001.xml")
+    assert lesion_area(annotations, roles={"dcis": "lesion"}).geometry.equals(shapely.MultiPolygon([SQUARE]))
+    assert lesion_area(annotations, roles={"DCIS": "ignore"}).geometry.is_empty
+
+
+def test_what_is_taken_for_granted_is_said():
+    found = lesion_area([Annotation(SQUARE, ""), Annotation(shapely.Point(1, 2), "Tumor")])
+    assert found.geometry.area == SQUARE.area and len(found.warnings) == 2
+    assert lesion_area([]).geometry.is_empty
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_a_raster_is_what_lies_inside(seed: int):
+    rng = np.random.default_rng(seed)
+    blobs = [shapely.Point(rng.uniform(-10, 70, 2)).buffer(rng.uniform(2, 25), 3) for _ in range(rng.integers(1, 5))]
+    shape = shapely.difference(shapely.union_all(blobs), shapely.Point(rng.uniform(0, 60, 2)).buffer(9, 3))
+    downsample, at = float(rng.choice([1.0, 2.5, 4.0])), float(rng.choice([0.0, 0.5]))
+    size = tuple(rng.integers(1, 40, 2).tolist())
+    x, y = (np.arange(n) * downsample + at * downsample for n in size)
+    expected = shapely.contains_xy(shape, *np.meshgrid(x, y))
+    edge = shapely.distance(shape.boundary, shapely.points(*np.meshgrid(x, y))) < 1e-9
+    found = rasterize(shape, size, downsample, at=at)
+    assert found.shape == expected.shape and (found == expected)[~edge].all()
+
+
+# --- files that are none -----------------------------------------------------------------------------------------
+
+BOMB = """<?xml version="1.0"?><!DOCTYPE a [<!ENTITY x "aaaaaaaaaa"><!ENTITY y "&x;&x;&x;&x;&x;&x;&x;&x;&x;&x;">]>
+<ASAP_Annotations><Annotations><Annotation Name="&y;"/></Annotations></ASAP_Annotations>"""
+OUTSIDE = """<?xml version="1.0"?><!DOCTYPE a SYSTEM "file:///etc/passwd"><ASAP_Annotations/>"""
+
+
+def one(coordinate: str, kind: str = "Polygon") -> str:
+    return (
+        f'<ASAP_Annotations><Annotations><Annotation Name="n" Type="{kind}" PartOfGroup="g"><Coordinates>{coordinate}'
+        "</Coordinates></Annotation></Annotations></ASAP_Annotations>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "harm"),
+        (OUTSIDE, "harm"),
+        ("<a", "damaged"),
+        ("", "damaged"),
+        ("<kml/>", "no annotation file"),
+        (one('<Coordinate Order="0" X="a" Y="1"/>'), "coordinate"),
+        (one('<Coordinate Order="0" Y="1"/>'), "coordinate"),
+        (one('<Coordinate X="1" Y="1"/>'), "coordinate"),
+        (one('<Coordinate Order="0" X="nan" Y="1"/>'), "not finite"),
+        (one('<Coordinate Order="0" X="1" Y="1"/><Coordinate Order="0" X="2" Y="1"/>'), "twice"),
+        (one('<Coordinate Order="0" X="1" Y="1"/>', "Heart"), "type"),
+    ],
+)
+def test_hostile_and_damaged_xml_is_refused(tmp_path: Path, text: str, message: str):
+    (tmp_path / "a.xml").write_text(text)
+    with pytest.raises(AnnotationError, match=message) as caught:
+        read_annotations(tmp_path / "a.xml")
+    assert str(tmp_path / "a.xml") in str(caught.value)
+
+
+def test_xml_with_a_decimal_comma_and_with_nothing(tmp_path: Path):
+    (tmp_path / "a.xml").write_text(one('<Coordinate Order="0" X="1,5" Y="2"/>', "Dot"))
+    assert read_annotations(tmp_path / "a.xml")[0].geometry.x == 1.5
+    (tmp_path / "b.xml").write_text(one(""))
+    assert read_annotations(tmp_path / "b.xml") == []
+    (tmp_path / "c.xml").write_text(one('<Coordinate Order="0" X="1" Y="2"/><Coordinate Order="1" X="3" Y="2"/>'))
+    assert read_annotations(tmp_path / "c.xml")[0].geometry.length == 2
+    (tmp_path / "d.xml").write_text("<ASAP_Annotations/>")
+    assert read_annotations(tmp_path / "d.xml") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        '{"type": "Topology"}',
+        "[" * 100_000,
+        '{"type": "Feature", "geometry": null}',
+        '{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [1, "a"], [2, 2], [0, 0]]]}}',
+        '{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [NaN, 1], [2, 2], [0, 0]]]}}',
+        '{"type": "Feature", "geometry": {"type": "Heart", "coordinates": []}}',
+    ],
+)
+def test_damaged_geojson_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "a.geojson").write_text(text)
+    with pytest.raises(AnnotationError, match=r"a\.geojson"):
+        read_annotations(tmp_path / "a.geojson")
+
+
+def test_formats_that_are_unknown_are_named(tmp_path: Path):
+    (tmp_path / "a.docx").write_text("")
+    with pytest.raises(AnnotationError, match=r"Known: \.xml"):
+        read_annotations(tmp_path / "a.docx")

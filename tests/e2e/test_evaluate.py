@@ -1,0 +1,121 @@
+"""From slides to a benchmark by the commands alone, on lesions that are known; and what the commands refuse."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import shapely
+
+from benchmarks.camelyon_phantom import asap_xml
+from wsi.cli import main
+from wsi.phantom import PhantomConfig, write_phantom
+
+
+def wsi(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["wsi", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def camelyon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A normal slide and one with two micrometastases and isolated tumour cells, scored."""
+    folder = tmp_path_factory.mktemp("camelyon")
+    for part in ("slides", "xml", "swapped", "halved"):
+        (folder / part).mkdir()
+    for name, seed, lengths in (("normal", 51, ()), ("tumour", 52, (800.0, 450.0, 140.0))):
+        config = PhantomConfig(size=(3072, 3072), mpp=1.0, seed=seed, tumours=0, tumour_um=lengths)
+        tumours = list(write_phantom(folder / f"slides/{name}.tif", config).tumours.geoms)
+        if tumours:
+            (folder / f"xml/{name}.xml").write_text(asap_xml(tumours))
+            swapped = [shapely.transform(each, lambda xy: xy[:, ::-1]) for each in tumours]
+            (folder / f"swapped/{name}.xml").write_text(asap_xml(swapped))
+            (folder / f"halved/{name}.xml").write_text(
+                asap_xml([shapely.transform(t, lambda xy: xy / 2) for t in tumours])
+            )
+    (folder / "reference.csv").write_text("normal,Normal,phantom,None\ntumour,Tumor,phantom,Micro\n")
+    with pytest.MonkeyPatch.context() as patch:
+        assert wsi(patch, "score", folder / "slides", "--model", "phantom", "-o", folder / "results", "-q") == 0
+    return folder
+
+
+def evaluated(camelyon: Path, monkeypatch: pytest.MonkeyPatch, task: str, truth: str, *words: object) -> dict:
+    out = camelyon / f"out-{task}-{truth}"
+    code = wsi(
+        monkeypatch, "evaluate", task, camelyon / "results", "--annotations", camelyon / truth, "-o", out,
+        "--bootstrap", 50, *words,
+    )  # fmt: skip
+    assert code == 0
+    return json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_lesions_are_found_where_they_are(camelyon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--true-mpp", "--reference", camelyon / "reference.csv")
+    right = evaluated(camelyon, monkeypatch, "camelyon16", "xml", *arguments)
+    assert right["data"]["lesions_that_count"] == 2 and right["data"]["isolated_tumour_cells"] == 1
+    assert right["results"]["froc"]["value"] >= 0.9
+    assert right["results"]["auroc_max_probability"]["value"] == right["results"]["auroc_mil"]["value"] == 1
+    for defect in ("swapped", "halved"):
+        wrong = evaluated(camelyon, monkeypatch, "camelyon16", defect, *arguments)
+        assert wrong["results"]["froc"]["value"] < right["results"]["froc"]["value"] - 0.15
+
+
+def test_a_third_slide_score(
+    camelyon: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on the very slides it is applied to: only that the commands fit together."""
+    words = ("--reference", camelyon / "reference.csv", "-o", camelyon / "forest")
+    assert wsi(monkeypatch, "train", "slide-features", camelyon / "results", *words) == 0
+    assert "2 slides, 1 positive\ncross-validated AUROC undefined: fewer than two" in capsys.readouterr().out
+    found = evaluated(camelyon, monkeypatch, "camelyon16", "xml", "--true-mpp", "--slide-model", camelyon / "forest")
+    assert found["results"]["auroc_random_forest"]["value"] == 1
+    rows = (camelyon / "out-camelyon16-xml/slide_scores.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["max_probability", "mil", "random_forest"]
+
+
+def test_regions_overlap_with_what_was_drawn(camelyon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = evaluated(camelyon, monkeypatch, "segmentation", "xml")
+    assert right["results"]["pooled_iou"]["value"] > 0.6
+    for defect in ("swapped", "halved"):
+        assert evaluated(camelyon, monkeypatch, "segmentation", defect)["results"]["pooled_iou"]["value"] < 0.3
+    tiles = evaluated(camelyon, monkeypatch, "patches", "xml")
+    assert tiles["results"]["auroc"]["value"] > 0.95 and tiles["data"]["patients"] == 2
+
+
+def test_slides_by_their_labels(
+    camelyon: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (camelyon / "labels.csv").write_text("slide_id,label\nnormal,benign\ntumour,sick\n")
+    words = ("--labels", camelyon / "labels.csv", "--positive", "sick", "-o", camelyon / "slides-out", "--json")
+    assert wsi(monkeypatch, "evaluate", "slides", camelyon / "results", *words) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["auroc"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("camelyon16", "{}/results", "-o", "{}/x"), "--annotations"),
+        (("camelyon16", "{}/results", "--annotations", "{}/xml", "-o", "{}/x", "--group", "Tumor"), "NAME=lesion"),
+        (("camelyon16", "{}/results", "--annotations", "{}/xml", "-o", "{}/x", "--fp", "none"), "all or normal"),
+        (
+            ("camelyon16", "{}/results", "--annotations", "{}/xml", "-o", "{}/x", "--detect", "none"),
+            "nms or components",
+        ),
+        (("camelyon17", "{}/none.csv", "--reference", "{}/reference.csv", "-o", "{}/x"), "Columns"),
+        (("segmentation", "{}/xml", "--annotations", "{}/xml", "-o", "{}/x"), "no results"),
+    ],
+)
+def test_calls_that_make_no_sense_are_one_line_and_2(
+    camelyon: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    assert wsi(monkeypatch, "evaluate", *(word.format(camelyon) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("wsi: ") and message in error and "Traceback" not in error

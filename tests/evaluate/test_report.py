@@ -1,0 +1,103 @@
+"""What a report holds, whoever wrote the names in it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wsi.errors import EvaluationError, OutputError
+from wsi.evaluate import plots
+from wsi.evaluate.report import REPORTING_ITEMS, Report, leaderboard, packaged_rows, read_about, write_report
+from wsi.metrics.calibration import reliability
+from wsi.metrics.estimate import Estimate
+from wsi.metrics.froc import SlideHits, froc
+
+HOSTILE = "<script>alert(1)</script>\"'&"
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+
+def a_report() -> Report:
+    y, p = np.array([0, 0, 1, 1], bool), np.array([0.1, 0.6, 0.4, 0.9])
+    curve = froc([SlideHits(True, np.array([0.2]), np.array([0.9, 0.0]), 2)])
+    pictures = [
+        plots.roc_plot({HOSTILE: (y, p)}),
+        plots.froc_plot({"one": curve, "two": curve}),
+        plots.confusion_plot(np.array([[3, 0], [1, 0]]), ("a", "b")),
+        plots.reliability_plot(reliability(y, p)),
+        plots.net_benefit_plot(y, p),
+        plots.forest_plot(
+            {"all": Estimate(0.7, 0.6, 0.8), "none": Estimate.undefined("few"), "x": Estimate(0.5)}, "auroc"
+        ),
+    ]
+    results = {"auroc": Estimate(0.75, 0.2, 0.97, 4, "DeLong"), "kappa": Estimate.undefined(HOSTILE)}
+    table = [{"slide": HOSTILE, "value": None, "more": [1, 2]}]
+    return Report(
+        "slides", HOSTILE, {HOSTILE: HOSTILE}, {"n": 4}, results, {"slides": table}, pictures, warnings=(HOSTILE,)
+    )
+
+
+def test_a_page_without_scripts_and_without_anything_from_elsewhere(tmp_path: Path):
+    write_report(tmp_path, a_report(), {"intended_use": HOSTILE, "own": "x"})
+    text = (tmp_path / "index.html").read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags.seen}
+    assert all(a["src"].startswith("data:image/png") for tag, a in tags.seen if tag == "img")
+    assert sum(tag == "img" for tag, _ in tags.seen) == 6
+    assert "http" not in text and "esearch use only" in text
+    content = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert content["reporting"]["intended_use"] == HOSTILE and content["reporting"]["own"] == "x"
+    assert content["reporting"]["funding"] is None and set(REPORTING_ITEMS) <= set(content["reporting"])
+    assert content["results"]["kappa"] == {**content["results"]["kappa"], "value": None, "reason": HOSTILE}
+
+
+def test_the_same_report_is_the_same_files(tmp_path: Path):
+    for name in "ab":
+        write_report(tmp_path / name, a_report())
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(files) == 10
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_packaged_rows_name_their_sources():
+    exclusions = {row["slide"]: row for row in packaged_rows("camelyon16_exclusions")}
+    assert exclusions["test_049"]["task"] == "all" and exclusions["test_114"]["task"] == "lesion"
+    assert sum(name.startswith("tumor") for name in exclusions) == 20
+    assert all(row["source"] and row["issue"] for row in exclusions.values())
+    board = packaged_rows("leaderboard")
+    assert all(row["source"] and row["protocol"] for row in board)
+    best = next(row for row in board if row["name"] == "HMS & MIT II")
+    assert (best["froc"], best["auroc"]) == ("0.807", "0.994")
+
+
+def test_a_run_without_a_number_stands_last():
+    rows = leaderboard("camelyon16", "froc", {"froc": Estimate.undefined("no lesion")}, "here")
+    assert rows[-1]["name"] in ("this run", "pathologist without time limit")
+    values = [row["froc"] for row in rows if row["froc"] is not None]
+    assert values == sorted(values, reverse=True)
+
+
+def test_answers_that_are_none_and_folders_that_cannot_be_written(tmp_path: Path):
+    for text in ("[", "[]", '{"a": 1}'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(EvaluationError):
+            read_about(tmp_path / "a.json")
+    with pytest.raises(EvaluationError, match="no such file"):
+        read_about(tmp_path / "none.json")
+    (tmp_path / "a.json").write_text('{"funding": "none"}')
+    assert read_about(tmp_path / "a.json") == {"funding": "none"} and read_about(None) == {}
+    with pytest.raises(OutputError):
+        write_report(tmp_path / "a.json" / "out", Report("t", "t", {}, {}, {}))

@@ -1,0 +1,86 @@
+"""Overlap of regions that are known, and tiles labelled by outlines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+
+from tests.annotations.make import asap_xml, mask_tiff
+from tests.evaluate.make import scored
+from wsi.errors import EvaluationError
+from wsi.evaluate.report import write_report
+from wsi.evaluate.segmentation import SegmentationConfig, evaluate_segmentation, tile_cases
+
+QUICK = SegmentationConfig(n_bootstrap=50)
+
+
+def archive(tmp_path: Path, **options) -> Path:
+    values = np.full((16, 24), 0.125)
+    values[4:8, 6:14] = 0.875
+    values[4, 6] = 0.625
+    scored(tmp_path / "results", "a", values, **options)
+    scored(tmp_path / "results", "b", np.full((16, 24), 0.25))
+    return tmp_path / "results"
+
+
+def test_areas_that_are_known(tmp_path: Path):
+    """Found are 8 x 4 tiles, drawn 8 x 4 tiles two further right: 24 of 40 are common."""
+    results = archive(tmp_path)
+    asap_xml(tmp_path / "a.xml", [(shapely.box(8 * 256, 4 * 256, 16 * 256, 8 * 256), "Tumor")])
+    report = evaluate_segmentation(results, tmp_path, config=QUICK)
+    row = report.tables["slides"][0]
+    assert row["iou"] == 24 / 40 and row["dice"] == 2 * 24 / 64
+    assert row["hausdorff_um"] == pytest.approx(2 * 256 * 0.243)
+    assert row["found_mm2"] == pytest.approx(32 * (256 * 0.243 / 1000) ** 2)
+    empty = report.tables["slides"][1]
+    assert empty["dice"] is None and empty["reason"] == "both are empty" and "no annotation file" in report.warnings[0]
+    assert report.results["mean_dice"].value == row["dice"] and report.results["mean_dice"].n == 1
+    write_report(tmp_path / "out", report)
+    strict = evaluate_segmentation(results, tmp_path, config=SegmentationConfig(threshold=0.75, n_bootstrap=0))
+    assert strict.tables["slides"][0]["iou"] == 24 / 39, "a higher threshold takes one tile away"
+
+
+def test_masks_and_outlines_of_qupath_count_from_other_corners(tmp_path: Path):
+    results = archive(tmp_path, origin=(512, 256))
+    mask = np.zeros((16 * 256, 24 * 256), np.uint8)
+    mask[1024:2048, 1536:3584] = 1
+    (tmp_path / "masks").mkdir()
+    mask_tiff(tmp_path / "masks/a.tif", mask, levels=3)
+    assert evaluate_segmentation(results, tmp_path / "masks", config=QUICK).tables["slides"][0]["iou"] == 1
+    (tmp_path / "qupath").mkdir()
+    outline = shapely.box(1536 - 512, 1024 - 256, 3584 - 512, 2048 - 256)
+    (tmp_path / "qupath/a.geojson").write_text(shapely.to_geojson(outline))
+    report = evaluate_segmentation(results, tmp_path / "qupath", config=QUICK)
+    assert report.tables["slides"][0]["iou"] == 1 and "without a group" in report.warnings[0]
+
+
+@pytest.mark.parametrize("defect", ["axes", "half"])
+def test_planted_defects_lower_the_overlap(tmp_path: Path, defect: str):
+    results = archive(tmp_path)
+    right = shapely.box(6 * 256, 4 * 256, 14 * 256, 8 * 256)
+    wrong = {"axes": lambda xy: xy[:, ::-1], "half": lambda xy: xy / 2}[defect]
+    for shape, low, high in ((right, 1, 1), (shapely.transform(right, wrong), 0, 0.5)):
+        asap_xml(tmp_path / "a.xml", [(shape, "Tumor")])
+        found = evaluate_segmentation(results, tmp_path, config=QUICK).tables["slides"][0]["iou"]
+        assert low <= found <= high
+
+
+def test_tiles_are_labelled_by_half_their_area(tmp_path: Path):
+    results = archive(tmp_path)
+    asap_xml(tmp_path / "a.xml", [(shapely.box(6 * 256, 4 * 256, 13.4 * 256, 7.6 * 256), "Tumor")])
+    cases = tile_cases(results, tmp_path)
+    assert len(cases.ids) == 2 * 16 * 24 and set(cases.patients) == {"a", "b"}
+    labels = cases.labels[: 16 * 24].reshape(16, 24)
+    assert labels[4:8, 6:13].all() and labels.sum() == 28 and not cases.labels[16 * 24 :].any()
+
+
+def test_one_file_for_many_slides_and_no_file_are_errors(tmp_path: Path):
+    results = archive(tmp_path)
+    for path in (asap_xml(tmp_path / "a.xml", []), tmp_path / "nowhere"):
+        with pytest.raises(EvaluationError, match="annotations for 2 slides"):
+            evaluate_segmentation(results, path)
+    with pytest.raises(EvaluationError, match="no results"):
+        evaluate_segmentation(tmp_path / "nowhere", tmp_path)

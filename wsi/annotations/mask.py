@@ -1,0 +1,141 @@
+"""Masks: an image as large as the slide, or a whole fraction of it, whose values say what lies where."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+import tifffile
+from PIL import Image
+
+from wsi.annotations.base import Annotation
+from wsi.errors import AnnotationError
+from wsi.tissue import mask_polygons
+
+U8 = npt.NDArray[np.uint8]
+
+#: A level of more pixels than this is not read: a mask of a whole slide is a pyramid.
+_MAX_PIXELS = 1 << 28
+#: Masks are padded to whole tiles by some programs.
+_PADDING_PX = 512
+
+
+def read(path: Path, origin: tuple[float, float] = (0.0, 0.0)) -> list[Annotation]:
+    """Read a mask as outlines, one annotation a connected piece; see ``read_annotations``. Its group is the value.
+
+    Outlines follow the pixels of the finest level of at most 16 Mpx, so they are as coarse as that.
+    """
+    levels = _levels(path)
+    finest = next((d for d, (w, h) in levels.items() if w * h <= 16_000_000), max(levels))
+    values = read_mask(path, downsample=finest)
+    return [
+        Annotation(shapely.transform(outline, lambda xy: xy * finest), str(value))
+        for value in np.unique(values[values > 0]).tolist()
+        for outline in mask_polygons(values == value)
+    ]
+
+
+def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None = None) -> U8:
+    """Read a mask at one pixel in `downsample`, nearest neighbour.
+
+    Parameters
+    ----------
+    path : path
+        TIFF, a pyramid where it is large, or PNG; of several channels the first (CAMELYON16: red) counts.
+    downsample : int
+        Level-0 pixels a pixel wanted.
+    size : (int, int), optional
+        Width and height of the slide; the mask must have it, or a whole fraction of it, up to one tile of padding.
+        Default: those of the mask.
+
+    Returns
+    -------
+    uint8 (rows, columns)
+        Pixel (r, c) is the value at level-0 pixel ``(c * downsample, r * downsample)``.
+
+    Raises
+    ------
+    AnnotationError
+        Damaged, not 8-bit, of another size than the slide, or too large without being a pyramid.
+
+    Examples
+    --------
+    >>> read_mask(Path("tumor_001_mask.tif"), downsample=32).max()                       # doctest: +SKIP
+    255
+    """
+    levels = _levels(path)
+    width, height = levels[1]
+    scale = 1
+    if size is not None:
+        scale = max(1, round(size[0] / width))
+        if any(abs(a * scale - b) > max(scale, _PADDING_PX) for a, b in zip((width, height), size, strict=True)):
+            raise AnnotationError(
+                path,
+                f"is {width} x {height} px, the slide {size[0]} x {size[1]}",
+                "Give a mask as large as the slide, or a whole fraction of it",
+            )
+    usable = [d for d in levels if downsample % (d * scale) == 0]
+    if not usable:
+        raise AnnotationError(
+            path, f"has one pixel for {scale} of the slide, and {downsample} is wanted", "Give a finer mask"
+        )
+    level = max(usable)
+    w, h = levels[level]
+    if w * h > _MAX_PIXELS:
+        raise AnnotationError(path, f"has no level below {w} x {h} px to read", "Save it as a TIFF pyramid")
+    values = _pixels(path, (w, h))
+    step = downsample // (level * scale)
+    return np.ascontiguousarray(values[::step, ::step])
+
+
+def _levels(path: Path) -> dict[int, tuple[int, int]]:
+    """Width and height of each level by how many pixels of the first one of its pixels stands for."""
+    if path.suffix.lower() == ".png":
+        with _opened_png(path) as image:
+            return {1: image.size}
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            pages = [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
+            sizes = [(page.imagewidth, page.imagelength) for page in pages]
+    except (tifffile.TiffFileError, ValueError, IndexError, KeyError) as error:
+        raise AnnotationError(path, f"is no TIFF ({error})", "Give the mask as TIFF or PNG") from error
+    if not sizes:
+        raise AnnotationError(path, "is a TIFF without a picture", "Give the mask as TIFF or PNG")
+    (width, height), levels = sizes[0], {1: sizes[0]}
+    for w, h in sizes[1:]:
+        ratio = round(width / max(w, 1))
+        # Pyramid builders round up or down, or pad to tiles: a few pixels either way.
+        if ratio > 1 and all(abs(a - b / ratio) < max(4, 16 / math.sqrt(ratio)) for a, b in ((w, width), (h, height))):
+            levels.setdefault(ratio, (w, h))
+    return levels
+
+
+def _pixels(path: Path, size: tuple[int, int]) -> U8:
+    """Return the level of that size, uint8 (h, w)."""
+    if path.suffix.lower() == ".png":
+        with _opened_png(path) as image:
+            values = np.asarray(image)
+    else:
+        try:
+            with tifffile.TiffFile(path) as tiff:
+                pages = [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
+                values = next(page.asarray() for page in pages if (page.imagewidth, page.imagelength) == size)
+        except (ValueError, RuntimeError, IndexError, KeyError, OSError) as error:
+            raise AnnotationError(path, f"is damaged ({error})", "Get it again") from error
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
+    if values.dtype != np.uint8 or values.ndim not in (2, 3):
+        raise AnnotationError(path, f"holds {values.dtype} {values.shape}", "Save the mask with 8 bits a pixel")
+    return values if values.ndim == 2 else np.ascontiguousarray(values[..., 0])
+
+
+def _opened_png(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise AnnotationError(path, f"is no PNG that can be read ({error})", "Save it as a TIFF pyramid") from error

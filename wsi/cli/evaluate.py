@@ -1,0 +1,288 @@
+"""``wsi evaluate``: results against a reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wsi.cli.display import say
+from wsi.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from wsi.annotations.areas import Role
+    from wsi.evaluate.report import Report
+
+evaluate = typer.Typer(
+    name="evaluate",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Compare results with a reference: CAMELYON16, CAMELYON17, any labels, outlines. Writes report.json, CSVs, "
+    "plots and index.html.",
+)
+
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for the report.")]
+Annotations = Annotated[
+    Path | None, typer.Option(help="Folder with ASAP XML, QuPath GeoJSON or masks, named as the slides; or one file.")
+]
+Masks = Annotated[Path | None, typer.Option(help="The same as --annotations.")]
+Groups = Annotated[
+    list[str] | None, typer.Option("--group", help="NAME=lesion, hole or ignore: what a group means (repeatable).")
+]
+Draws = Annotated[int, typer.Option("--bootstrap", min=0, help="Draws of each bootstrap interval.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the bootstrap.")]
+About = Annotated[Path | None, typer.Option(help="JSON object with answers to what TRIPOD+AI and CLAIM ask for.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print report.json on stdout.")]
+
+
+@evaluate.command()
+def camelyon16(
+    results: Annotated[Path, typer.Argument(help="Results of wsi score, or a folder of detection files <slide>.csv.")],
+    out: Out,
+    annotations: Annotations = None,
+    masks: Masks = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Official reference.csv. Without it a slide without an annotation is normal.")
+    ] = None,
+    fp: Annotated[
+        str, typer.Option(help="False positives of the headline: all (official script) or normal (JAMA).")
+    ] = "all",
+    detect: Annotated[str, typer.Option(help="Detections from heatmaps: nms or components.")] = "nms",
+    detect_threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability above which they begin.")] = 0.5,
+    nms_radius_um: Annotated[float, typer.Option(min=0, help="Around a detection, no other.")] = 187.0,
+    true_mpp: Annotated[bool, typer.Option(help="Each slide's own microns per pixel, not the official 0.243.")] = False,
+    slide_model: Annotated[Path | None, typer.Option(help="Of wsi train slide-features: a third slide score.")] = None,
+    exclusions: Annotated[
+        str | None, typer.Option(help="CSV slide,task,issue,source; 'none' for none. Default: the known ones.")
+    ] = None,
+    group: Groups = None,
+    bootstrap: Draws = 2000,
+    seed: Seed = 0,
+    about: About = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lesion FROC by the official rules of CAMELYON16, and slide AUROC.
+
+    Examples:
+      wsi evaluate camelyon16 results --annotations lesion_annotations --reference reference.csv -o evaluation
+
+      wsi evaluate camelyon16 detections --masks evaluation_masks -o evaluation
+    """
+    from wsi.evaluate.camelyon16 import evaluate_camelyon16
+    from wsi.evaluate.camelyon16_slides import Camelyon16Config
+    from wsi.evaluate.detect import DetectConfig
+    from wsi.evaluate.slide_features import load_forest
+
+    if fp not in ("all", "normal"):
+        raise EvaluationError(f"--fp {fp}", "no such definition", "all or normal")
+    config = Camelyon16Config(
+        DetectConfig(detect, detect_threshold, nms_radius_um),
+        fp,
+        true_mpp,
+        Path(exclusions) if exclusions not in (None, "none") else None,
+        exclusions != "none",
+        _roles(group),
+        bootstrap,
+        seed,
+    )
+    report = evaluate_camelyon16(
+        results,
+        _one_of(annotations, masks),
+        out=out,
+        reference=reference,
+        forest=load_forest(slide_model) if slide_model else None,
+        config=config,
+    )
+    _finish(report, out, about, as_json)
+
+
+@evaluate.command()
+def camelyon17(
+    results: Annotated[Path, typer.Argument(help="Results of wsi score, or a submission CSV (patient,stage).")],
+    reference: Annotated[Path, typer.Option(help="Stages: patient_000.zip,pN0 and patient_000_node_0.tif,negative.")],
+    out: Out,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Probability from which tiles are lesion. Default: as scored.")
+    ] = None,
+    bootstrap: Draws = 2000,
+    seed: Seed = 0,
+    about: About = None,
+    as_json: AsJson = False,
+) -> None:
+    """Patient stages and quadratic weighted kappa by the official rules of CAMELYON17.
+
+    Example:
+      wsi evaluate camelyon17 results --reference stage_labels.csv -o evaluation
+    """
+    from wsi.evaluate.camelyon17 import evaluate_camelyon17
+
+    report = evaluate_camelyon17(results, reference, out=out, threshold=threshold, n_bootstrap=bootstrap, seed=seed)
+    _finish(report, out, about, as_json)
+
+
+Labels = Annotated[Path | None, typer.Option(help="CSV: a case (slide_id, image_id, id, ...), label, further columns.")]
+Label = Annotated[str, typer.Option(help="Column of the label.")]
+Score = Annotated[str | None, typer.Option(help="Column of the score. Default: score, or the only prob_... one.")]
+Positive = Annotated[str, typer.Option(help="The label that counts as positive.")]
+Patient = Annotated[str | None, typer.Option(help="Column of the patient. Default: patient.")]
+Subgroup = Annotated[list[str] | None, typer.Option(help="Column to divide the cases by (repeatable).")]
+Validation = Annotated[
+    Path | None, typer.Option(help="CSV of other cases, with label and score: the threshold comes from there.")
+]
+Specificity = Annotated[float, typer.Option(min=0, max=1, help="Where sensitivity is reported.")]
+Threshold = Annotated[float | None, typer.Option(help="A threshold chosen elsewhere.")]
+Compare = Annotated[Path | None, typer.Option(help="Predictions of another run on the same cases.")]
+
+
+@evaluate.command()
+def slides(
+    predictions: Annotated[Path, typer.Argument(help="Results of wsi score, or a CSV with a score a slide.")],
+    out: Out,
+    labels: Labels = None,
+    label: Label = "label",
+    score: Score = None,
+    positive: Positive = "1",
+    patient: Patient = None,
+    subgroup: Subgroup = None,
+    validation: Validation = None,
+    specificity: Specificity = 0.95,
+    threshold: Threshold = None,
+    compare: Compare = None,
+    grades: Annotated[int, typer.Option(min=0, help="Labels are so many ordered grades: quadratic kappa.")] = 0,
+    isup: Annotated[bool, typer.Option(help="PANDA: grades 0 to 5, labels may be Gleason scores (3+4).")] = False,
+    bootstrap: Draws = 2000,
+    seed: Seed = 0,
+    about: About = None,
+    as_json: AsJson = False,
+) -> None:
+    """Slide scores or grades against labels: discrimination, calibration, subgroups, comparison.
+
+    Examples:
+      wsi evaluate slides results --labels labels.csv --positive tumour --subgroup centre -o evaluation
+
+      wsi evaluate slides predictions.csv --labels train.csv --isup --label gleason_score -o evaluation
+    """
+    from wsi.evaluate.cases import TableConfig, read_cases
+    from wsi.evaluate.tables import evaluate_table
+
+    config = TableConfig(
+        label, score, positive, patient, tuple(subgroup or ()), specificity, threshold,
+        6 if isup else grades, isup and label == "gleason_score", bootstrap, seed,
+    )  # fmt: skip
+    cases, warnings = read_cases(predictions, labels or predictions, config)
+    held = read_cases(validation, validation, config)[0] if validation else None
+    other = read_cases(compare, labels or compare, config)[0] if compare else None
+    report = evaluate_table("slides", cases, config=config, validation=held, other=other, warnings=warnings)
+    _finish(report, out, about, as_json)
+
+
+@evaluate.command()
+def patches(
+    predictions: Annotated[Path, typer.Argument(help="A CSV with a score a patch; or results of wsi score.")],
+    out: Out,
+    labels: Labels = None,
+    annotations: Annotations = None,
+    label: Label = "label",
+    score: Score = None,
+    positive: Positive = "1",
+    patient: Patient = None,
+    subgroup: Subgroup = None,
+    validation: Validation = None,
+    specificity: Specificity = 0.95,
+    threshold: Threshold = None,
+    compare: Compare = None,
+    group: Groups = None,
+    bootstrap: Draws = 2000,
+    seed: Seed = 0,
+    about: About = None,
+    as_json: AsJson = False,
+) -> None:
+    """Patch scores against labels; or the tiles of scored slides against outlines, by slide.
+
+    Examples:
+      wsi evaluate patches predictions.csv --labels labels.csv --patient patient -o evaluation
+
+      wsi evaluate patches results --annotations outlines -o evaluation
+    """
+    from wsi.evaluate.cases import TableConfig, read_cases
+    from wsi.evaluate.segmentation import tile_cases
+    from wsi.evaluate.tables import evaluate_table
+
+    config = TableConfig(
+        label, score, positive, patient, tuple(subgroup or ()), specificity, threshold, 0, False, bootstrap, seed
+    )
+    roles = _roles(group)
+    if annotations is not None:
+        cases, warnings = tile_cases(predictions, annotations, roles), ["patients are slides here"]
+        other = tile_cases(compare, annotations, roles) if compare else None
+    else:
+        cases, warnings = read_cases(predictions, labels or predictions, config)
+        other = read_cases(compare, labels or compare, config)[0] if compare else None
+    held = read_cases(validation, validation, config)[0] if validation else None
+    report = evaluate_table("patches", cases, config=config, validation=held, other=other, warnings=warnings)
+    _finish(report, out, about, as_json)
+
+
+@evaluate.command()
+def segmentation(
+    results: Annotated[Path, typer.Argument(help="Results of wsi score.")],
+    out: Out,
+    annotations: Annotations = None,
+    masks: Masks = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Probability from which tiles are a region. Default: as scored.")
+    ] = None,
+    group: Groups = None,
+    bootstrap: Draws = 2000,
+    seed: Seed = 0,
+    about: About = None,
+    as_json: AsJson = False,
+) -> None:
+    """Dice, IoU and Hausdorff distance of positive regions against outlines or masks.
+
+    Example:
+      wsi evaluate segmentation results --annotations outlines -o evaluation
+    """
+    from wsi.evaluate.segmentation import SegmentationConfig, evaluate_segmentation
+
+    config = SegmentationConfig(threshold, _roles(group), bootstrap, seed)
+    report = evaluate_segmentation(results, _one_of(annotations, masks), config=config)
+    _finish(report, out, about, as_json)
+
+
+def _one_of(annotations: Path | None, masks: Path | None) -> Path:
+    if (annotations is None) == (masks is None):
+        raise EvaluationError(
+            "--annotations", "or --masks is needed, and one of them", "Give the folder of outlines or masks"
+        )
+    return annotations or masks or Path()
+
+
+def _roles(groups: list[str] | None) -> dict[str, Role]:
+    roles: dict[str, Role] = {}
+    for text in groups or ():
+        name, _, role = text.rpartition("=")
+        if not name or role not in ("lesion", "hole", "ignore"):
+            raise EvaluationError(
+                f"--group {text}", "is not NAME=lesion, hole or ignore", "Such as --group DCIS=lesion"
+            )
+        roles[name] = role  # type: ignore[assignment]
+    return roles
+
+
+def _finish(report: Report, out: Path, about: Path | None, as_json: bool) -> None:
+    """Write the report and say what came out."""
+    from wsi.evaluate.report import read_about, write_report
+
+    answers = read_about(about)
+    write_report(out, report, answers)
+    for warning in report.warnings:
+        say(f"wsi: {warning}")
+    if as_json:
+        print(json.dumps(report.json(answers), indent=2, allow_nan=False))
+        return
+    for name, estimate in report.results.items():
+        print(f"{name:40} {estimate}")
+    say(f"report: {out / 'index.html'}")

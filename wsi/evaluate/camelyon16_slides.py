@@ -1,0 +1,168 @@
+"""CAMELYON16's inputs: results, annotations, reference and exclusions, brought together slide by slide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from wsi.annotations.areas import Role
+from wsi.errors import EvaluationError
+from wsi.evaluate.detect import F64, DetectConfig, detect, write_detections
+from wsi.evaluate.inputs import ScoredSlide, annotation_of, read_detections, read_rows, scored_slides, unique
+from wsi.evaluate.report import packaged_rows
+
+
+@dataclass(frozen=True)
+class Camelyon16Config:
+    """How a set of slides is evaluated.
+
+    Attributes
+    ----------
+    detect : DetectConfig
+    fp : str
+        Which false positives the headline FROC counts: "all" (the organisers' script) or "normal" (JAMA 2017). Both are
+        reported.
+    true_mpp : bool
+        Use each slide's own microns per pixel instead of the official 0.243, and masks of about 7.8 um a pixel.
+    exclusions : Path, optional
+        A CSV with the columns slide, task (all, lesion or note), issue, source; None for the one that ships.
+    exclude : bool
+        Whether any slide is left out.
+    roles : mapping of group to "lesion", "hole" or "ignore"
+    n_bootstrap, seed : int
+    """
+
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    fp: str = "all"
+    true_mpp: bool = False
+    exclusions: Path | None = None
+    exclude: bool = True
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    n_bootstrap: int = 2000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A slide: what was found on it, and what is there."""
+
+    slide_id: str
+    detections: F64
+    scored: ScoredSlide | None
+    annotation: Path | None
+    tumour: bool | None
+    """What the reference says; None without one."""
+    size_class: str
+
+
+def read_slides(
+    results: Path, annotations: Path, out: Path, reference: Path | None, config: Camelyon16Config
+) -> tuple[list[Case], list[str]]:
+    """Bring results, annotations and reference together; write the detection files of heatmaps.
+
+    Returns
+    -------
+    cases : list of Case
+    warnings : list of str
+
+    Raises
+    ------
+    EvaluationError
+        Slides of the reference without results, names that stand twice, nothing to evaluate.
+
+    Examples
+    --------
+    >>> read_slides(Path("results"), Path("annotations"), Path("out"), None, Camelyon16Config())  # doctest: +SKIP
+    """
+    warnings: list[str] = []
+    scored: dict[str, ScoredSlide] = {}
+    files: dict[str, Path] = {}
+    if not annotations.exists():
+        raise EvaluationError(annotations, "there is no such file or folder", "Give the folder of annotations or masks")
+    if not results.is_dir():
+        raise EvaluationError(results, "is no folder", "Give a results folder, or a folder of detection files")
+    if (results / "run.json").exists():
+        scored = scored_slides(results)
+        failed = sorted(path.parent.name for path in results.glob("*/failure.json"))
+        if failed:
+            warnings.append(f"{len(failed)} slides failed and are left out, {failed[0]} for one: see failures.csv")
+    else:
+        files = {path.stem: path for path in sorted(results.glob("*.csv"))}
+    names = {name.lower(): name for name in (*scored, *files)}
+    labels: dict[str, dict[str, str]] = {}
+    if reference is not None:
+        rows = read_rows(reference, header=("slide", "label", "type", "size"))
+        labels = {name.removesuffix(".tif").lower(): row for name, row in unique(rows, "slide", reference).items()}
+        wrong = sorted({row["label"] for row in labels.values()} - {"Tumor", "Normal"})
+        if wrong:
+            raise EvaluationError(
+                reference, f"says {wrong[0]!r} of a slide", "Columns: slide, Tumor or Normal, type, size"
+            )
+        missing = sorted(set(labels) - set(names) - _out_of_all(config))
+        if missing:
+            raise EvaluationError(
+                results,
+                f"holds no results of {len(missing)} slides of the reference, {missing[0]} for one",
+                "Score them; a slide without detections needs an empty file, or it is missing in the denominator",
+            )
+        extra = sorted(set(names) - set(labels))
+        if extra:
+            warnings.append(f"{len(extra)} slides are not in the reference and are left out, {extra[0]} for one")
+            names = {low: name for low, name in names.items() if low in labels}
+    if annotations.is_file() and len(names) > 1:
+        raise EvaluationError(annotations, f"is one file, and there are {len(names)} slides", "Give the folder")
+    if not names:
+        raise EvaluationError(results, "holds no detection files", "One <slide>.csv a slide, empty ones too")
+    if scored:
+        (out / "detections").mkdir(parents=True, exist_ok=True)
+    cases = []
+    for low, name in names.items():
+        slide = scored.get(name)
+        if slide is not None:
+            found = detect(slide.heatmap(), slide.mpp, config.detect)
+            write_detections(out / "detections" / f"{name}.csv", found)
+        else:
+            found = read_detections(files[name])
+            if len(found) > len(np.unique(found, axis=0)):
+                warnings.append(f"{name}: some detections stand there twice, and count twice")
+        label = labels.get(low)
+        tumour = None if label is None else label["label"] == "Tumor"
+        size_class = "" if label is None else label["size"].lower()
+        cases.append(Case(name, found, slide, annotation_of(annotations, name), tumour, size_class))
+    bare = [case.slide_id for case in cases if case.annotation is None and case.tumour is None]
+    if bare:
+        warnings.append(f"{len(bare)} slides without an annotation file are taken for normal, {bare[0]} for one")
+    return cases, warnings
+
+
+def _exclusion_rows(config: Camelyon16Config) -> list[dict[str, str]]:
+    if not config.exclude:
+        return []
+    rows = read_rows(config.exclusions) if config.exclusions else packaged_rows("camelyon16_exclusions")
+    wrong = [row for row in rows if row.get("task") not in ("all", "lesion", "note") or not row.get("slide")]
+    if wrong:
+        raise EvaluationError(
+            config.exclusions or "", f"holds a row that says nothing: {wrong[0]}", "task: all, lesion, note"
+        )
+    return rows
+
+
+def _out_of_all(config: Camelyon16Config) -> set[str]:
+    return {row["slide"].lower() for row in _exclusion_rows(config) if row["task"] == "all"}
+
+
+def exclusions_of(cases: list[Case], config: Camelyon16Config) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Return which slides are left out of what ("all" or "lesion"), and the rows that say why.
+
+    Examples
+    --------
+    >>> case = Case("Test_114", np.zeros((0, 3)), None, None, True, "macro")
+    >>> exclusions_of([case], Camelyon16Config())[0]
+    {'Test_114': 'lesion'}
+    """
+    names = {case.slide_id.lower(): case.slide_id for case in cases}
+    rows = [row for row in _exclusion_rows(config) if row["slide"].lower() in names]
+    return {names[row["slide"].lower()]: row["task"] for row in rows if row["task"] != "note"}, rows

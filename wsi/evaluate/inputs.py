@@ -1,0 +1,241 @@
+"""What is evaluated, and against what: read strictly, since a row that is skipped is a number that is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi.annotations import READERS, lesion_area, rasterize, read_annotations, read_mask
+from wsi.annotations.areas import ROLES, Role
+from wsi.errors import AnnotationError, EvaluationError
+from wsi.heatmap import Heatmap
+from wsi.store import PatchStore
+from wsi.units import Mpp
+
+F64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ScoredSlide:
+    """A slide that ``wsi score`` is done with: its folder and the content of result.json."""
+
+    slide_id: str
+    folder: Path
+    numbers: Mapping[str, Any]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in level-0 pixels."""
+        return int(self.numbers["size_px"][0]), int(self.numbers["size_px"][1])
+
+    @property
+    def mpp(self) -> float:
+        """Microns per level-0 pixel."""
+        return float(self.numbers["mpp"])
+
+    @property
+    def origin(self) -> tuple[float, float]:
+        """Corner from which QuPath counts."""
+        return float(self.numbers["bounds_px"][0]), float(self.numbers["bounds_px"][1])
+
+    @property
+    def tissue_px(self) -> float:
+        """Area of the tissue in level-0 pixels."""
+        return float(self.numbers["tissue_mm2"]) * 1e6 / Mpp(self.mpp, self.mpp).area_um2(1)
+
+    def heatmap(self) -> Heatmap:
+        """Return the probability of the positive classes on the tiles."""
+        names, positive = self.numbers.get("class_names"), self.numbers["positive_classes"]
+        if not names or not positive:
+            raise EvaluationError(
+                self.folder, "does not say which classes are positive", "Score the slide again, with --positive"
+            )
+        store = PatchStore.open(self.folder / "store.zarr")
+        columns = [names.index(name) for name in positive]
+        return Heatmap(store.grid, store.get("probabilities")[:, columns].sum(axis=1).clip(0, 1))
+
+
+def scored_slides(folder: Path) -> dict[str, ScoredSlide]:
+    """Return what is finished in a results folder, by slide id.
+
+    Raises
+    ------
+    EvaluationError
+        No results there.
+
+    Examples
+    --------
+    >>> scored_slides(Path("results"))["slide_1"].heatmap().regions(0.5, bounds)                  # doctest: +SKIP
+    """
+    found = {}
+    for path in sorted(folder.glob("*/result.json")):
+        try:
+            numbers = json.loads(path.read_text(encoding="utf-8"))
+            found[str(numbers["slide_id"])] = ScoredSlide(str(numbers["slide_id"]), path.parent, numbers)
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(path, f"is damaged ({error})", "Score the slide again") from error
+    if not found:
+        raise EvaluationError(folder, "holds no results of wsi score", "Give the folder that -o of wsi score named")
+    return found
+
+
+def read_detections(path: Path) -> F64:
+    """Read an official detection file, float64 (n, 3): confidence, x, y in level-0 pixels.
+
+    Raises
+    ------
+    EvaluationError
+        Not three finite numbers a row, or a confidence outside 0 to 1; the line is named.
+
+    Examples
+    --------
+    >>> read_detections(Path("test_001.csv"))                                                     # doctest: +SKIP
+    array([[9.375e-01, 4.800e+04, 9.120e+03]])
+    """
+    rows = []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if not row or (number == 1 and not _is_number(row[0])):  # the format has no header, and many write one
+                continue
+            where = f"{path}, line {number}"
+            try:
+                p, x, y = (float(cell) for cell in row)
+            except ValueError:
+                raise EvaluationError(where, f"is not confidence,x,y: {','.join(row)!r}") from None
+            if not (0 <= p <= 1 and math.isfinite(x) and math.isfinite(y)):
+                raise EvaluationError(
+                    where, f"holds a confidence outside 0 to 1, or no finite number: {','.join(row)!r}"
+                )
+            rows.append((p, x, y))
+    return np.array(rows, np.float64).reshape(-1, 3)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """Read a CSV with a header, or with the columns given; empty lines are skipped, cells stripped.
+
+    Raises
+    ------
+    EvaluationError
+        Not there, not UTF-8, rows of another length, or no rows.
+
+    Examples
+    --------
+    >>> read_rows(Path("labels.csv"))[0]                                                          # doctest: +SKIP
+    {'slide_id': 'a', 'label': '1'}
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except FileNotFoundError:
+        raise EvaluationError(path, "there is no such file", "Check the path") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise EvaluationError(path, f"is no CSV in UTF-8 ({error})", "Save it as CSV in UTF-8") from error
+    columns = list(header) if header else (lines.pop(0) if lines else [])
+    if not lines:
+        raise EvaluationError(path, "holds no rows", "One row a case")
+    for number, line in enumerate(lines, 1 if header else 2):
+        if len(line) != len(columns):
+            raise EvaluationError(f"{path}, row {number}", f"has {len(line)} cells, the header {len(columns)}")
+    return [dict(zip(columns, line, strict=True)) for line in lines]
+
+
+def unique(rows: Sequence[dict[str, str]], column: str, where: Path) -> dict[str, dict[str, str]]:
+    """Return rows by a column in which nothing may stand twice.
+
+    Examples
+    --------
+    >>> unique([{"id": "a", "label": "1"}], "id", Path("labels.csv"))
+    {'a': {'id': 'a', 'label': '1'}}
+    """
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        name = row[column]
+        if name in found:
+            raise EvaluationError(where, f"holds {name!r} twice", "Keep one row a case")
+        found[name] = row
+    return found
+
+
+def annotation_of(folder: Path, slide_id: str) -> Path | None:
+    """Return the annotation file of a slide, or None: its name, whatever the case, also with ``_mask`` behind it.
+
+    Raises
+    ------
+    EvaluationError
+        Two files could be meant.
+
+    Examples
+    --------
+    >>> annotation_of(Path("annotations"), "tumor_001").name                                      # doctest: +SKIP
+    'Tumor_001.xml'
+    """
+    if folder.is_file():
+        return folder
+    names = {slide_id.lower() + tail + suffix for suffix in READERS for tail in ("", "_mask")}
+    found = sorted(path for path in folder.iterdir() if path.name.lower() in names)
+    if len(found) > 1:
+        raise EvaluationError(found[0], f"and {found[1].name} both belong to {slide_id}", "Keep one")
+    return found[0] if found else None
+
+
+def is_image(path: Path) -> bool:
+    """Whether an annotation file is a mask.
+
+    Examples
+    --------
+    >>> is_image(Path("tumor_001_mask.tif")), is_image(Path("tumor_001.xml"))
+    (True, False)
+    """
+    return path.suffix.lower() in (".tif", ".tiff", ".png")
+
+
+def lesion_mask(
+    path: Path,
+    *,
+    size: tuple[int, int] | None,
+    downsample: int,
+    origin: tuple[float, float] = (0.0, 0.0),
+    roles: Mapping[str, Role] | None = None,
+    at: float = 0.0,
+) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
+    """Return where lesions are at one pixel in `downsample`, and what was taken for granted.
+
+    `size` may be None where nobody knows the slide's: the mask then reaches as far as the outlines do. `at` is where in
+    its pixel an outline is sampled, see ``rasterize``.
+
+    Examples
+    --------
+    >>> mask, notes = lesion_mask(Path("tumor_001.xml"), size=(97792, 221184), downsample=32)     # doctest: +SKIP
+    """
+    if is_image(path):
+        values = read_mask(path, downsample=downsample, size=size)
+        known = ROLES | {group.lower(): role for group, role in (roles or {}).items()}
+        present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1
+        unknown = [str(value) for value in present if str(value) not in known]
+        if unknown:
+            raise AnnotationError(
+                path, f"holds the value {unknown[0]}, and nobody said what it is", f"Say --group {unknown[0]}=lesion"
+            )
+        return np.isin(values, [value for value in present if known[str(value)] == "lesion"]), ()
+    area = lesion_area(read_annotations(path, origin=origin), roles=roles, where=path)
+    if size is None:
+        reach = area.geometry.bounds if not area.geometry.is_empty else (0, 0, 0, 0)
+        size = math.ceil(reach[2]) + 16 * downsample, math.ceil(reach[3]) + 16 * downsample
+    shape = math.ceil(size[0] / downsample), math.ceil(size[1] / downsample)
+    return rasterize(area.geometry, shape, downsample, at=at), area.warnings

@@ -1,0 +1,127 @@
+"""The plots of a report: lines told apart by their dashes, so that they read in grey."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi.evaluate.report import Plot
+from wsi.metrics.calibration import ReliabilityBin, net_benefit
+from wsi.metrics.estimate import Estimate
+from wsi.metrics.froc import PER_SLIDE, Froc
+from wsi.metrics.roc import roc_curve
+
+_DASHES = ("-", "--", ":", "-.")
+_SHADES = ("#000000", "#1f5f9e", "#b04a00", "#6b6b6b")
+
+
+def roc_plot(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Plot:
+    """Draw ROC curves of (labels, scores); names should hold the area."""
+
+    def draw(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+        for i, (name, (labels, scores)) in enumerate(curves.items()):
+            curve = roc_curve(labels, scores)
+            axes.step(
+                curve.false_positive_rate, curve.true_positive_rate, where="post", label=name, **_line(i), linewidth=1.8
+            )
+        axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+        axes.legend(frameon=False, loc="lower right")
+        _clean(axes)
+
+    return Plot("roc", "ROC curve", draw)
+
+
+def froc_plot(curves: Mapping[str, Froc]) -> Plot:
+    """Draw FROC curves; circles are the six operating points."""
+
+    def draw(axes: Any) -> None:
+        for i, (name, curve) in enumerate(curves.items()):
+            # Beyond its last point the curve stays where it is, as in the score.
+            x, y = np.append(20.0, curve.per_slide), np.append(curve.sensitivity[0], curve.sensitivity)
+            axes.plot(x, y, label=name, **_line(i), linewidth=1.8)
+            axes.plot(PER_SLIDE, curve.at, "o", color=_SHADES[i % 4], markerfacecolor="white")
+        axes.set_xscale("symlog", base=2, linthresh=0.125)
+        axes.set_xticks([0, *PER_SLIDE], ["0", "1/4", "1/2", "1", "2", "4", "8"])
+        axes.set(xlabel="false positives a slide", ylabel="lesion sensitivity", xlim=(-0.02, 8.5), ylim=(-0.01, 1.02))
+        axes.legend(frameon=False, loc="lower right")
+        _clean(axes)
+
+    return Plot("froc", "FROC curve, with the six operating points", draw)
+
+
+def confusion_plot(counts: npt.NDArray[np.int64], names: Sequence[str], name: str = "confusion") -> Plot:
+    """Draw a confusion matrix; rows are the truth."""
+
+    def draw(axes: Any) -> None:
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(share, cmap="Greys", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(counts):
+            dark = share[row, column] > 0.5
+            axes.text(column, row, str(count), ha="center", va="center", color="white" if dark else "black")
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="predicted", ylabel="reference")
+
+    return Plot(name, f"{name.replace('_', ' ').capitalize()}: cases; grey is the share of the row", draw)
+
+
+def reliability_plot(table: Sequence[ReliabilityBin]) -> Plot:
+    """Draw frequency over probability; the size of a circle is the number of cases."""
+
+    def draw(axes: Any) -> None:
+        filled = [each for each in table if each.n]
+        most = max(each.n for each in filled)
+        axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+        axes.plot([b.probability for b in filled], [b.frequency for b in filled], color="black", linewidth=1)
+        sizes = [20 + 180 * b.n / most for b in filled]
+        axes.scatter([b.probability for b in filled], [b.frequency for b in filled], sizes, "0.5", edgecolors="black")
+        axes.set(xlabel="mean probability", ylabel="share of positives", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        _clean(axes)
+
+    return Plot("reliability", "Reliability: circles are bins, their size the number of cases", draw)
+
+
+def net_benefit_plot(labels: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float64]) -> Plot:
+    """Draw the decision curve of the probabilities, of acting on everyone, and of acting on nobody."""
+
+    def draw(axes: Any) -> None:
+        t = np.linspace(0.01, 0.99, 99)
+        prevalence = labels.mean()
+        everyone = prevalence - (1 - prevalence) * t / (1 - t)
+        for i, (name, values) in enumerate(
+            {"model": net_benefit(labels, probabilities, t), "everyone": everyone, "nobody": 0 * t}.items()
+        ):
+            axes.plot(t, values, label=name, **_line(i), linewidth=1.8)
+        axes.set(xlabel="threshold probability", ylabel="net benefit", ylim=(-0.05, max(prevalence, 0.05) * 1.1))
+        axes.legend(frameon=False)
+        _clean(axes)
+
+    return Plot("net_benefit", "Decision curve", draw)
+
+
+def forest_plot(rows: Mapping[str, Estimate], metric: str) -> Plot:
+    """Draw an estimate with its interval a subgroup."""
+
+    def draw(axes: Any) -> None:
+        known = {name: e for name, e in rows.items() if e.value is not None}
+        for i, estimate in enumerate(known.values()):
+            if estimate.low is not None and estimate.high is not None:
+                axes.plot([estimate.low, estimate.high], [-i, -i], color="black", linewidth=1.4)
+            axes.plot(estimate.value, -i, "s", color="black", markerfacecolor="white" if i else "black")
+        axes.set_yticks([-i for i in range(len(known))], [f"{name} (n={e.n})" for name, e in known.items()])
+        axes.set(xlabel=metric)
+        _clean(axes)
+
+    return Plot("subgroups", f"{metric} by subgroup, 95 % intervals", draw)
+
+
+def _line(i: int) -> dict[str, str]:
+    return {"linestyle": _DASHES[i % 4], "color": _SHADES[i % 4]}
+
+
+def _clean(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)

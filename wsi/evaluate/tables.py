@@ -1,0 +1,261 @@
+"""Any labels: two classes and a probability, or ordered grades; by patient, with subgroups, and two runs compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi.errors import EvaluationError
+from wsi.evaluate import plots
+from wsi.evaluate.cases import Cases, TableConfig
+from wsi.evaluate.report import Plot, Report, data_hash
+from wsi.metrics.bootstrap import bootstrap
+from wsi.metrics.calibration import (
+    brier,
+    expected_calibration_error,
+    net_benefit,
+    recalibration,
+    reliability,
+)
+from wsi.metrics.compare import auroc_difference, mcnemar
+from wsi.metrics.estimate import Estimate
+from wsi.metrics.kappa import confusion, quadratic_kappa
+from wsi.metrics.roc import auprc, auroc, operating_point, proportion, threshold_at
+
+F64 = npt.NDArray[np.float64]
+
+#: Subgroups with fewer cases of either class say nothing.
+MIN_EVENTS = 10
+
+
+def evaluate_table(
+    task: str,
+    cases: Cases,
+    *,
+    config: TableConfig | None = None,
+    validation: Cases | None = None,
+    other: Cases | None = None,
+    warnings: Sequence[str] = (),
+) -> Report:
+    """Measure scores against labels.
+
+    Parameters
+    ----------
+    task : str
+        "slides" or "patches".
+    cases : Cases
+    config : TableConfig, optional
+    validation : Cases, optional
+        Other cases, of which the threshold for the asked specificity is taken.
+    other : Cases, optional
+        The same cases scored by another run, to compare with.
+    warnings : sequence of str
+
+    Raises
+    ------
+    EvaluationError
+        `other` is of other cases.
+
+    Examples
+    --------
+    >>> names = tuple("abcdef")
+    >>> cases = Cases(names, np.array([0, 0, 0, 1, 1, 1], bool), np.array([0.1, 0.2, 0.6, 0.4, 0.7, 0.9]), names)
+    >>> report = evaluate_table("slides", cases, config=TableConfig(n_bootstrap=100))
+    >>> round(report.results["auroc"].value, 3)
+    0.889
+    """
+    config = config or TableConfig()
+    notes = list(warnings)
+    if other is not None and (other.ids != cases.ids or (other.labels != cases.labels).any()):
+        raise EvaluationError("the other run", "is of other cases", "Compare runs on the same labels")
+    measure = _grades if config.grades else _two_classes
+    results, tables, pictures, protocol = measure(cases, config, validation, other, notes)
+    name = "quadratic_kappa" if config.grades else "auroc"
+    forest = {"all": results[name]}
+    if cases.groups:
+        tables["subgroups"] = _subgroups(cases, config, forest)
+        pictures.append(plots.forest_plot(forest, name))
+    tables["cases"] = [
+        {"id": i, "patient": p, "label": label, "score": score}
+        for i, p, label, score in zip(
+            cases.ids, cases.patients, cases.labels.astype(int).tolist(), cases.scores.tolist(), strict=True
+        )
+    ]
+    return Report(
+        task,
+        f"{task.capitalize()} against their labels",
+        protocol | {"bootstrap": f"{config.n_bootstrap} draws of patients, seed {config.seed}"},
+        {
+            "cases": len(cases.ids),
+            "patients": len(set(cases.patients)),
+            "sha256": data_hash(zip(cases.ids, cases.labels.astype(int).tolist(), strict=True)),
+        },
+        results,
+        tables,
+        pictures,
+        warnings=tuple(notes),
+        reporting={"partition_unit": "patient", "subgroups": ", ".join(cases.groups) or "none asked for"},
+    )
+
+
+_Parts = tuple[dict[str, Estimate], dict[str, Sequence[Mapping[str, Any]]], list[Plot], dict[str, Any]]
+Statistic = Callable[[npt.NDArray[np.intp]], float | None]
+
+
+def _drawn(cases: Cases, config: TableConfig, statistic: Statistic, *, stratify: bool = True) -> Estimate:
+    return bootstrap(
+        statistic,
+        cases.patients,
+        strata=cases.labels.astype(int).tolist() if stratify else None,
+        n_draws=config.n_bootstrap,
+        seed=config.seed,
+    )
+
+
+def _two_classes(
+    cases: Cases, config: TableConfig, validation: Cases | None, other: Cases | None, notes: list[str]
+) -> _Parts:
+    y, p = cases.labels, cases.scores
+    both = 0 < y.sum() < len(y)
+    results = {"auroc": auroc(y, p), "auprc": auprc(y, p), "prevalence": proportion(int(y.sum()), len(y))}
+    if len(set(cases.patients)) < len(y):
+        results["auroc"] = Estimate(results["auroc"].value, n=len(y), reason=results["auroc"].reason or
+                                    "DeLong takes cases for independent: see the interval over patients")  # fmt: skip
+    for name, metric in (("auroc", auroc), ("auprc", auprc)):
+        results[f"{name}_over_patients"] = _drawn(cases, config, lambda rows, m=metric: m(y[rows], p[rows]).value)  # type: ignore[misc]
+    protocol: dict[str, Any] = {
+        "positive": config.positive,
+        "intervals": "AUROC by DeLong, proportions by Wilson, for independent cases; over patients by bootstrap",
+    }
+    chosen = {"apparent": threshold_at(y, p, config.specificity)}
+    if validation is not None:
+        chosen["validation"] = threshold_at(validation.labels, validation.scores, config.specificity)
+    else:
+        notes.append(
+            "no validation cases: sensitivity at fixed specificity uses a threshold chosen on these very cases"
+        )
+    points = {f"{where}_{config.specificity:g}": t for where, t in chosen.items()}
+    if config.threshold is not None:
+        points["given"] = config.threshold
+    table = []
+    for where, threshold in points.items():
+        if threshold is None:
+            results[f"sensitivity_{where}"] = Estimate.undefined("no threshold: one class only", len(y))
+            continue
+        found = operating_point(y, p, threshold)
+        table.append(
+            {"threshold_from": where, "threshold": threshold if math.isfinite(threshold) else None}
+            | {m: getattr(found, m).value for m in ("sensitivity", "specificity", "ppv", "npv")}
+        )
+        results[f"sensitivity_{where}"] = found.sensitivity
+        results[f"specificity_{where}"] = found.specificity
+        results[f"sensitivity_{where}_over_patients"] = _drawn(
+            cases, config, lambda rows, t=threshold: operating_point(y[rows], p[rows], t).sensitivity.value  # type: ignore[misc]
+        )  # fmt: skip
+    tables: dict[str, Sequence[Mapping[str, Any]]] = {"operating_points": table}
+    pictures = [plots.roc_plot({f"AUROC {results['auroc']}": (y, p)})] if both else []
+    if len(p) and p.min() >= 0 and p.max() <= 1:
+        results["brier"] = _drawn(cases, config, lambda rows: brier(y[rows], p[rows]).value)
+        results["ece"] = expected_calibration_error(y, p)
+        results["ece_equal_mass"] = expected_calibration_error(y, p, equal_mass=True)
+        fit = recalibration(y, p)
+        results |= {"calibration_intercept": fit.intercept, "calibration_slope": fit.slope}
+        tables["reliability"] = [each._asdict() for each in reliability(y, p)]
+        at = np.arange(1, 20) / 20
+        tables["net_benefit"] = [
+            {"threshold": t, "model": m, "everyone": y.mean() - (1 - y.mean()) * t / (1 - t), "nobody": 0.0}
+            for t, m in zip(at.tolist(), net_benefit(y, p, at).tolist(), strict=True)
+        ]
+        pictures += [plots.reliability_plot(reliability(y, p)), plots.net_benefit_plot(y, p)]
+    else:
+        notes.append("scores are no probabilities: nothing is said of calibration")
+    if other is not None:
+        q = other.scores
+        difference = auroc_difference(y, p, q)
+        results["auroc_difference"] = difference.estimate
+        results["auroc_difference_over_patients"] = _drawn(
+            cases, config, lambda rows: _gap(auroc(y[rows], p[rows]).value, auroc(y[rows], q[rows]).value)
+        )
+        threshold = points.get("given", points.get(f"validation_{config.specificity:g}"))
+        row: dict[str, Any] = {"test": "DeLong, AUROC", "p_value": difference.p_value}
+        tables["comparison"] = [row]
+        if threshold is not None:
+            accuracy = mcnemar((p >= threshold) == y, (q >= threshold) == y)
+            results["accuracy_difference"] = accuracy.estimate
+            tables["comparison"] = [row, {"test": f"McNemar, accuracy at {threshold:g}", "p_value": accuracy.p_value}]
+        if both:
+            pictures[0] = plots.roc_plot({f"this {results['auroc']}": (y, p), f"other {auroc(y, q)}": (y, q)})
+    return results, tables, pictures, protocol
+
+
+def _grades(
+    cases: Cases, config: TableConfig, validation: Cases | None, other: Cases | None, notes: list[str]
+) -> _Parts:
+    y, g, k = cases.labels, cases.scores, config.grades
+
+    def kappa(rows: npt.NDArray[np.intp], found: npt.NDArray[Any] = g) -> float | None:
+        return quadratic_kappa(y[rows], found[rows], k).value
+
+    overall = quadratic_kappa(y, g, k)
+    results = {
+        "quadratic_kappa": overall if overall.value is None else _drawn(cases, config, kappa, stratify=False),
+        "accuracy": proportion(int((y == g).sum()), len(y)),
+    }
+    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
+    if other is not None:
+        results["kappa_difference"] = _drawn(
+            cases, config, lambda rows: _gap(kappa(rows), kappa(rows, other.scores)), stratify=False
+        )
+        test = mcnemar(g == y, other.scores == y)
+        results["accuracy_difference"] = test.estimate
+        tables["comparison"] = [{"test": "McNemar, accuracy", "p_value": test.p_value}]
+    counts = confusion(y, g, k)
+    names = [str(grade) for grade in range(k)]
+    tables["confusion"] = [
+        {"reference": name, **dict(zip(names, row, strict=True))}
+        for name, row in zip(names, counts.tolist(), strict=True)
+    ]
+    return results, tables, [plots.confusion_plot(counts, names)], {"grades": f"0 to {k - 1}, quadratic weights"}
+
+
+def _gap(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first - second
+
+
+def _subgroups(cases: Cases, config: TableConfig, forest: dict[str, Estimate]) -> list[dict[str, Any]]:
+    """A row a value of each column: how many, the metric, and how far it is from that of all cases."""
+    y, s = cases.labels, cases.scores
+
+    def of(rows: npt.NDArray[np.intp]) -> float | None:
+        return (
+            quadratic_kappa(y[rows], s[rows], config.grades).value if config.grades else auroc(y[rows], s[rows]).value
+        )
+
+    table = []
+    for column, values in cases.groups.items():
+        for value in sorted(set(values)):
+            rows = np.flatnonzero(np.array(values) == value)
+            events = len(rows) if config.grades else int(min(y[rows].sum(), (~y[rows]).sum()))
+            own = Cases((), y[rows], s[rows], tuple(cases.patients[i] for i in rows))
+            if events < MIN_EVENTS:
+                which = "" if config.grades else " of a class"
+                found = gap = Estimate.undefined(f"fewer than {MIN_EVENTS} cases{which}", len(rows))
+            else:
+                found = _drawn(own, config, lambda draw, r=rows: of(r[draw]), stratify=not config.grades)  # type: ignore[misc]
+                member = np.zeros(len(y), bool)
+                member[rows] = True
+                gap = _drawn(
+                    cases, config, lambda draw, m=member: _gap(of(draw[m[draw]]), of(draw)), stratify=not config.grades  # type: ignore[misc]
+                )  # fmt: skip
+            forest[f"{column} {value}"] = found
+            numbers = {"n": len(rows), "positive": None if config.grades else int(y[rows].sum())}
+            table.append(
+                {"column": column, "value": value, **numbers}
+                | {"metric": found.value, "low": found.low, "high": found.high}
+                | {"gap": gap.value, "gap_low": gap.low, "gap_high": gap.high, "reason": found.reason}
+            )
+    return table

@@ -1,0 +1,94 @@
+"""Intervals by drawing patients again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi.metrics.estimate import Estimate
+
+Rows = npt.NDArray[np.intp]
+
+
+def bootstrap(
+    statistic: Callable[[Rows], float | None],
+    patients: Sequence[Hashable],
+    *,
+    strata: Sequence[Hashable] | None = None,
+    n_draws: int = 2000,
+    seed: int = 0,
+    unit: str = "patients",
+) -> Estimate:
+    """Return a statistic with the 95 % percentile interval of drawing patients with replacement (Efron 1979).
+
+    A patient's rows stay together: slides of one patient, or tiles of one slide, are not independent.
+
+    Parameters
+    ----------
+    statistic : callable
+        Takes rows, intp (k,), and returns a number, or None where it is undefined.
+    patients : sequence (n,)
+        Whose each row is.
+    strata : sequence (n,), optional
+        Each row's stratum, such as its label. Patients are drawn among those whose highest stratum is the same, so
+        that each draw holds as many of each.
+    n_draws : int
+    seed : int
+    unit : str
+        What `patients` are, for the method's name.
+
+    Returns
+    -------
+    Estimate
+        n is the number of patients. Draws where the statistic is undefined are left out, and counted in `method`;
+        the interval is undefined where more than half are.
+
+    Examples
+    --------
+    >>> values = np.arange(10.0)
+    >>> print(bootstrap(lambda rows: float(values[rows].mean()), patients=range(10), n_draws=200))
+    4.500 (2.900 to 6.400)
+    """
+    names = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
+    of = np.array([names[patient] for patient in patients], np.intp)
+    n = len(names)
+    order = np.argsort(of, kind="stable")
+    rows_of = np.split(order, np.cumsum(np.bincount(of, minlength=n))[:-1]) if n else []
+    value = statistic(np.arange(len(of), dtype=np.intp))
+    if value is None:
+        return Estimate.undefined("undefined on these cases", n)
+    if n < 2:
+        return Estimate(value, n=n, reason=f"no interval: fewer than two {unit}")
+    if strata is None:
+        groups = [np.arange(n)]
+    else:
+        ranks = {stratum: i for i, stratum in enumerate(sorted(set(strata), key=lambda s: (str(type(s)), s)))}
+        highest = np.zeros(n, np.intp)
+        np.maximum.at(highest, of, [ranks[stratum] for stratum in strata])
+        groups = [np.flatnonzero(highest == stratum) for stratum in np.unique(highest)]
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(n_draws):
+        drawn = np.concatenate([group[rng.integers(len(group), size=len(group))] for group in groups])
+        found = statistic(np.concatenate([rows_of[i] for i in drawn]))
+        if found is not None:
+            draws.append(found)
+    return with_interval(value, draws, n_draws, n, unit)
+
+
+def with_interval(value: float, draws: Sequence[float], n_draws: int, n: int, unit: str) -> Estimate:
+    """Return the 95 % percentile interval of the draws in which the statistic is defined, around its value.
+
+    Examples
+    --------
+    >>> with_interval(0.5, [], 100, 3, "slides").reason
+    'no interval: undefined in most draws'
+    """
+    estimate = Estimate(value, n=n, method=f"bootstrap over {unit}, {len(draws)} of {n_draws} draws")
+    if 2 * len(draws) <= n_draws:
+        return replace(estimate, reason="no interval: undefined in most draws")
+    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+    return replace(estimate, low=low, high=high)

@@ -1,0 +1,348 @@
+"""Free-response ROC of lesion detection, by the official definition of CAMELYON16.
+
+Follows ``Python/Evaluation_FROC.py`` of the challenge's organisers (computationalpathologygroup/Camelyon16): lesions
+closer than 75 um are one, isolated tumour cells are neither hit nor false positive, and the score is the mean
+sensitivity at 1/4, 1/2, 1, 2, 4 and 8 false positives a slide. Like the script this keeps the confidence of a hit as
+float32 and that of a false positive as float64, so between two of 0.8 the hit comes first, and between two of 0.7 the
+false positive: write confidences that float32 holds exactly, as ``wsi evaluate`` does, and a tie is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from wsi.metrics.bootstrap import with_interval
+from wsi.metrics.estimate import F64, Estimate
+
+#: What the official script takes for granted of every slide: microns per level-0 pixel, and pixels a mask pixel.
+OFFICIAL_MPP = 0.243
+OFFICIAL_DOWNSAMPLE = 32
+#: Lesions grow by half of this before they are counted: what is closer is one lesion.
+MERGE_UM = 75.0
+#: Lesions whose major axis is shorter, 200 um and the growth, are isolated tumour cells.
+ITC_UM = 200.0 + MERGE_UM
+PER_SLIDE = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Lesions:
+    """The lesions of a slide, as the evaluation counts them.
+
+    Attributes
+    ----------
+    labels : int32 (rows, columns)
+        Which lesion each pixel of the grown mask belongs to, from 1; 0 for none.
+    major_axis_um : float64 (n,)
+        Major axis of the ellipse with the lesion's second moments, grown mask.
+    itc : bool (n,)
+        Isolated tumour cells: too small to count.
+    downsample : float
+        Level-0 pixels a pixel of `labels`.
+    origin : (int, int)
+        Column and row of the whole mask at which `labels` begins.
+    """
+
+    labels: npt.NDArray[np.int32]
+    major_axis_um: F64
+    itc: npt.NDArray[np.bool_]
+    downsample: float = OFFICIAL_DOWNSAMPLE
+    origin: tuple[int, int] = (0, 0)
+
+    def at(self, x: npt.ArrayLike, y: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        """Return the lesion at level-0 points, int32 (n,); 0 for none, also outside."""
+        column, row = (
+            np.floor(np.asarray(v, np.float64) / self.downsample).astype(np.int64) - start
+            for v, start in zip((x, y), self.origin, strict=True)
+        )
+        height, width = self.labels.shape
+        inside = (column >= 0) & (row >= 0) & (column < width) & (row < height)
+        found = np.zeros(len(column), np.int32)
+        found[inside] = self.labels[row[inside], column[inside]]
+        return found
+
+
+def find_lesions(
+    mask: npt.NDArray[np.bool_], *, mpp: float = OFFICIAL_MPP, downsample: float = OFFICIAL_DOWNSAMPLE
+) -> Lesions:
+    """Grow, fill and number the lesions of a mask.
+
+    The same as thresholding the Euclidean distance to the mask at ``75 um / 2``, filling holes and labelling with
+    8 neighbours, but only where there is something.
+
+    Parameters
+    ----------
+    mask : bool (rows, columns)
+        True inside lesions.
+    mpp : float
+        Microns per level-0 pixel; the official script takes 0.243 for all slides.
+    downsample : float
+        Level-0 pixels a pixel of the mask.
+
+    Raises
+    ------
+    ValueError
+        A mask that is not boolean: whether 1 or 255 stands for tumour is settled where it is read.
+
+    Examples
+    --------
+    >>> mask = np.zeros((60, 90), bool)
+    >>> mask[10:50, 10:50] = True       # a lesion of 311 um
+    >>> mask[20:24, 70:74] = True       # and one of 31 um: isolated tumour cells
+    >>> lesions = find_lesions(mask)
+    >>> lesions.itc.tolist(), lesions.at([400, 2300], [400, 700]).tolist()
+    ([False, True], [1, 2])
+    """
+    if mask.dtype != bool or mask.ndim != 2:
+        raise ValueError(f"a lesion mask must be bool (rows, columns), got {mask.dtype} {mask.shape}")
+    pixel_um = mpp * downsample
+    reach = MERGE_UM / (pixel_um * 2)
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return Lesions(np.zeros((0, 0), np.int32), np.zeros(0), np.zeros(0, bool), downsample)
+    # A margin that the grown lesions do not fill keeps glass around them, as on the whole mask.
+    margin = math.ceil(reach) + 1
+    top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
+    part = mask[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1]
+    labels, n = ndimage.label(_fill_holes(_grow(part, reach)), np.ones((3, 3), bool))
+    labels = labels.astype(np.int32, copy=False)
+    axes = _major_axes(labels, n)
+    return Lesions(labels, axes * pixel_um, axes < ITC_UM / pixel_um, downsample, (int(left), int(top)))
+
+
+def _grow(mask: npt.NDArray[np.bool_], reach: float) -> npt.NDArray[np.bool_]:
+    """Pixels nearer than `reach` to the mask: row by row, since a disc is a stack of lines."""
+    grown = np.zeros_like(mask)
+    wide: dict[int, npt.NDArray[np.bool_]] = {}
+    for dy in range(min(math.ceil(reach), len(mask))):
+        dx = max(x for x in range(math.ceil(reach)) if math.sqrt(x * x + dy * dy) < reach)
+        if dx not in wide:
+            wide[dx] = ndimage.maximum_filter1d(mask.view(np.uint8), 2 * dx + 1, axis=1, mode="constant").view(bool)
+        grown[dy:] |= wide[dx][: len(mask) - dy]
+        grown[: len(mask) - dy] |= wide[dx][dy:]
+    return grown
+
+
+def _fill_holes(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Background that no path over edges joins with the border is a hole."""
+    background, n = ndimage.label(~mask)
+    open_ = np.zeros(n + 1, bool)
+    for edge in (background[0], background[-1], background[:, 0], background[:, -1]):
+        open_[edge] = True
+    open_[0] = False
+    if open_[1:].all():
+        return mask
+    return np.asarray(~open_[background])
+
+
+def _major_axes(labels: npt.NDArray[np.int32], n: int) -> F64:
+    """Major axis in pixels of the ellipse with each label's second moments (regionprops' definition)."""
+    axes = np.zeros(n)
+    for i, part in enumerate(ndimage.find_objects(labels)):
+        row, column = np.nonzero(labels[part] == i + 1)
+        dr, dc = row - row.mean(), column - column.mean()
+        a, b, c = (dr * dr).mean(), (dr * dc).mean(), (dc * dc).mean()
+        axes[i] = 4 * math.sqrt((a + c) / 2 + math.sqrt(((a - c) / 2) ** 2 + b * b))
+    return axes
+
+
+@dataclass(frozen=True, eq=False)
+class SlideHits:
+    """What a slide's detections met.
+
+    Attributes
+    ----------
+    has_lesions : bool
+        Whether it is a tumour slide.
+    false_positives : float64 (k,)
+        Confidences of detections that met no lesion.
+    hits : float64 (n,)
+        Highest confidence that met each lesion, rounded to float32; 0 where none did, or where the lesion is isolated
+        tumour cells.
+    n_lesions : int
+        Lesions that count: `hits` less the isolated tumour cells.
+    ignored : int
+        Detections on isolated tumour cells.
+    outside : int
+        Detections outside the slide; they count as false positives.
+    """
+
+    has_lesions: bool
+    false_positives: F64
+    hits: F64
+    n_lesions: int
+    ignored: int = 0
+    outside: int = 0
+
+
+def match(
+    lesions: Lesions | None,
+    confidence: npt.ArrayLike,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    *,
+    size: tuple[int, int] | None = None,
+) -> SlideHits:
+    """Match a slide's detections with its lesions.
+
+    Parameters
+    ----------
+    lesions : Lesions, optional
+        None for a normal slide, where every detection is a false positive.
+    confidence : (k,)
+        From 0 to 1. A lesion hit with confidence 0 counts as missed.
+    x, y : (k,)
+        Level-0 pixels.
+    size : (int, int), optional
+        Width and height of the slide in level-0 pixels; what lies outside is counted apart.
+
+    Raises
+    ------
+    ValueError
+        Numbers that are not finite, confidences below 0, or lists of different length.
+
+    Examples
+    --------
+    >>> mask = np.zeros((60, 90), bool)
+    >>> mask[10:50, 10:50] = True
+    >>> hits = match(find_lesions(mask), [0.75, 0.5, 0.7], [400, 500, 2500], [400, 600, 100])
+    >>> hits.hits.tolist(), hits.false_positives.tolist()
+    ([0.75], [0.7])
+    """
+    p, px, py = (np.atleast_1d(np.asarray(v, np.float64)) for v in (confidence, x, y))
+    if not (p.shape == px.shape == py.shape and p.ndim == 1):
+        raise ValueError(f"confidence, x and y must be lists of one length, got {p.shape}, {px.shape}, {py.shape}")
+    if not (np.isfinite(p).all() and np.isfinite(px).all() and np.isfinite(py).all()):
+        raise ValueError("detections must be finite numbers")
+    if (p < 0).any():
+        raise ValueError("confidences must not be negative")
+    w, h = size or (math.inf, math.inf)
+    outside = int(np.count_nonzero((px < 0) | (py < 0) | (px >= w) | (py >= h)))
+    if lesions is None:
+        return SlideHits(False, p, np.zeros(0), 0, 0, outside)
+    found = lesions.at(px, py)
+    hits = np.zeros(len(lesions.itc))
+    np.maximum.at(hits, found[found > 0] - 1, p[found > 0].astype(np.float32))
+    hits[lesions.itc] = 0
+    ignored = int(np.count_nonzero(lesions.itc[found[found > 0] - 1]))
+    n_lesions = int(np.count_nonzero(~lesions.itc))
+    return SlideHits(True, p[found == 0], hits, n_lesions, ignored, outside)
+
+
+@dataclass(frozen=True, eq=False)
+class Froc:
+    """A FROC curve.
+
+    Attributes
+    ----------
+    per_slide, sensitivity : float64 (k,)
+        False positives a slide and sensitivity, threshold rising, ending at (0, 0).
+    at : tuple of float
+        Sensitivity at ``PER_SLIDE``; empty where undefined.
+    score : Estimate
+        Their mean; n is the number of slides.
+    n_lesions : int
+    """
+
+    per_slide: F64
+    sensitivity: F64
+    at: tuple[float, ...]
+    score: Estimate
+    n_lesions: int
+
+
+def froc(slides: Sequence[SlideHits], *, fp: str = "all", n_bootstrap: int = 0, seed: int = 0) -> Froc:
+    """Compute the curve, the sensitivity at the six operating points, and the score.
+
+    Parameters
+    ----------
+    slides : sequence of SlideHits
+        Every slide of the set, those without detections too: they count in the denominator.
+    fp : str
+        "all": false positives of all slides a slide (the organisers' script). "normal": those of normal slides a
+        normal slide (Ehteshami Bejnordi et al., JAMA 2017).
+    n_bootstrap : int
+        Draws of slides with their lesions, for a 95 % percentile interval of the score; 0 for none.
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        Another `fp`.
+
+    Examples
+    --------
+    >>> tumour = SlideHits(True, np.array([0.6]), np.array([0.9, 0.0]), 2)
+    >>> curve = froc([tumour, SlideHits(False, np.array([0.2]), np.zeros(0), 0)])
+    >>> curve.at, round(curve.score.value, 3)
+    ((0.5, 0.5, 0.5, 0.5, 0.5, 0.5), 0.5)
+    """
+    if fp not in ("all", "normal"):
+        raise ValueError(f"fp={fp!r}: 'all' or 'normal'")
+    pool = _Pool(slides, fp)
+    per_slide, sensitivity = pool.curve(np.ones(len(slides), np.int64))
+    n_lesions = sum(slide.n_lesions for slide in slides)
+    at = _at(per_slide, sensitivity)
+    if at is None:
+        nothing = "no lesion that counts" if not n_lesions else "no slide to count false positives on"
+        empty = np.zeros(0)
+        return Froc(empty, empty, (), Estimate.undefined(nothing, len(slides)), n_lesions)
+    score = Estimate(float(np.mean(at)), n=len(slides))
+    if n_bootstrap:
+        rng = np.random.default_rng(seed)
+        drawn = (rng.integers(len(slides), size=len(slides)) for _ in range(n_bootstrap))
+        found = [_at(*pool.curve(np.bincount(draw, minlength=len(slides)))) for draw in drawn]
+        means = [float(np.mean(each)) for each in found if each is not None]
+        score = with_interval(float(np.mean(at)), means, n_bootstrap, len(slides), "slides")
+    return Froc(per_slide, sensitivity, at, score, n_lesions)
+
+
+class _Pool:
+    """All confidences of all slides, ordered once, so that a curve of any mixture of slides is a sum."""
+
+    def __init__(self, slides: Sequence[SlideHits], fp: str) -> None:
+        counted = [slide if fp == "all" or not slide.has_lesions else None for slide in slides]
+        self._n = np.array([slide is not None for slide in counted], np.int64)
+        self._lesions = np.array([slide.n_lesions for slide in slides], np.int64)
+        fps = [slide.false_positives if slide is not None else np.zeros(0) for slide in counted]
+        self._fp, self._fp_of = _ordered(fps)
+        self._tp, self._tp_of = _ordered([slide.hits for slide in slides])
+        self._thresholds = np.unique(np.concatenate([self._fp, self._tp]))
+        self._fp_from = np.searchsorted(self._fp, self._thresholds)
+        self._tp_from = np.searchsorted(self._tp, self._thresholds)
+
+    def curve(self, times: npt.NDArray[np.int64]) -> tuple[F64, F64]:
+        """Points (false positives a slide, sensitivity) when each slide counts so many times; empty if undefined."""
+        n_slides, n_lesions = int(times @ self._n), int(times @ self._lesions)
+        if not n_slides or not n_lesions:
+            return np.zeros(0), np.zeros(0)
+        counts = []
+        lowest = len(self._thresholds)
+        for of, first in ((self._fp_of, self._fp_from), (self._tp_of, self._tp_from)):
+            weight = times[of]
+            reached = np.concatenate([np.cumsum(weight[::-1])[::-1], [0]])  # how many from here on
+            counts.append(reached[first])
+            if weight.any():
+                lowest = min(lowest, int(np.searchsorted(first, np.argmax(weight > 0), side="right")) - 1)
+        # As the script does, the lowest confidence is no threshold: usually it is the 0 of the missed lesions.
+        fps, hits = (np.append(count[lowest + 1 :], 0) for count in counts)
+        return fps / n_slides, hits / n_lesions
+
+
+def _ordered(lists: Sequence[F64]) -> tuple[F64, npt.NDArray[np.int64]]:
+    """All values, rising, and which list each is from."""
+    values = np.concatenate([np.zeros(0), *lists])
+    of = np.repeat(np.arange(len(lists)), [len(part) for part in lists])
+    order = np.argsort(values, kind="stable")
+    return values[order], of[order]
+
+
+def _at(per_slide: F64, sensitivity: F64) -> tuple[float, ...] | None:
+    if not len(per_slide):
+        return None
+    return tuple(np.interp(PER_SLIDE, per_slide[::-1], sensitivity[::-1]).tolist())
