@@ -27,7 +27,7 @@ from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
-from wsi.nn.grade import MilModel, SlideScores, pick_class
+from wsi.nn.grade import MilModel, SlideGrade, pick_class
 from wsi.nn.patch import PatchModel
 from wsi.slide import READERS, Slide, absolute, open_slide
 from wsi.stain import METHODS, TARGETS, StainTransform, fit
@@ -184,12 +184,20 @@ def score_slide(
             )
         probabilities = store.get("probabilities")
         with clock.stage("grade"):
-            slide_scores = engine.mil(store.get("features")) if engine.mil is not None and len(grid) else None
-            if slide_scores is not None:
+            slide_scores, doubts = None, None
+            if engine.mil is not None and len(grid):
+                features = store.get("features")
+                slide_scores = engine.mil(features, grid.boxes())
+                doubts = engine.mil.doubts(slide_scores, features)
                 store.put("attention", slide_scores.attention)
         with clock.stage("export"):
             numbers = _export(folder, slide, slide_id, tissue, grid, probabilities, slide_scores, engine, config)
             numbers["mpp_given"] = mpp
+            if doubts is not None:
+                numbers["uncertainty"] = doubts.as_json()
+                if doubts.abstain:
+                    numbers["flags"].append("abstain")
+                    numbers["warnings"].append(f"the grade should not be used: {doubts.abstain}")
             if stain is not None:
                 numbers["stain"] = json.loads(stain.to_json())
                 if stain.fallback:
@@ -257,7 +265,7 @@ def _export(
     tissue: TissueMask,
     grid: TileGrid,
     probabilities: npt.NDArray[np.float32],
-    slide_scores: SlideScores | None,
+    slide_scores: SlideGrade | None,
     engine: Engine,
     config: ScoreConfig,
 ) -> dict[str, Any]:
@@ -325,7 +333,7 @@ def _numbers(
     outlines: list[shapely.Polygon],
     positive: tuple[str, ...],
     threshold: float,
-    slide_scores: SlideScores | None,
+    slide_scores: SlideGrade | None,
     engine: Engine,
 ) -> dict[str, Any]:
     """Assemble result.json; what is undefined is None, and `reasons` says why."""
@@ -363,6 +371,7 @@ def _numbers(
             if mil
             else None
         ),
+        "uncertainty": None,
         "n_tiles": len(grid),
         "tissue_mm2": _rounded(tissue.area_mm2),
         "positive_mm2": None
