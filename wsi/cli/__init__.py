@@ -11,6 +11,7 @@ from wsi.cli.demo import demo
 from wsi.cli.doctor import doctor
 from wsi.cli.info import info
 from wsi.cli.score import score
+from wsi.cli.train import train
 from wsi.errors import WsiError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for verb in (score, info, demo, doctor):
     app.command()(verb)
+app.add_typer(train)
 
 
 def main() -> None:

@@ -35,9 +35,6 @@ def test_the_loss_is_minus_the_log_of_the_probability(head: Head) -> None:
     own = head.probabilities(logits)[torch.arange(6), label]
     targets = Targets(label)
     assert float(head.loss(logits, targets)) == pytest.approx(float(-own.log().mean()), abs=1e-9)
-    weight = torch.arange(1.0, head.num_classes + 1, dtype=torch.float64)
-    expected = -(own.log() * weight[label]).sum() / weight[label].sum()
-    assert float(head.loss(logits, targets, weight)) == pytest.approx(float(expected), abs=1e-9)
 
 
 def test_ordinal_is_made_of_falling_cumulative_logits() -> None:

@@ -102,23 +102,11 @@ class Head:
         ends = torch.ones_like(surviving[..., :1])
         return torch.cat([ends, surviving], -1) - torch.cat([surviving, torch.zeros_like(ends)], -1)
 
-    def loss(self, logits: Tensor, targets: Targets, class_weight: Tensor | None = None) -> Tensor:
-        """Return the mean negative log likelihood of a batch.
-
-        Parameters
-        ----------
-        logits : (b, num_logits)
-        targets : Targets
-        class_weight : (num_classes,), optional
-            Weight of each class; not for Cox, whose likelihood is of the batch.
-        """
+    def loss(self, logits: Tensor, targets: Targets) -> Tensor:
+        """Return the mean negative log likelihood of a batch: logits (b, num_logits) and its targets."""
         if self.kind == "cox":
             return cox_loss(logits[:, 0], targets)
-        each = self._each(logits / self.temperature, targets)
-        if class_weight is None:
-            return each.mean()
-        weight = class_weight[targets.label]
-        return (each * weight).sum() / weight.sum()
+        return self._each(logits / self.temperature, targets).mean()
 
     def _each(self, z: Tensor, targets: Targets) -> Tensor:
         label = targets.label
