@@ -12,6 +12,7 @@ import torch
 
 from tests.train.make import WIDTH, write_bags
 from wsi.errors import TrainError
+from wsi.train import mil
 from wsi.train.bags import find_bags, read_bag
 from wsi.train.mil import Bags
 
@@ -116,6 +117,15 @@ class TestRefused:
             file["features"] = np.zeros((3, WIDTH + 1), np.float32)
         with pytest.raises(TrainError, match="6 wide"):
             Bags(other | {"c": tmp_path / "wide.h5"})
+
+
+def test_sums_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).normal(size=(23, 4)).astype(np.float16)
+    monkeypatch.setattr(mil, "BLOCK", 7)
+    found = mil.stats_of(x)
+    np.testing.assert_allclose(found.sum, x.astype(np.float64).sum(0))
+    np.testing.assert_allclose(found.square, (x.astype(np.float64) ** 2).sum(0))
+    assert found.tiles == 23
 
 
 def test_bags_are_the_same_kept_or_read_again(tmp_path: Path) -> None:

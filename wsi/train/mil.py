@@ -18,6 +18,7 @@ from wsi.errors import ModelError, TrainError
 from wsi.files import replacing
 from wsi.nn.mil import MIL_NETS, Head, MilNet, Targets, TrainingBag, make_net
 from wsi.nn.mil.heads import KINDS, Kind, breslow
+from wsi.nn.mil.net import BLOCK
 from wsi.nn.patch import pick_device
 from wsi.train import figures
 from wsi.train.bags import read_bag
@@ -84,6 +85,16 @@ class BagStats(NamedTuple):
     square: Array
 
 
+def stats_of(features: Array) -> BagStats:
+    """Sum a bag's features (n, d) in blocks: as float64 in one piece a large bag would fill the memory."""
+    total, square = np.zeros(features.shape[1]), np.zeros(features.shape[1])
+    for start in range(0, len(features), BLOCK):
+        x = features[start : start + BLOCK].astype(np.float64)
+        total += x.sum(0)
+        square += (x * x).sum(0)
+    return BagStats(len(features), total, square)
+
+
 class Bags:
     """Bags by slide id; read when first asked for, kept in memory while `keep_bytes` last.
 
@@ -113,7 +124,7 @@ class Bags:
         first, self.in_features, self.encoder = "", 0, None
         for slide_id, path in self._paths.items():
             bag = read_bag(path)
-            n, d = bag.features.shape
+            d = bag.features.shape[1]
             if not first:
                 first, self.in_features, self.encoder = slide_id, d, bag.encoder
             if (d, bag.encoder) != (self.in_features, self.encoder):
@@ -123,8 +134,7 @@ class Bags:
                     f"{self.in_features}, of {self.encoder or 'an unnamed encoder'}",
                     "One encoder for all slides: compute those of the others again",
                 )
-            x = bag.features.astype(np.float64)
-            self.stats[slide_id] = BagStats(n, x.sum(0), (x * x).sum(0))
+            self.stats[slide_id] = stats_of(bag.features)
             self._keep(slide_id, bag.features, bag.boxes)
 
     def __getitem__(self, slide_id: str) -> TrainingBag:
