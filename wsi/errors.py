@@ -13,6 +13,7 @@
     |-- StoreError                   also ValueError   a patch store that cannot be trusted
     |-- ModelError                   also ValueError   a model folder that cannot be used
     |   `-- ModelNotFound            also LookupError
+    |-- TrainError                   also ValueError   bags, labels or splits that nothing can be learnt from
     |-- ConfigMismatch               also ValueError   a results folder of another configuration
     |-- ManifestError                also ValueError   a manifest row that cannot be used
     |-- AnnotationError              also ValueError   outlines or a mask that cannot be used
@@ -90,6 +91,10 @@ class ModelError(WsiError, ValueError):
 
 class ModelNotFound(ModelError, LookupError):
     """No model of that name; the known ones are listed."""
+
+
+class TrainError(WsiError, ValueError):
+    """Bags, labels or splits that nothing can be learnt from."""
 
 
 class ConfigMismatch(WsiError, ValueError):

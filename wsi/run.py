@@ -23,7 +23,7 @@ from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
-from wsi.nn.grade import MilModel, SlideScores, pick_class
+from wsi.nn.grade import MilModel, SlideGrade, pick_class
 from wsi.nn.patch import PatchModel
 from wsi.result import Clock, Progress, SlideResult, rounded, write_result
 from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
@@ -197,8 +197,11 @@ def score_slide(
             )
         readable = ~unreadable
         with clock.stage("grade"):
-            slide_scores = engine.mil(store.get("features")[readable]) if engine.mil and readable.any() else None
-            if slide_scores is not None:
+            slide_scores, doubts = None, None
+            if engine.mil is not None and readable.any():
+                features = store.get("features")[readable]
+                slide_scores = engine.mil(features, grid.keep(readable).boxes())
+                doubts = engine.mil.doubts(slide_scores, features)
                 attention = np.full(len(store), np.nan, np.float32)
                 attention[readable] = slide_scores.attention
                 store.put("attention", attention)
@@ -213,6 +216,11 @@ def score_slide(
                     "`unreadable` in store.zarr marks them"
                 )
             numbers["mpp_given"] = mpp
+            if doubts is not None:
+                numbers["uncertainty"] = doubts.as_json()
+                if doubts.abstain:
+                    numbers["flags"].append("abstain")
+                    numbers["warnings"].append(f"the grade should not be used: {doubts.abstain}")
             if stain is not None:
                 numbers["stain"] = json.loads(stain.to_json())
                 if stain.fallback:
@@ -256,7 +264,7 @@ def _export(
     tissue: TissueMask,
     grid: TileGrid,
     probabilities: npt.NDArray[np.float32],
-    slide_scores: SlideScores | None,
+    slide_scores: SlideGrade | None,
     engine: Engine,
     config: ScoreConfig,
 ) -> dict[str, Any]:
@@ -324,7 +332,7 @@ def _numbers(
     outlines: list[shapely.Polygon],
     positive: tuple[str, ...],
     threshold: float,
-    slide_scores: SlideScores | None,
+    slide_scores: SlideGrade | None,
     engine: Engine,
 ) -> dict[str, Any]:
     """Assemble result.json; what is undefined is None, and `reasons` says why."""
@@ -368,6 +376,7 @@ def _numbers(
             if mil and slide_scores and mil_positive
             else None
         ),
+        "uncertainty": None,
         "n_tiles": len(grid),
         "tissue_mm2": rounded(tissue.area_mm2),
         "positive_mm2": None

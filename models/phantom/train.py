@@ -29,7 +29,7 @@ from torch.nn import functional
 from wsi.grid import TileGrid
 from wsi.nn.backbone import TimmNet
 from wsi.nn.grade import MilModel, load_mil_model
-from wsi.nn.mil import GatedAttentionMil
+from wsi.nn.mil.attention import AttentionMil
 from wsi.nn.patch import PatchModel, load_patch_model
 from wsi.phantom import PhantomConfig, write_phantom
 from wsi.slide import open_slide
@@ -151,7 +151,7 @@ def fit_patches(net: TimmNet, rgb: Tensor, labels: Tensor, mean: Tensor, std: Te
     net.eval()
 
 
-def fit_slides(head: GatedAttentionMil, bags: list[Tensor], labels: Tensor) -> None:
+def fit_slides(head: AttentionMil, bags: list[Tensor], labels: Tensor) -> None:
     """Train in place, on one (n, d) table of features a slide and one label a slide."""
     optimiser = torch.optim.AdamW(head.parameters(), MIL_LR, weight_decay=WEIGHT_DECAY)
     head.standardise(torch.cat(bags))
@@ -312,7 +312,7 @@ def main() -> None:
     for part in bags:
         features[part], scores[part] = zip(*(predict(model, bag) for bag in bags[part]), strict=True)
     has_tumour = {part: np.array([bag.config.tumours > 0 for bag in bags[part]]) for part in bags}
-    head = GatedAttentionMil(num_classes=2, **MIL)
+    head = AttentionMil(num_classes=2, **MIL)
     fit_slides(head, [torch.from_numpy(f) for f in features["train"]], torch.from_numpy(has_tumour["train"]).long())
     mil_config = save(
         args.out / "mil",

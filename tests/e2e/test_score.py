@@ -163,6 +163,23 @@ class TestResults:
         assert result["grade"] is None and result["reasons"]["grade"] == "no MIL model"
         assert rows(tmp_path / "slides.csv")[0]["grade"] == ""
 
+    def test_a_grade_says_how_sure_it_is_and_when_not_to_use_it(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path
+    ) -> None:
+        patch_model = load_patch_model(str(model), device="cpu")
+        unsure = {"conformal_threshold": 0.01, "largest_shift": 1e-6}
+        write_head(tmp_path / "unsure", patch_model.num_features, patch_model.sha256, **unsure)
+        for mil, out in (([], tmp_path / "sure"), (["--mil", tmp_path / "unsure"], tmp_path / "doubt")):
+            assert wsi("score", slides / "a.svs", "-m", model, *mil, "-o", out, "-q")[0] == 0
+        sure, doubt = (json.loads((tmp_path / name / "a" / "result.json").read_text()) for name in ("sure", "doubt"))
+        p = np.array(list(sure["probabilities"].values()))
+        assert sure["uncertainty"]["entropy"] == pytest.approx(float(-(p * np.log(p)).sum()), abs=1e-4)
+        assert sure["uncertainty"]["mutual_information"] is None and sure["uncertainty"]["abstain"] is None
+        assert "abstain" not in sure["flags"] and "abstain" in doubt["flags"]
+        assert doubt["uncertainty"]["prediction_set"] == ["no tumour", "tumour"]
+        for words in ("cannot be told apart", "outside the range of the training slides"):
+            assert words in doubt["uncertainty"]["abstain"] and any(words in line for line in doubt["warnings"])
+
 
 class TestResume:
     def test_the_same_again_does_nothing(

@@ -14,13 +14,13 @@ pytest.importorskip("sklearn")
 from safetensors.torch import load_file  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 
-from wsi.nn.mil import GatedAttentionMil  # noqa: E402
+from wsi.nn.mil.attention import AttentionMil  # noqa: E402
 from wsi.nn.p4m import P4MNet  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models" / "idc-breast"
 DATA = Path(os.environ.get("WSI_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
-NETS = {"wsi-p4m": P4MNet, "gated-attention": GatedAttentionMil}
+NETS = {"wsi-p4m": P4MNet, "gated-attention": AttentionMil}
 
 
 def read(folder: Path, name: str) -> dict:

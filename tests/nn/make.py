@@ -44,11 +44,11 @@ def write_model(
 
 def write_head(folder: Path, in_features: int, encoder_sha256: str | None = None, **changes: Any) -> Path:
     """Write a MIL model folder with random weights."""
-    from wsi.nn.mil import GatedAttentionMil
+    from wsi.nn.mil.attention import AttentionMil
 
     torch.manual_seed(1)
     arguments = {"in_features": in_features, "hidden": 8, "attention": 4}
-    net = GatedAttentionMil(num_classes=2, **arguments)
+    net = AttentionMil(num_classes=2, **arguments)
     folder.mkdir(parents=True)
     save_file(net.state_dict(), folder / "weights.safetensors")
     config = {

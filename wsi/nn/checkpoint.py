@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wsi.errors import ModelError, ModelNotFound
+from wsi.nn.mil.heads import KINDS, Head
 
 HUB_PREFIX = "hf-hub:"
 TORCHSCRIPT = "torchscript_model.pt"
@@ -59,6 +60,14 @@ class ModelConfig:
         Checked when the weights are loaded.
     encoder_sha256 : str, optional
         MIL heads: the patch model whose features the head was trained on.
+    head : Head
+        MIL heads: how logits are read, with the temperature.
+    members : int
+        MIL heads: networks in the ensemble.
+    conformal_threshold, coverage : float, optional
+        MIL heads: least probability of a class in the prediction set, and the set's coverage.
+    largest_shift : float, optional
+        MIL heads: how far from the mean the farthest training slide lay (``grade.feature_shift``).
     """
 
     folder: Path
@@ -76,6 +85,11 @@ class ModelConfig:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     weights_sha256: str | None = None
     encoder_sha256: str | None = None
+    head: Head = field(default_factory=lambda: Head("softmax", 2))
+    members: int = 1
+    conformal_threshold: float | None = None
+    coverage: float = 0.9
+    largest_shift: float | None = None
 
 
 def model_folders() -> tuple[Path, ...]:
@@ -149,7 +163,7 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
             "encoder_sha256": raw.get("encoder_sha256"),
         }
         if task == "mil":
-            return ModelConfig(**common)
+            return ModelConfig(**common | _mil_of(raw, len(names)))
         return ModelConfig(
             **common,
             tile_px=int(raw["patch_size_pixels"]),
@@ -245,6 +259,30 @@ def weights_sha256(config: ModelConfig) -> str:
 def _check_sha256(path: Path, expected: str | None) -> None:
     if expected is not None and sha256_of(path) != expected:
         raise ModelError(path, "is not the file its config.json names (sha256 differs)", "Fetch the model again")
+
+
+def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """Read what only a MIL head's configuration has."""
+    kind = raw.get("head", "softmax")
+    baseline = tuple(float(value) for value in raw.get("baseline", ()))
+    if kind not in KINDS:
+        raise TypeError(f"head {kind!r} is not one of {', '.join(KINDS)}")
+    if kind == "binary" and num_classes != 2:
+        raise TypeError(f"a binary head has two classes, not {num_classes}")
+    if kind == "cox" and len(baseline) != num_classes - 1:
+        raise TypeError(f"baseline has {len(baseline)} values, and {num_classes} intervals need {num_classes - 1}")
+    head = Head(kind, num_classes, float(raw.get("temperature", 1.0)), baseline)
+    members, threshold, shift = int(raw.get("members", 1)), raw.get("conformal_threshold"), raw.get("largest_shift")
+    if head.temperature <= 0 or members < 1:
+        raise TypeError(f"temperature is {head.temperature} and members is {members}")
+    return {
+        "head": head,
+        "num_logits": head.num_logits,
+        "members": members,
+        "conformal_threshold": None if threshold is None else float(threshold),
+        "coverage": float(raw.get("coverage", 0.9)),
+        "largest_shift": None if shift is None else float(shift),
+    }
 
 
 def _transform_of(steps: list[dict[str, Any]]) -> dict[str, Any]:

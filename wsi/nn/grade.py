@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,23 +19,30 @@ from wsi.nn.checkpoint import (
     read_config,
     weights_sha256,
 )
-from wsi.nn.mil import GatedAttentionMil
+from wsi.nn.mil import MIL_NETS, MilNet, make_net
 from wsi.nn.patch import PatchModel
+from wsi.nn.uncertainty import Uncertainty, prediction_set, uncertainty
 
 
-class SlideScores(NamedTuple):
-    """What a MIL model says of a slide.
+class SlideGrade(NamedTuple):
+    """What a MIL model says of a slide; always these four.
 
     Attributes
     ----------
     probabilities : float64 (k,)
-        Sum to 1.
+        Sum to 1. Of survival: that the event falls in each interval.
     attention : float32 (n,)
         Weight of each tile; sums to 1. A rank among the slide's tiles, not a probability.
+    contributions : float32 (n, logits), optional
+        What each tile adds to each logit (before the temperature); None where the network is not a sum over tiles.
+    members : float64 (m, k)
+        Probabilities of each member of the ensemble; `probabilities` is their mean.
     """
 
     probabilities: npt.NDArray[np.float64]
     attention: npt.NDArray[np.float32]
+    contributions: npt.NDArray[np.float32] | None
+    members: npt.NDArray[np.float64]
 
 
 class MilModel:
@@ -45,26 +53,120 @@ class MilModel:
     config : ModelConfig
     sha256 : str
         Of the weights file.
+    head : Head
+        How logits are read.
     """
 
-    def __init__(self, config: ModelConfig, net: GatedAttentionMil, sha256: str) -> None:
+    def __init__(self, config: ModelConfig, nets: Sequence[MilNet], sha256: str) -> None:
         self.config = config
         self.sha256 = sha256
-        self._net = net.eval()
+        self.head = config.head
+        self._nets = [net.eval() for net in nets]
 
     @torch.inference_mode()
-    def __call__(self, features: npt.NDArray[Any]) -> SlideScores:
-        """Grade a slide from the features (n, d) of its tiles, n >= 1."""
-        grade = self._net(torch.from_numpy(np.ascontiguousarray(features, np.float32)))
-        return SlideScores(grade.probabilities.double().numpy(), grade.attention.numpy())
+    def __call__(self, features: npt.NDArray[Any], boxes: npt.NDArray[Any] | None = None) -> SlideGrade:
+        """Grade a slide.
+
+        Parameters
+        ----------
+        features : float (n, d)
+            Of its tiles, n >= 1, as the encoder gave them.
+        boxes : float (n, 4), optional
+            Level-0 x, y, w, h of each tile; needed by networks that read where tiles are (``transmil``).
+
+        Raises
+        ------
+        ModelError
+            No tile, another width, numbers that are not finite, or boxes that are needed and not given.
+        """
+        table = torch.from_numpy(np.require(features, requirements=["C", "W"]))
+        places = None if boxes is None else torch.from_numpy(np.array(boxes, np.float64))
+        try:
+            scores = [net(table, places) for net in self._nets]
+        except ValueError as error:
+            raise ModelError(self.config.folder, str(error)) from error
+        members = self.head.probabilities(torch.stack([score.logits for score in scores]).double())
+        # The same sum in every order of the members and whatever their number: float64, then one rounding.
+        attention = torch.stack([score.attention for score in scores]).mean(0)
+        parts = [score.contributions for score in scores if score.contributions is not None]
+        return SlideGrade(
+            members.mean(0).numpy(),
+            attention.numpy(),
+            torch.stack(parts).mean(0).numpy() if len(parts) == len(scores) else None,
+            members.numpy(),
+        )
 
     def grade(self, probabilities: npt.NDArray[np.float64]) -> str:
         """Return the class a slide is called.
 
         With positive classes: the likeliest of them where their probabilities reach the threshold
-        together, else the likeliest of the others. Without: the likeliest.
+        together, else the likeliest of the others. Without: the likeliest, and of ordinal grades the median.
         """
+        if self.head.kind == "ordinal" and not self.config.positive_classes:
+            return self.config.class_names[int((probabilities.cumsum() < 0.5 - 1e-12).sum())]
         return self.config.class_names[int(pick_class(probabilities[None], self.config)[0])]
+
+    def doubts(self, grade: SlideGrade, features: npt.NDArray[Any]) -> Doubts:
+        """Say how sure a grade is, and whether to abstain from it.
+
+        Parameters
+        ----------
+        grade : SlideGrade
+        features : float (n, d)
+            What it was made of.
+        """
+        config = self.config
+        names = config.class_names
+        reasons = []
+        chosen: tuple[str, ...] | None = None
+        if config.conformal_threshold is not None:
+            chosen = tuple(names[i] for i in prediction_set(grade.probabilities, config.conformal_threshold))
+            if len(chosen) != 1:
+                either = f"{' or '.join(chosen)} cannot be told apart" if chosen else "no grade is likely enough"
+                reasons.append(f"{either} at {config.coverage:.0%} coverage")
+        if config.largest_shift is not None:
+            shift = feature_shift(self._nets[0], torch.from_numpy(np.require(features, requirements=["C", "W"])))
+            if shift > config.largest_shift:
+                reasons.append(
+                    "features lie outside the range of the training slides (stain, scanner or tissue unlike theirs): "
+                    f"{shift / config.largest_shift:.2g} times the farthest of them"
+                )
+        return Doubts(uncertainty(grade.members), chosen, "; ".join(reasons) or None)
+
+
+class Doubts(NamedTuple):
+    """How sure a grade is.
+
+    Attributes
+    ----------
+    uncertainty : Uncertainty
+        Entropy and mutual information of the ensemble.
+    prediction_set : tuple of str, optional
+        Classes that cannot be excluded at the model's coverage; None where the model holds no conformal threshold.
+    abstain : str, optional
+        Why the grade should not be used; None where nothing speaks against it.
+    """
+
+    uncertainty: Uncertainty
+    prediction_set: tuple[str, ...] | None
+    abstain: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as result.json holds it: entropies in nats to six digits."""
+        exact = self.uncertainty.mutual_information
+        return {
+            "entropy": float(f"{self.uncertainty.entropy:.6g}"),
+            "mutual_information": None if exact is None else float(f"{exact:.6g}"),
+            "prediction_set": None if self.prediction_set is None else list(self.prediction_set),
+            "abstain": self.abstain,
+        }
+
+
+@torch.inference_mode()
+def feature_shift(net: MilNet, features: torch.Tensor) -> float:
+    """Return how far a slide's mean features lie from the training tiles' mean: root mean square, in deviations."""
+    mean = torch.stack([block.double().sum(0) for block in features.split(16_384)]).sum(0) / len(features)
+    return float((((mean - net.mean) / net.std) ** 2).mean().sqrt())
 
 
 def pick_class(
@@ -79,8 +181,14 @@ def pick_class(
     return np.asarray(np.where(allowed, probabilities, -1.0).argmax(axis=1))
 
 
-def load_mil_model(name: str | Path, encoder: PatchModel) -> MilModel:
+def load_mil_model(name: str | Path, encoder: PatchModel | None = None) -> MilModel:
     """Load the MIL head in a folder, or of a name, for the features of `encoder`.
+
+    Parameters
+    ----------
+    name : str or Path
+    encoder : PatchModel, optional
+        What the features come from; None where they come from elsewhere, and only their width can be checked.
 
     Raises
     ------
@@ -91,8 +199,28 @@ def load_mil_model(name: str | Path, encoder: PatchModel) -> MilModel:
     if (folder / "mil" / "config.json").is_file():  # a patch model's folder: the head inside it
         folder = folder / "mil"
     config = read_config(folder, "mil")
-    if config.architecture != "gated-attention":
-        raise ModelError(config.folder, f"is of architecture {config.architecture!r}", "Known: gated-attention")
+    if config.architecture not in MIL_NETS:
+        raise ModelError(config.folder, f"is of architecture {config.architecture!r}", f"Known: {', '.join(MIL_NETS)}")
+    if encoder is not None:
+        _check_encoder(config, encoder)
+    state = load_weights(config)
+    arguments = {**config.architecture_args, "num_classes": config.num_logits}
+    try:
+        nets = [make_net(config.architecture, **arguments) for _ in range(config.members)]
+    except TypeError as error:
+        raise ModelError(config.folder / "config.json", f"architecture_args do not fit: {error}") from error
+    if encoder is not None and nets[0].in_features != encoder.num_features:
+        raise ModelError(
+            config.folder,
+            f"reads features of width {nets[0].in_features}, and {encoder.name} gives {encoder.num_features}",
+            "Use the patch model it was trained with, or train a head for this one",
+        )
+    # One file holds the whole ensemble: one hash says which weights a grade came from.
+    fit_weights(nets[0] if config.members == 1 else torch.nn.ModuleList(nets), state, config)
+    return MilModel(config, nets, weights_sha256(config))
+
+
+def _check_encoder(config: ModelConfig, encoder: PatchModel) -> None:
     if not encoder.num_features:
         raise ModelError(config.folder, "needs features, and a TorchScript patch model shows none", "Leave out --mil")
     if config.encoder_sha256 is not None and config.encoder_sha256 != encoder.sha256:
@@ -101,10 +229,3 @@ def load_mil_model(name: str | Path, encoder: PatchModel) -> MilModel:
             f"was trained on the features of another patch model than {encoder.config.folder.name}",
             "Use the patch model it names (encoder_sha256), or train a head for this one",
         )
-    state = load_weights(config)
-    try:
-        net = GatedAttentionMil(**{"num_classes": len(config.class_names), **config.architecture_args})
-    except TypeError as error:
-        raise ModelError(config.folder / "config.json", f"architecture_args do not fit: {error}") from error
-    fit_weights(net, state, config)
-    return MilModel(config, net, weights_sha256(config))

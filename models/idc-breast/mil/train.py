@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional
 
-from wsi.nn.mil import GatedAttentionMil
+from wsi.nn.mil.attention import AttentionMil
 from wsi.nn.p4m import P4MNet
 
 HERE = Path(__file__).resolve().parent
@@ -93,7 +93,7 @@ def embed(net: P4MNet, rgb: Tensor, transform) -> tuple[Tensor, np.ndarray]:
     return features, net.classify(features).softmax(1)[:, 1].double().numpy()
 
 
-def fit(head: GatedAttentionMil, features: Tensor, bags: list[Bag]) -> None:
+def fit(head: AttentionMil, features: Tensor, bags: list[Bag]) -> None:
     """Cross-entropy of the bag label, one bag a step; the mean of the weights over the last half is kept."""
     torch.manual_seed(SEED)
     head.standardise(features[np.unique(np.concatenate([bag.rows for bag in bags]))])
@@ -122,7 +122,7 @@ def fit(head: GatedAttentionMil, features: Tensor, bags: list[Bag]) -> None:
 
 @torch.inference_mode()
 def measure(
-    head: GatedAttentionMil,
+    head: AttentionMil,
     features: Tensor,
     tile_scores: np.ndarray,
     bags: list[Bag],
@@ -131,7 +131,7 @@ def measure(
 ) -> dict:
     """Bag AUROC in all and by tumour fraction, and attention against the tiles' labels in positive bags."""
     grades = [head(features[bag.rows]) for bag in bags]
-    scores = np.array([float(grade.probabilities[1]) for grade in grades])
+    scores = np.array([float(grade.logits.softmax(0)[1]) for grade in grades])
     labels = np.array([bag.label for bag in bags])
     patients = np.array([bag.patient for bag in bags])
     largest = np.array([float(grade.attention.max()) for grade in grades])
@@ -204,7 +204,7 @@ def main() -> None:
     started = time.monotonic()
     arguments = {"in_features": net.num_features, "num_classes": 2, **NET}
     torch.manual_seed(SEED)
-    head = GatedAttentionMil(**arguments)
+    head = AttentionMil(**arguments)
     fit(head, features.clone(), draw_bags(labels, patients, parts == "train", pairs=8, seed=SEED))
     minutes = (time.monotonic() - started) / 60
 

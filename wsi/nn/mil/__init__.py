@@ -1,0 +1,56 @@
+"""Multiple-instance learning: networks that read a bag of tile features, one file a family.
+
+``net`` is the contract they share, ``heads`` reads their logits, and ``MIL_NETS`` knows them by name. What a slide is
+graded with is ``wsi.nn.grade.MilModel``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from wsi.nn.mil.attention import AdditiveMil, AttentionMil
+from wsi.nn.mil.clam import ClamMb, ClamSb
+from wsi.nn.mil.dsmil import DsMil
+from wsi.nn.mil.dtfd import DtfdMil
+from wsi.nn.mil.heads import KINDS, Head, Targets
+from wsi.nn.mil.net import BagScores, MilNet, TrainingBag
+from wsi.nn.mil.pooling import MaxMil, MeanMil, NoisyOrMil, TopKMil
+from wsi.nn.mil.transmil import TransMil
+
+__all__ = ["KINDS", "MIL_NETS", "BagScores", "Head", "MilNet", "Targets", "TrainingBag", "make_net"]
+
+#: Architectures by the name that a model folder gives.
+MIL_NETS: dict[str, Any] = {
+    "mean": MeanMil,
+    "max": MaxMil,
+    "top-k": TopKMil,
+    "noisy-or": NoisyOrMil,
+    "attention": partial(AttentionMil, gated=False),
+    "gated-attention": AttentionMil,
+    "additive": AdditiveMil,
+    "clam-sb": ClamSb,
+    "clam-mb": ClamMb,
+    "dsmil": DsMil,
+    "transmil": TransMil,
+    "dtfd": DtfdMil,
+}
+
+
+def make_net(architecture: str, **arguments: Any) -> MilNet:
+    """Make a network with fresh weights.
+
+    Raises
+    ------
+    KeyError
+        No such architecture.
+    TypeError
+        Arguments that the architecture does not have.
+
+    Examples
+    --------
+    >>> make_net("mean", in_features=3).num_classes
+    2
+    """
+    net: MilNet = MIL_NETS[architecture](**arguments)
+    return net

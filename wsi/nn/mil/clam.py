@@ -1,0 +1,110 @@
+"""CLAM: gated attention whose strongest and weakest tiles are also learnt from.
+
+Written from the equations of Lu et al., "Data-efficient and weakly supervised computational pathology on whole-slide
+images", Nature Biomedical Engineering 2021 (arXiv:2004.09666). Beside the bag's loss, each class has a classifier of
+single tiles: of the bag's own class the `instances` tiles of most attention are to be called 1 and those of least 0;
+of the other classes, where classes exclude each other (`subtyping`), those of most attention 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wsi.nn.mil.attention import AttentionMil
+from wsi.nn.mil.net import LossOf, Pooled, TrainingBag
+
+
+class ClamSb(AttentionMil):
+    """CLAM with a single branch of attention.
+
+    Parameters
+    ----------
+    in_features, num_classes, hidden, attention, dropout
+        See ``AttentionMil``; the dropout is that of the attention branches too.
+    instances : int
+        Tiles learnt from at each end, B; halved where the bag holds fewer than 2 B.
+    bag_weight : float
+        Share of the bag's loss in the sum.
+    subtyping : bool
+        The classes exclude each other: also learn that tiles are *not* of the other classes.
+
+    Notes
+    -----
+    The loss of single tiles is cross-entropy (the published program's other choice, a smoothed top-1 SVM, is not here).
+    It needs a class index as target: not for survival.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        num_classes: int = 2,
+        hidden: int | Sequence[int] = 64,
+        attention: int = 32,
+        dropout: float = 0.25,
+        instances: int = 8,
+        bag_weight: float = 0.7,
+        subtyping: bool = False,
+    ) -> None:
+        super().__init__(
+            in_features=in_features, num_classes=num_classes, hidden=hidden, attention=attention, dropout=dropout,
+            attention_dropout=dropout,
+        )  # fmt: skip
+        self.instances = instances
+        self.bag_weight = bag_weight
+        self.subtyping = subtyping
+        self.instance_classifiers = nn.ModuleList(nn.Linear(self.width, 2) for _ in range(num_classes))
+
+    def loss(self, bags: Sequence[TrainingBag], targets: Any, loss_of: LossOf) -> Tensor:
+        """Return ``bag_weight`` of the bags' loss and the rest of the tiles'."""
+        labels = getattr(targets, "label", None)
+        if labels is None or len(self.instance_classifiers) <= int(labels.max()):
+            raise ValueError("CLAM learns from single tiles of each class: it needs a softmax head with classes")
+        logits, instance = [], []
+        for bag, label in zip(bags, labels.tolist(), strict=True):
+            self._check(*bag)
+            pooled = self.pool(bag.features)
+            logits.append(self.classify(pooled))
+            instance.append(self._instance_loss(bag.features, pooled.weights.detach(), label))
+        return (
+            self.bag_weight * loss_of(torch.stack(logits), targets)
+            + (1 - self.bag_weight) * torch.stack(instance).mean()
+        )
+
+    def _instance_loss(self, features: Tensor, weights: Tensor, label: int) -> Tensor:
+        k = min(self.instances, len(features) // 2)
+        if k == 0:  # one tile has no two ends
+            return features.new_zeros((), dtype=torch.float32)
+        losses = []
+        for i, classifier in enumerate(self.instance_classifiers):
+            if i != label and not self.subtyping:
+                continue
+            row = weights[:, i if weights.shape[1] > 1 else 0]
+            most = row.topk(k).indices
+            tiles, truth = (
+                (torch.cat([most, (-row).topk(k).indices]), [1] * k + [0] * k) if i == label else (most, [0] * k)
+            )
+            said = classifier(self.embed(features[tiles]))
+            losses.append(functional.cross_entropy(said, torch.tensor(truth, device=said.device)))
+        return torch.stack(losses).sum() / (len(self.instance_classifiers) if self.subtyping else 1)
+
+
+class ClamMb(ClamSb):
+    """CLAM with a branch of attention a class, each with its own linear classifier.
+
+    Parameters are those of ``ClamSb``.
+    """
+
+    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
+        self.rows = num_classes
+        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+
+    def classify(self, pooled: Pooled) -> Tensor:
+        """Give each class's logit from its own pooled features: the diagonal of (r, k)."""
+        logits: Tensor = self.classifier(pooled.sums).float().diagonal()
+        return logits

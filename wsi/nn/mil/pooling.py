@@ -1,0 +1,115 @@
+"""Pooling without learnt attention: mean, max, top-k and noisy-or. The baselines every other model must beat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wsi.nn.mil.net import BLOCK, BagScores, MilNet, weighted_by_class
+
+
+class MeanMil(MilNet):
+    """Mean of the embedded features, then a linear classifier: ``logits = W mean_n(h_n) + b``."""
+
+    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
+        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+        self.classifier = nn.Linear(self.width, num_classes)
+
+    def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
+        """See ``MilNet.forward``; attention is the same for all tiles."""
+        n = len(features)
+
+        def of(block: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.embed(block)
+            return h.float().sum(0), self.classifier(h).float()
+
+        sums, votes = zip(*self.by_block(of, features), strict=True)
+        logits = self.classifier(torch.stack(sums).sum(0) / n).float()
+        return BagScores(logits, torch.full((n,), 1 / n, device=logits.device), torch.cat(votes) / n)
+
+
+class MaxMil(MilNet):
+    """Largest value of each embedded feature, then a linear classifier: ``logits = W max_n(h_n) + b``.
+
+    Attention is the share of features of which a tile holds the largest value; the bias is shared out by it.
+    """
+
+    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
+        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+        self.classifier = nn.Linear(self.width, num_classes)
+
+    def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
+        """See ``MilNet.forward``."""
+        parts = list(self.by_block(lambda block: self.embed(block).float().max(0), features))
+        starts = torch.arange(len(parts), device=features.device) * BLOCK
+        values, which = torch.stack([part.values for part in parts]).max(0)  # of the blocks' largest
+        winner = (torch.stack([part.indices for part in parts]) + starts[:, None]).gather(0, which[None])[0]
+        logits = self.classifier(values).float()
+        attention = torch.zeros(len(features), device=logits.device)
+        attention.index_add_(0, winner, torch.full((self.width,), 1 / self.width, device=logits.device))
+        contributions = attention[:, None] * self.classifier.bias
+        contributions = contributions.index_add(0, winner, (self.classifier.weight * values).T)
+        return BagScores(logits, attention, contributions)
+
+
+class TopKMil(MilNet):
+    """Mean of the `top` largest logits of single tiles, for each class; with ``top=1`` the instance maximum.
+
+    Parameters
+    ----------
+    in_features, num_classes, hidden, dropout
+        See ``MilNet``.
+    top : int
+        Tiles taken, or all of a smaller bag.
+    """
+
+    def __init__(self, *, in_features: int, num_classes: int = 2, top: int = 10, **arguments: Any) -> None:
+        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+        self.top = top
+        self.classifier = nn.Linear(self.width, num_classes)
+
+    def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
+        """See ``MilNet.forward``; attention is shared by the tiles taken."""
+        votes = torch.cat(list(self.by_block(lambda block: self.classifier(self.embed(block)).float(), features)))
+        best = votes.topk(min(self.top, len(votes)), dim=0)  # (top, k)
+        logits = best.values.mean(0)
+        taken = torch.zeros_like(votes).scatter(0, best.indices, 1 / len(best.indices))
+        return BagScores(logits, weighted_by_class(taken, logits), taken * votes)
+
+
+class NoisyOrMil(MilNet):
+    """A bag is of a class where at least one tile is: ``p = 1 - prod_n (1 - p_n)``.
+
+    Of k logits the first is 0 and stands for "none of them", so that two classes' softmax is exactly ``(1 - p, p)``;
+    with one logit it is that of ``p``. Attention is each tile's share of ``-log(1 - p) = -sum_n log(1 - p_n)``.
+    Logits are no sum over tiles: contributions are None.
+
+    References
+    ----------
+    Maron & Lozano-Pérez, "A framework for multiple-instance learning", NIPS 1997.
+    """
+
+    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
+        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+        self.classifier = nn.Linear(self.width, max(1, num_classes - 1))
+        nn.init.constant_(
+            self.classifier.bias, -4.0
+        )  # from 0, a bag of 10^3 tiles would begin at p = 1, with no gradient
+
+    def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
+        """See ``MilNet.forward``."""
+        votes = torch.cat(list(self.by_block(lambda block: self.classifier(self.embed(block)).float(), features)))
+        # log(-log(1 - p_n)), whose softmax is the share; softplus(v) is exp(v) for small v, and would underflow
+        evidence = torch.where(votes < -15, votes, functional.softplus(votes.clamp(min=-15)).log())
+        log_total = evidence.logsumexp(0)
+        total = log_total.exp()
+        # logit(p) = log(p / (1 - p)) = log(exp(total) - 1), which is log(total) of a small one and total of a large one
+        logits = torch.log(torch.expm1(total.clamp(1e-6, 20)))
+        logits = torch.where(total > 20, total, torch.where(total < 1e-6, log_total, logits))
+        attention = weighted_by_class(torch.softmax(evidence, 0), logits)
+        if self.num_classes > 1:
+            logits = torch.cat([logits.new_zeros(1), logits])
+        return BagScores(logits, attention, None)

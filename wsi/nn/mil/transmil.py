@@ -1,0 +1,249 @@
+"""TransMIL: self-attention among all tiles, by Nystrom's approximation, with positions seen by a convolution.
+
+Written from the equations of Shao et al., "TransMIL: Transformer based Correlated Multiple Instance Learning for Whole
+Slide Image Classification", NeurIPS 2021 (arXiv:2106.00908), and of Xiong et al., "Nyströmformer", AAAI 2021
+(arXiv:2102.03902)::
+
+    x = [cls; h_1 .. h_n]    x <- x + MSA(LN(x))    x <- PPEG(x)    x <- x + MSA(LN(x))    logits = W LN(x)_cls + b
+    MSA ~ softmax(q kl^T) pinv(softmax(ql kl^T)) softmax(ql k^T) v  +  conv33(v)
+
+``ql`` and ``kl`` are means of q and k over consecutive segments of the sequence (landmarks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from wsi.nn.mil.net import BagScores, MilNet
+
+_TOKENS = 4096  # a time: a token has heads x landmarks similarities
+_REACH = 3  # of the 7 x 7 convolution
+
+
+class TransMil(MilNet):
+    """TransMIL.
+
+    No sum over tiles: contributions are None. Attention is the class token's in the last layer, mean over heads; being
+    an approximation it may come out slightly negative, and is clamped.
+
+    Parameters
+    ----------
+    in_features, num_classes, hidden, dropout
+        See ``MilNet``; `hidden` is one width, a multiple of `heads`.
+    heads, landmarks, iterations : int
+        Of the attention, of its approximation, and of the pseudo-inverse's.
+    positions : {"slide", "bag"}
+        "slide": tiles stand where their boxes say, so that their order in the bag does not matter. "bag", as published:
+        they are laid out in a square in the bag's order, the first ones repeated to fill it.
+
+    Notes
+    -----
+    The published program fills sequences up with zeros that the landmarks then average over; here landmarks are means
+    of real tokens only, as many as there are tokens in a small bag, where the approximation becomes softmax attention.
+
+    Memory beyond the features is a few arrays (n, hidden).
+
+    Examples
+    --------
+    >>> net = TransMil(in_features=4, hidden=8, heads=2, positions="bag").eval()
+    >>> tuple(net(torch.ones(3, 4)).attention.shape)
+    (3,)
+    """
+
+    def __init__(
+        self,
+        *,
+        in_features: int,
+        num_classes: int = 2,
+        hidden: int = 64,
+        dropout: float = 0.25,
+        heads: int = 8,
+        landmarks: int = 256,
+        iterations: int = 6,
+        positions: Literal["slide", "bag"] = "slide",
+    ) -> None:
+        super().__init__(in_features=in_features, num_classes=num_classes, hidden=hidden, dropout=dropout)
+        if not isinstance(hidden, int) or hidden < 1 or hidden % heads or positions not in ("slide", "bag"):
+            raise TypeError(f"TransMIL: hidden={hidden} must be a multiple of heads={heads}, positions slide or bag")
+        self.positions = positions
+        self.cls = nn.Parameter(torch.randn(1, hidden))
+        self.first = Nystrom(hidden, heads, landmarks, iterations)
+        self.ppeg = Ppeg(hidden)
+        self.last = Nystrom(hidden, heads, landmarks, iterations)
+        self.norm = nn.LayerNorm(hidden)
+        self.classifier = nn.Linear(hidden, num_classes)
+
+    def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
+        """See ``MilNet.forward``; with positions "slide", `boxes` are needed."""
+        layout = self._layout(len(features), boxes)
+        order = torch.from_numpy(layout.order).to(features.device)
+        x = torch.cat([self.cls, *self.by_block(lambda block: self.embed(block).float(), features, order)])
+        x, _ = self.first(x)
+        x = torch.cat([x[:1], self.ppeg(x[1:], layout)])
+        x, row = self.last(x)
+        logits = self.classifier(self.norm(x[0])).float()
+        row = row[1:].clamp(min=0)
+        row = row / row.sum() if float(row.sum()) > 0 else torch.full_like(row, 1 / len(row))
+        attention = torch.zeros(len(features), device=row.device).index_add(0, order, row)  # repeated tiles add up
+        return BagScores(logits, attention, None)
+
+    def _layout(self, n: int, boxes: Tensor | None) -> Layout:
+        if self.positions == "bag":
+            side = int(np.ceil(np.sqrt(n)))
+            place = np.arange(side * side)
+            return Layout(place % n, place // side, place % side)
+        if boxes is None:
+            raise ValueError("MIL bag: this TransMIL reads where tiles are, and no boxes were given; pass boxes (n, 4)")
+        box = boxes.cpu().double().numpy()
+        columns, rows = _cells(box[:, 0], box[:, 2]), _cells(box[:, 1], box[:, 3])
+        order = np.lexsort((columns, rows))
+        return Layout(order, rows[order], columns[order])
+
+
+class Layout(NamedTuple):
+    """Which tile each token is, int64 (t,), and its row, not falling, and column."""
+
+    order: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int64]
+
+
+def _cells(start: npt.NDArray[np.float64], side: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Level-0 positions along one axis to cells of the tiles' grid; gaps wider than the convolution are shortened."""
+    steps = np.diff(np.unique(start))
+    steps = steps[steps > np.median(side) / 8]  # less is rounding
+    cell = steps[steps < 1.5 * steps.min()].mean() if len(steps) else 1.0
+    index = np.round((start - start.min()) / cell).astype(np.int64)
+    seen, inverse = np.unique(index, return_inverse=True)
+    return np.concatenate([[0], np.minimum(np.diff(seen), _REACH + 1).cumsum()]).astype(np.int64)[inverse]
+
+
+class Ppeg(nn.Module):
+    """Pyramid position encoding: depthwise convolutions 7 x 7, 5 x 5, 3 x 3 over the tiles' places, added to them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(width, width, side, padding=side // 2, groups=width) for side in (7, 5, 3)
+        )
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Tokens (t, width) to tokens (t, width), strip of rows by strip of rows; where no tile is, is 0."""
+        # One convolution: the smaller kernels stand in the middle of the largest.
+        seven, five, three = (conv.weight for conv in self._three())
+        weight = seven + functional.pad(five, [1] * 4) + functional.pad(three, [2] * 4)
+        bias = torch.stack([conv.bias for conv in self._three() if conv.bias is not None]).sum(0)
+        columns, width = int(layout.columns.max()) + 1, x.shape[1]
+        height = max(1, _TOKENS // columns)
+        out = []
+        for top in range(0, int(layout.rows[-1]) + 1, height):
+            lo, start, stop, hi = np.searchsorted(layout.rows, [top - _REACH, top, top + height, top + height + _REACH])
+            if start == stop:
+                continue
+            cells = torch.from_numpy((layout.rows[lo:hi] - top + _REACH) * columns + layout.columns[lo:hi]).to(x.device)
+            canvas = torch.zeros((height + 2 * _REACH) * columns, width, device=x.device).index_add(0, cells, x[lo:hi])
+            image = canvas.T.reshape(1, width, -1, columns)
+            seen = functional.conv2d(image, weight, bias, padding=(0, _REACH), groups=width)
+            own = cells[start - lo : stop - lo] - _REACH * columns
+            out.append(x[start:stop] + seen[0].flatten(1).T[own])
+        return torch.cat(out)
+
+    def _three(self) -> list[nn.Conv2d]:
+        return [conv for conv in self.convolutions if isinstance(conv, nn.Conv2d)]
+
+
+class Nystrom(nn.Module):
+    """``x + MSA(LN(x))`` with Nystrom's approximation of softmax attention, in blocks of tokens."""
+
+    def __init__(self, width: int, heads: int, landmarks: int, iterations: int) -> None:
+        super().__init__()
+        self.heads, self.landmarks, self.iterations = heads, landmarks, iterations
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.residual = nn.Conv1d(heads, heads, 33, padding=16, groups=heads, bias=False)
+        self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (t, width) to tokens (t, width), and the first token's attention to each (t,)."""
+        t = len(x)
+        m = min(self.landmarks, t)
+        segment = torch.arange(t, device=x.device) * m // t
+        count = torch.bincount(segment, minlength=m).float()[:, None, None]
+        starts = range(0, t, _TOKENS)
+
+        def means(block: Tensor, into: Tensor) -> Tensor:
+            qk = torch.stack(self._qkv(block)[:2], 1)  # (b, 2, heads, dim)
+            return torch.zeros(m, *qk.shape[1:], device=x.device).index_add(0, into, qk)
+
+        landmark = self._sum(_run(means, x[s : s + _TOKENS], segment[s : s + _TOKENS]) for s in starts)
+        ql, kl = (landmark[:, i] / count for i in (0, 1))  # (m, heads, dim)
+
+        def towards(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            _, k, v = self._qkv(block)
+            scores = torch.einsum("mhd,bhd->hmb", ql, k)
+            top = scores.amax(2, keepdim=True)
+            exponent = torch.exp(scores - top)
+            return top, exponent.sum(2, keepdim=True), torch.einsum("hmb,bhd->hmd", exponent, v)
+
+        tops, totals, sums = zip(*(_run(towards, x[s : s + _TOKENS]) for s in starts), strict=True)
+        top = torch.stack(tops).amax(0)  # (heads, m, 1)
+        total = self._sum(torch.exp(a - top) * b for a, b in zip(tops, totals, strict=True))
+        middle = self._sum(torch.exp(a - top) * b for a, b in zip(tops, sums, strict=True)) / total
+        inverse = pseudo_inverse(torch.softmax(torch.einsum("mhd,lhd->hml", ql, kl), 2), self.iterations)
+        middle = inverse @ middle  # (heads, m, dim)
+
+        def outwards(block: Tensor, start: int, stop: int) -> Tensor:
+            q, _, v = self._qkv(block)
+            near = torch.softmax(torch.einsum("bhd,mhd->bhm", q, kl), 2)
+            mixed = torch.einsum("bhm,hmd->bhd", near, middle) + self.residual(v.permute(2, 1, 0)).permute(2, 1, 0)
+            told: Tensor = self.out(mixed[start:stop].flatten(1))
+            return told
+
+        out = []
+        for s in starts:  # 16 tokens more on either side for the convolution along the sequence
+            lo, stop = max(0, s - 16), min(t, s + _TOKENS)
+            out.append(x[s:stop] + _run(outwards, x[lo : stop + 16], s - lo, stop - lo))
+
+        with torch.no_grad():
+            near = torch.softmax(torch.einsum("bhd,mhd->hbm", self._qkv(x[:1])[0], kl), 2) @ inverse  # (heads, 1, m)
+            row = [
+                near @ (torch.exp(torch.einsum("mhd,bhd->hmb", ql, self._qkv(x[s : s + _TOKENS])[1]) - top) / total)
+                for s in starts
+            ]
+        return torch.cat(out), torch.cat(row, 2)[:, 0].mean(0)
+
+    def _qkv(self, x: Tensor) -> list[Tensor]:
+        """Tokens (b, width) to q, k and v, each (b, heads, dim)."""
+        q, k, v = self.qkv(self.norm(x)).float().view(len(x), 3, self.heads, -1).unbind(1)
+        return [q * q.shape[-1] ** -0.5, k, v]
+
+    @staticmethod
+    def _sum(parts: Any) -> Tensor:
+        total: Tensor = sum(parts)
+        return total
+
+
+def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
+    """Moore-Penrose inverse of matrices (heads, m, m) by Razavi's iteration of third order, each by its own scale."""
+    size = a.abs()
+    z = a.mT / (size.sum(1).amax(1) * size.sum(2).amax(1))[:, None, None]
+    eye = torch.eye(a.shape[-1], device=a.device)
+    for _ in range(iterations):
+        az = a @ z
+        z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
+    return z
+
+
+def _run(of: Callable[..., Any], x: Tensor, *others: Any) -> Any:
+    """Run a block; of a long sequence in training, compute it again for the gradient instead of keeping it."""
+    if torch.is_grad_enabled() and len(x) >= _TOKENS:
+        return checkpoint(of, x, *others, use_reentrant=False)
+    return of(x, *others)

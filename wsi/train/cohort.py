@@ -1,0 +1,293 @@
+"""Who is learnt from: slides with labels and patients, and their division into train, validation and test."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from wsi.errors import TrainError
+from wsi.files import write_csv
+
+_SLIDE, _PATIENT = ("slide", "slide_id"), ("patient", "case_id", "patient_id")
+
+
+class Case(NamedTuple):
+    """One slide.
+
+    Attributes
+    ----------
+    slide_id, patient : str
+    label : int
+        Class, or the survival interval that `time` falls in.
+    time : float, optional
+        Survival: of the event or of the last visit, in the table's unit.
+    event : bool, optional
+        Survival: whether the event was seen.
+    """
+
+    slide_id: str
+    patient: str
+    label: int
+    time: float | None = None
+    event: bool | None = None
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Slides by name, the names of the classes that labels count through, and of survival the ends of the intervals."""
+
+    cases: dict[str, Case]
+    class_names: tuple[str, ...]
+    time_bins: tuple[float, ...] = ()
+
+
+class Split(NamedTuple):
+    """Slide ids of one division; no patient is in two parts."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def read_labels(
+    path: Path, *, label: str = "label", classes: Sequence[str] = (), time_bins: Sequence[float] = ()
+) -> Cohort:
+    """Read a CSV of labels: a row a slide.
+
+    Parameters
+    ----------
+    path : Path
+        Columns ``slide`` (or ``slide_id``), ``patient`` (or ``case_id``; without, each slide is its own patient), and
+        `label`; with `time_bins` instead ``time`` and ``event`` (1 seen, 0 censored).
+    label : str
+        Name of the column of labels.
+    classes : sequence of str
+        Their order; default: by number where all are whole numbers, else by alphabet.
+    time_bins : sequence of float
+        Ends of the survival intervals, rising; the last interval is open.
+
+    Raises
+    ------
+    TrainError
+        A column or a cell is missing, a slide is there twice, a label is unknown, or there is one class only.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TrainError(
+            path, f"cannot be read ({error})", "Give a CSV with the columns slide, patient and label"
+        ) from error
+    columns = list(rows[0]) if rows else []
+    slide = next((name for name in _SLIDE if name in columns), None)
+    patient = next((name for name in _PATIENT if name in columns), slide)
+    wanted = ("time", "event") if time_bins else (label,)
+    if slide is None or not set(wanted) <= set(columns):
+        raise TrainError(
+            path, f"has the columns {', '.join(columns) or '(none)'}", f"Needed: slide, {', '.join(wanted)}"
+        )
+    for i, row in enumerate(rows, 2):
+        empty = [name for name in (slide, patient, *wanted) if not (row[name] or "").strip()]
+        if empty:
+            raise TrainError(path, f"line {i}: {empty[0]} is empty", "Fill it in, or remove the row")
+    ids = [row[slide].strip() for row in rows]
+    twice = [slide_id for slide_id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise TrainError(path, f"slide {twice[0]} is there twice", "One row a slide")
+    patients = [row[patient].strip() for row in rows]
+    if time_bins:
+        return _survival(path, ids, patients, rows, time_bins)
+    texts = [row[label].strip() for row in rows]
+    names = tuple(classes) or _in_order(set(texts))
+    unknown = [text for text in texts if text not in names]
+    if unknown:
+        raise TrainError(path, f"label {unknown[0]!r} is not one of {', '.join(names)}", "Name it with --classes")
+    if len(set(texts)) < 2:
+        raise TrainError(path, f"all slides have the label {texts[0]!r}", "There is nothing to tell apart: add others")
+    cases = {i: Case(i, p, names.index(text)) for i, p, text in zip(ids, patients, texts, strict=True)}
+    return Cohort(cases, names)
+
+
+def match(cohort: Cohort, bags: Collection[str], *, subset: bool = False) -> Cohort:
+    """Bring labels and bags together by slide id, with or without the slide's suffix.
+
+    Parameters
+    ----------
+    subset : bool
+        Go on with those slides that have both.
+
+    Raises
+    ------
+    TrainError
+        A label without a bag, or a bag without a label, unless `subset`.
+    """
+    named: dict[str, Case] = {}
+    for i, case in cohort.cases.items():
+        name = i if i in bags else Path(i).stem
+        if name in named:
+            raise TrainError("labels and bags", f"two rows mean the bag {name}", "One row a slide")
+        named[name] = case
+    no_bag, no_label = [i for i in named if i not in bags], [i for i in bags if i not in named]
+    for missing, what in ((no_bag, "have a label and no bag"), (no_label, "have a bag and no label")):
+        if missing and not subset:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise TrainError("labels and bags", f"{len(missing)} slides {what}: {shown}", "--subset leaves them out")
+    cases = {i: case._replace(slide_id=i) for i, case in named.items() if i in bags}
+    if not cases:
+        raise TrainError("labels and bags", "no slide has both", "Compare the slide column with the names of the bags")
+    return Cohort(cases, cohort.class_names, cohort.time_bins)
+
+
+def k_fold(cohort: Cohort, folds: int, seed: int) -> list[Split]:
+    """Divide by patient, each class (or event) spread evenly: fold i is test, fold i + 1 validation, the rest train.
+
+    Raises
+    ------
+    TrainError
+        Fewer than 3 folds, or fewer patients than folds.
+    """
+    if folds < 3:
+        raise TrainError(f"folds={folds}", "train, validation and test need at least 3", "Ask for 3 or more")
+    strata: dict[str, int] = {}
+    for case in cohort.cases.values():  # a patient counts for the highest class of its slides
+        strata[case.patient] = max(strata.get(case.patient, 0), case.label if case.event is None else int(case.event))
+    if len(strata) < folds:
+        raise TrainError(f"folds={folds}", f"there are {len(strata)} patients", "Ask for fewer folds")
+    rng = np.random.default_rng(seed)
+    part: dict[str, int] = {}
+    for stratum in sorted(set(strata.values())):
+        members = sorted(patient for patient, of in strata.items() if of == stratum)
+        for j in rng.permutation(len(members)):
+            part[members[j]] = len(part) % folds
+    parts = [tuple(i for i, case in cohort.cases.items() if part[case.patient] == fold) for fold in range(folds)]
+    return [
+        Split(
+            tuple(i for j, ids in enumerate(parts) if j not in (fold, (fold + 1) % folds) for i in ids),
+            parts[(fold + 1) % folds],
+            parts[fold],
+        )
+        for fold in range(folds)
+    ]
+
+
+def read_splits(path: Path) -> list[Split]:
+    """Read CLAM's split tables: one CSV with the columns train, val, test, or a folder of ``splits_<k>.csv``.
+
+    Raises
+    ------
+    TrainError
+        There is none, or a column is missing.
+    """
+    files = (
+        [path] if path.is_file() else sorted(path.glob("splits_*.csv"), key=lambda file: (len(file.name), file.name))
+    )
+    files = [file for file in files if not file.stem.endswith(("_bool", "_descriptor"))]
+    if not files:
+        raise TrainError(path, "holds no splits_<k>.csv", "Give CLAM's split tables, or --folds")
+    splits = []
+    for file in files:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            rows = list(csv.DictReader(opened))
+        if not rows or not {"train", "val", "test"} <= set(rows[0]):
+            raise TrainError(file, "lacks one of the columns train, val, test", "See CLAM's splits_0.csv")
+        splits.append(
+            Split(
+                *(
+                    tuple(row[name].strip() for row in rows if (row[name] or "").strip())
+                    for name in ("train", "val", "test")
+                )
+            )
+        )
+    return splits
+
+
+def write_splits(folder: Path, splits: Sequence[Split]) -> None:
+    """Write CLAM's split tables, ``splits_<k>.csv``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, split in enumerate(splits):
+        rows = [
+            {
+                "": i,
+                **{
+                    name: part[i] if i < len(part) else None
+                    for name, part in zip(("train", "val", "test"), split, strict=True)
+                },
+            }
+            for i in range(max(map(len, split)))
+        ]
+        write_csv(folder / f"splits_{k}.csv", ["", "train", "val", "test"], rows)
+
+
+def check_split(cohort: Cohort, split: Split, name: str) -> None:
+    """Refuse a division that leaks or from which nothing can be learnt.
+
+    Raises
+    ------
+    TrainError
+        An unknown slide, a slide or a patient in two parts, an empty part, a class that is not in train, or a
+        validation part of one class (of survival: without an event).
+    """
+    parts = dict(zip(("train", "validation", "test"), split, strict=True))
+    unknown = [i for ids in split for i in ids if i not in cohort.cases]
+    if unknown:
+        raise TrainError(name, f"slide {unknown[0]} has no label or no bag", "Remove it from the splits")
+    seen: dict[str, str] = {}
+    for part, ids in parts.items():
+        for i in ids:
+            patient = cohort.cases[i].patient
+            if seen.setdefault(patient, part) != part:
+                raise TrainError(
+                    name,
+                    f"patient {patient} is in {seen[patient]} and in {part}",
+                    "Divide by patient: figures would lie",
+                )
+    for part in ("train", "validation"):
+        if not parts[part]:
+            raise TrainError(name, f"its {part} part is empty", "Early stopping looks at validation alone")
+        cases = [cohort.cases[i] for i in parts[part]]
+        if cases[0].event is not None:
+            if not any(case.event for case in cases):
+                raise TrainError(name, f"its {part} part holds no event", "Ask for fewer folds, or more slides")
+            continue
+        missing = [c for i, c in enumerate(cohort.class_names) if i not in {case.label for case in cases}]
+        if missing and (part == "train" or len(missing) == len(cohort.class_names) - 1):
+            raise TrainError(name, f"its {part} part holds no {missing[0]!r}", "Ask for fewer folds, or more slides")
+
+
+def _survival(
+    path: Path, ids: list[str], patients: list[str], rows: list[dict[str, str]], bins: Sequence[float]
+) -> Cohort:
+    ends = np.asarray(bins, np.float64)
+    if not (np.diff(ends) > 0).all() or ends[0] <= 0:
+        raise TrainError(
+            "time bins", f"{list(bins)} do not rise from above 0", "Give the ends of the intervals in order"
+        )
+    cases = {}
+    for i, patient, row in zip(ids, patients, rows, strict=True):
+        try:
+            time, event = float(row["time"]), {"1": True, "0": False}[row["event"].strip().removesuffix(".0")]
+            if not 0 <= time < np.inf:
+                raise ValueError(time)
+        except (ValueError, KeyError) as error:
+            raise TrainError(
+                path, f"slide {i}: time {row['time']!r}, event {row['event']!r}", "Time >= 0, event 0 or 1"
+            ) from error
+        cases[i] = Case(i, patient, int(np.searchsorted(ends, time)), time, event)
+    if not any(case.event for case in cases.values()):
+        raise TrainError(path, "no slide has an event", "There is nothing to learn from: add patients with events")
+    edges = [0.0, *ends.tolist()]
+    names = tuple(f"{a:g} to {b:g}" for a, b in pairwise(edges))
+    return Cohort(cases, (*names, f"after {edges[-1]:g}"), tuple(edges[1:]))
+
+
+def _in_order(names: set[str]) -> tuple[str, ...]:
+    if all(name.lstrip("-").isdigit() for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))

@@ -1,0 +1,367 @@
+"""Training of a MIL model: an ensemble over folds and seeds, calibrated on validation, written as a model folder.
+
+::
+
+    OUT/
+      config.json, weights.safetensors    the ensemble: `wsi score --mil OUT`
+      CARD.md, figures.json               what it was trained on, and how good it is on slides that a member never saw
+      predictions.csv                     a row a slide and fold: part, label, probabilities
+      log.csv, log.png                    loss and figures of each epoch
+      splits/splits_<k>.csv               the division, as CLAM writes it
+      run.json                            the configuration and the slides that this folder is bound to
+      members/<fold>-<seed>.safetensors   state of each training: the same command goes on from it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save
+
+from wsi import __version__
+from wsi.errors import ConfigMismatch, ModelError, OutputError
+from wsi.files import replacing, write_csv, write_json
+from wsi.nn.grade import feature_shift
+from wsi.nn.mil import Head, Targets
+from wsi.nn.uncertainty import conformal_threshold, fit_temperature, prediction_set
+from wsi.train.cohort import Case, Cohort, Split, check_split, write_splits
+from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, train_member
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str, int, int], None]
+
+
+def train_mil(
+    cohort: Cohort,
+    bags: Bags,
+    splits: Sequence[Split],
+    out: Path,
+    config: MilConfig,
+    *,
+    seeds: int = 1,
+    coverage: float = 0.9,
+    positive: Sequence[str] = (),
+    device: str = "cpu",
+    progress: Progress = lambda member, epoch, of: None,
+) -> dict[str, Any]:
+    """Train an ensemble and write its model folder; the same call again goes on where it was stopped.
+
+    Parameters
+    ----------
+    cohort, bags
+        Labels and bags of the same slides; see ``cohort.match``.
+    splits : sequence of Split
+        One member is trained on each, times `seeds`.
+    out : Path
+    config : MilConfig
+    seeds : int
+        Members a split.
+    coverage : float
+        Of the conformal prediction sets.
+    positive : sequence of str
+        Classes that a slide is called for from a threshold on, which is chosen on validation. Default: of two classes
+        the second, of more none.
+    device : str
+    progress : callable
+        Called with the member, the epochs done, and how many at most.
+
+    Returns
+    -------
+    dict
+        The content of figures.json.
+
+    Raises
+    ------
+    TrainError, ModelError
+        Before anything is written.
+    ConfigMismatch
+        `out` holds a training of another configuration or of other slides.
+    """
+    config.check()
+    survival = bool(cohort.time_bins)
+    if survival != (config.head in ("hazard", "cox")):
+        raise ModelError(f"head {config.head!r}", "does not fit the labels", "hazard and cox are for times and events")
+    if config.head == "binary" and len(cohort.class_names) != 2:
+        raise ModelError("head 'binary'", f"there are {len(cohort.class_names)} classes", "Use softmax or ordinal")
+    if set(positive) - set(cohort.class_names):
+        raise ModelError(f"positive={list(positive)}", "no such class", f"Classes: {', '.join(cohort.class_names)}")
+    for k, split in enumerate(splits):
+        check_split(cohort, split, f"split {k}")
+    positive = tuple(positive) or (() if survival or len(cohort.class_names) != 2 else cohort.class_names[1:])
+    try:
+        (out / "members").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError.of(error, out) from error
+    _bind(out, cohort, bags, splits, config, seeds, coverage, positive)
+    write_splits(out / "splits", splits)
+    members: dict[tuple[int, int], Member] = {}
+    for k, split in enumerate(splits):
+        for seed in range(seeds):
+            name = f"{k}-{seed}"
+            members[k, seed] = train_member(
+                cohort, bags, split, replace(config, seed=config.seed + k + seed * len(splits)), device=device,
+                state=out / "members" / f"{name}.safetensors",
+                progress=lambda epoch, of, name=name: progress(name, epoch, of),  # type: ignore[misc]
+            )  # fmt: skip
+    temperature = 1.0 if config.head == "cox" else _temperature(cohort, splits, members)
+    rows = _predictions(cohort, splits, members, temperature)
+    calibration = _calibrate(cohort, rows, positive, coverage)
+    heads = [member.head for member in members.values()]
+    nets = [member.net for member in members.values()]
+    shift = max(_shift_of(nets[0], bags.stats[i].sum / bags.stats[i].tiles) for s in splits for i in s.train)
+    state = (nets[0] if len(nets) == 1 else torch.nn.ModuleList(nets)).state_dict()
+    weights = save({name: value.contiguous() for name, value in state.items()})
+    sha256 = hashlib.sha256(weights).hexdigest()
+    figures = _figures(cohort, rows, heads[0], calibration, len(splits)) | {
+        "epochs": {f"{k}-{seed}": member.best_epoch for (k, seed), member in members.items()},
+        "weights_sha256": sha256,
+    }
+    with replacing(out / "weights.safetensors") as file:
+        file.write(weights)
+    written = {
+        "spec_version": "1.0",
+        "task": "mil",
+        "architecture": config.architecture,
+        "architecture_args": {**config.arguments, "in_features": bags.in_features},
+        "num_classes": len(cohort.class_names),
+        "class_names": list(cohort.class_names),
+        "positive_classes": list(positive),
+        "head": config.head,
+        "members": len(nets),
+        "temperature": temperature,
+        **calibration,
+        # Each member has its own; what an ensemble of Cox models is read by is their mean.
+        **({"baseline": np.mean([head.baseline for head in heads], axis=0).tolist()} if config.head == "cox" else {}),
+        "largest_shift": float(f"{shift:.6g}"),
+        "encoder_sha256": bags.encoder if bags.encoder and len(bags.encoder) == 64 else None,
+        "encoder": bags.encoder,
+        "weights_sha256": sha256,
+    }
+    _write_tables(out, cohort, rows, members)
+    write_json(out / "figures.json", figures)
+    with replacing(out / "CARD.md") as file:
+        file.write(_card(out.resolve().name, cohort, bags, splits, seeds, written, figures).encode())
+    write_json(out / "config.json", written)  # last: a folder with it is a model
+    return figures
+
+
+def _bind(out: Path, cohort: Cohort, bags: Bags, splits: Sequence[Split], config: MilConfig, *others: Any) -> None:
+    """Bind a folder to what it was begun with; anything else is refused."""
+    identity = {
+        "wsi_version": __version__,
+        "config": as_dict(config),
+        "seeds, coverage, positive": [list(value) if isinstance(value, tuple) else value for value in others],
+        "class_names": list(cohort.class_names),
+        "encoder": bags.encoder,
+        "slides": {
+            i: [*case[1:], bags.stats[i].tiles, float(bags.stats[i].sum.sum())] for i, case in cohort.cases.items()
+        },
+        "splits": [list(map(list, split)) for split in splits],
+    }
+    path = out / "run.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key, value in identity.items() if found.get(key) != json.loads(json.dumps(value))]
+        if changed:
+            raise ConfigMismatch(
+                out, f"was begun with another {', '.join(changed)}", "Choose another folder, or delete it"
+            )
+    write_json(path, identity)
+
+
+def _targets(cases: Sequence[Case]) -> Targets:
+    label = torch.tensor([case.label for case in cases])
+    return Targets(label, None, None if cases[0].event is None else torch.tensor([case.event for case in cases]))
+
+
+def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[int, int], Member]) -> float:
+    """Fit one temperature to what every member says of the slides that stopped it."""
+    said = [
+        (
+            member.head,
+            torch.from_numpy(np.stack([member.logits[i] for i in splits[k].validation])),
+            _targets([cohort.cases[i] for i in splits[k].validation]),
+        )
+        for (k, _), member in members.items()
+    ]
+
+    def loss_at(temperature: float) -> float:
+        return float(np.mean([float(replace(h, temperature=temperature).loss(z, targets)) for h, z, targets in said]))
+
+    return float(f"{fit_temperature(loss_at):.6g}")
+
+
+def _predictions(
+    cohort: Cohort, splits: Sequence[Split], members: dict[tuple[int, int], Member], temperature: float
+) -> list[dict[str, Any]]:
+    """Give a row for each slide of each validation and test part, its probabilities the mean over the split's seeds."""
+    rows = []
+    for k, split in enumerate(splits):
+        own = [member for (fold, _), member in members.items() if fold == k]
+        for part, ids in (("validation", split.validation), ("test", split.test)):
+            for i in ids:
+                probabilities = np.mean(
+                    [
+                        replace(member.head, temperature=temperature)
+                        .probabilities(torch.from_numpy(member.logits[i]))
+                        .numpy()
+                        for member in own
+                    ],
+                    axis=0,
+                )
+                rows.append({"case": cohort.cases[i], "fold": k, "part": part, "probabilities": probabilities})
+    return rows
+
+
+def _calibrate(cohort: Cohort, rows: list[dict[str, Any]], positive: Sequence[str], coverage: float) -> dict[str, Any]:
+    """Choose on validation: the threshold of the positive classes, and that of the prediction sets."""
+    rows = [row for row in rows if row["part"] == "validation"]
+    found: dict[str, Any] = {"threshold": 0.5, "coverage": coverage, "conformal_threshold": None}
+    if cohort.time_bins:
+        return found
+    probabilities = np.stack([row["probabilities"] for row in rows])
+    label = np.array([row["case"].label for row in rows])
+    least: dict[str, float] = {}  # slides of a patient are not exchangeable: the worst one stands for them
+    for row, own in zip(rows, probabilities[np.arange(len(rows)), label].tolist(), strict=True):
+        least[row["case"].patient] = min(own, least.get(row["case"].patient, 1.0))
+    threshold = conformal_threshold(np.array(list(least.values())), coverage)
+    found["conformal_threshold"] = None if threshold is None else float(f"{threshold:.6g}")
+    chosen = np.array([name in positive for name in cohort.class_names])
+    is_positive = chosen[label]
+    if is_positive.any() and not is_positive.all():
+        score = probabilities[:, chosen].sum(1)
+        candidates = np.linspace(0.05, 0.95, 181)
+        right = np.array([(score >= t)[is_positive].mean() + (score < t)[~is_positive].mean() for t in candidates])
+        best = candidates[right >= right.max() - 1e-12]
+        found["threshold"] = round(float(best[len(best) // 2]), 3)
+    return found
+
+
+def _figures(
+    cohort: Cohort, rows: list[dict[str, Any]], head: Head, calibration: dict[str, Any], folds: int
+) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for part in ("validation", "test"):
+        of = [row for row in rows if row["part"] == part]
+        if not of:
+            figures[part] = None
+            continue
+        by_fold = [[row for row in of if row["fold"] == k] for k in range(folds)]
+        each = [_measure(some, head) for some in by_fold if some]
+        pooled = _measure(of, head)
+        figures[part] = {
+            "slides": len(of),
+            "patients": len({row["case"].patient for row in of}),
+            "pooled": pooled,
+            "by_fold": {name: [fold[name] for fold in each] for name in pooled},
+        }
+        threshold = calibration["conformal_threshold"]
+        if threshold is not None:
+            sets = [prediction_set(row["probabilities"], threshold) for row in of]
+            held = [row["case"].label in chosen for row, chosen in zip(of, sets, strict=True)]
+            figures[part]["sets"] = {
+                "coverage": round(float(np.mean(held)), 4),
+                "mean_size": round(float(np.mean([len(chosen) for chosen in sets])), 4),
+            }
+    return figures
+
+
+def _measure(rows: list[dict[str, Any]], head: Head) -> dict[str, float | None]:
+    return measure([row["case"] for row in rows], np.stack([row["probabilities"] for row in rows]), head)
+
+
+def _shift_of(net: Any, mean: Array) -> float:
+    return feature_shift(net, torch.from_numpy(mean)[None])
+
+
+def _write_tables(
+    out: Path, cohort: Cohort, rows: list[dict[str, Any]], members: dict[tuple[int, int], Member]
+) -> None:
+    columns = ["slide", "patient", "fold", "part", *(["time", "event"] if cohort.time_bins else []), "label"]
+    table = []
+    for row in rows:
+        case: Case = row["case"]
+        known = {"slide": case.slide_id, "patient": case.patient, "fold": row["fold"], "part": row["part"]}
+        known |= (
+            {"time": case.time, "event": None if case.event is None else int(case.event)} if cohort.time_bins else {}
+        )
+        said = {f"prob_{name}": f"{p:.6g}" for name, p in zip(cohort.class_names, row["probabilities"], strict=True)}
+        table.append(known | {"label": cohort.class_names[case.label]} | said)
+    write_csv(out / "predictions.csv", [*columns, *(f"prob_{name}" for name in cohort.class_names)], table)
+    log = [{"fold": k, "seed": seed, **row} for (k, seed), member in members.items() for row in member.history]
+    write_csv(out / "log.csv", list(log[0]), log)
+    _plot(out / "log.png", members)
+
+
+def _plot(path: Path, members: dict[tuple[int, int], Member]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, member in enumerate(members.values()):
+        epochs = [row["epoch"] for row in member.history]
+        for key, style in (("train_loss", ":"), ("validation_loss", "-")):
+            label = key.replace("_", " ") if i == 0 else None
+            axes.plot(epochs, [row[key] for row in member.history], style, color=f"C{i % 10}", label=label)
+        axes.axvline(member.best_epoch, color=f"C{i % 10}", linewidth=0.5)
+    axes.set_xlabel("epoch (thin line: the one that is kept)")
+    axes.set_ylabel("loss")
+    axes.legend()
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})  # no version: the same bytes
+
+
+def _card(
+    name: str,
+    cohort: Cohort,
+    bags: Bags,
+    splits: Sequence[Split],
+    seeds: int,
+    config: dict[str, Any],
+    figures: dict[str, Any],
+) -> str:
+    patients = {case.patient for case in cohort.cases.values()}
+    counts = np.bincount([case.label for case in cohort.cases.values()], minlength=len(cohort.class_names))
+    chosen = f"epoch, temperature {config['temperature']:g}, threshold {config['threshold']:g}"
+    lines = [
+        f"# {name}",
+        "",
+        "**Research use only. Not a medical device; not validated for diagnosis.**",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| Task | a bag of tile features -> {', '.join(f'`{c}`' for c in cohort.class_names)} |",
+        f"| Model | `{config['architecture']}`, head `{config['head']}`, "
+        f"{config['members']} members ({len(splits)} splits x {seeds} seeds) |",
+        f"| Features | {bags.in_features} a tile, encoder `{bags.encoder or 'not named by the files'}` |",
+        f"| Data | {len(cohort.cases)} slides of {len(patients)} patients: "
+        + ", ".join(f"{c} {n}" for c, n in zip(cohort.class_names, counts, strict=True))
+        + " |",
+        f"| Chosen on validation | {chosen} |",
+        f"| sha256 | `{config['weights_sha256']}` |",
+        "",
+        "## Figures",
+        "",
+        "Of slides, and patients, that the member had not been trained on; validation slides stopped its training,",
+        "test slides decided nothing of it. Each row pools all splits. With folds, every slide is also validation to",
+        "one member (temperature, threshold and prediction sets are chosen there) and trained the others: the ensemble",
+        "as a whole is not measured here.",
+        "",
+    ]
+    for part in ("validation", "test"):
+        found = figures[part]
+        if found is not None:
+            said = [f"{key} {'undefined' if v is None else f'{v:.3f}'}" for key, v in found["pooled"].items()]
+            lines.append(f"- {part}: {', '.join(said)} ({found['slides']} slides, {found['patients']} patients)")
+    if config["conformal_threshold"] is None:
+        lines.append("- no prediction sets: too few validation patients for the coverage asked, or survival")
+    lines += ["", "## Limits", "", "Write here what these slides do not represent: laboratories, scanners, patients."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,405 @@
+"""Training of one MIL network: bags, a division and a configuration in; a network stopped by validation out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from wsi.errors import ModelError, TrainError
+from wsi.files import replacing
+from wsi.nn.mil import MIL_NETS, Head, MilNet, Targets, TrainingBag, make_net
+from wsi.nn.mil.heads import KINDS, Kind, breslow
+from wsi.nn.mil.net import BLOCK
+from wsi.nn.patch import pick_device
+from wsi.train import figures
+from wsi.train.bags import read_bag
+from wsi.train.cohort import Case, Cohort, Split
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class MilConfig:
+    """What decides the weights; the same values on the same bags give the same bytes on one CPU.
+
+    Attributes
+    ----------
+    architecture : str
+        A name in ``wsi.nn.mil.MIL_NETS``.
+    arguments : dict
+        Of its constructor.
+    head : {"softmax", "binary", "ordinal", "hazard", "cox"}
+    epochs : int
+        At most; exactly without `patience`.
+    patience : int, optional
+        Epochs without a lower validation loss after which to stop; the weights of the lowest are kept. None: never
+        stop, and keep the last.
+    lr, weight_decay : float
+        Of AdamW; the rate falls to 0 over `epochs` by a cosine.
+    batch : int
+        Bags a step. Cox compares patients of one batch: at least 2.
+    balance : bool
+        Draw bags so that all classes are equally frequent; probabilities then belong to such a population.
+    seed : int
+    """
+
+    architecture: str = "gated-attention"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    head: Kind = "softmax"
+    epochs: int = 100
+    patience: int | None = 15
+    lr: float = 2e-4
+    weight_decay: float = 1e-3
+    batch: int = 1
+    balance: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what nothing could be trained with."""
+        if self.architecture not in MIL_NETS:
+            raise ModelError(f"architecture {self.architecture!r}", "is not known", f"Known: {', '.join(MIL_NETS)}")
+        if self.head not in KINDS:
+            raise ModelError(f"head {self.head!r}", "is not known", f"Known: {', '.join(KINDS)}")
+        if self.architecture.startswith("clam") and self.head != "softmax":
+            raise ModelError(self.architecture, "learns from single tiles of each class", "Use it with --head softmax")
+        if self.head == "cox" and self.batch < 2:
+            raise TrainError(f"batch={self.batch}", "Cox compares the patients of a batch", "Use --batch 16 or more")
+        if min(self.epochs, self.batch, self.patience or 1) < 1 or self.lr <= 0:
+            raise TrainError("configuration", "epochs, batch, patience and lr must be above 0")
+
+
+class BagStats(NamedTuple):
+    """What is known of a bag before training: tiles, and float64 (d,) sums of features and of their squares."""
+
+    tiles: int
+    sum: Array
+    square: Array
+
+
+def stats_of(features: Array) -> BagStats:
+    """Sum a bag's features (n, d) in blocks: as float64 in one piece a large bag would fill the memory."""
+    total, square = np.zeros(features.shape[1]), np.zeros(features.shape[1])
+    for start in range(0, len(features), BLOCK):
+        x = features[start : start + BLOCK].astype(np.float64)
+        total += x.sum(0)
+        square += (x * x).sum(0)
+    return BagStats(len(features), total, square)
+
+
+class Bags:
+    """Bags by slide id; read when first asked for, kept in memory while `keep_bytes` last.
+
+    Parameters
+    ----------
+    paths : mapping of slide id to path
+    keep_bytes : int
+
+    Attributes
+    ----------
+    stats : dict of slide id to BagStats
+    in_features : int
+    encoder : str, optional
+        What made all of the features.
+
+    Raises
+    ------
+    TrainError
+        A bag cannot be used, or is of another width or encoder than the first.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], *, keep_bytes: int = 4 << 30) -> None:
+        self._paths = dict(paths)
+        self._kept: dict[str, TrainingBag] = {}
+        self._left = keep_bytes
+        self.stats: dict[str, BagStats] = {}
+        first, self.in_features, self.encoder = "", 0, None
+        for slide_id, path in self._paths.items():
+            bag = read_bag(path)
+            d = bag.features.shape[1]
+            if not first:
+                first, self.in_features, self.encoder = slide_id, d, bag.encoder
+            if (d, bag.encoder) != (self.in_features, self.encoder):
+                raise TrainError(
+                    path,
+                    f"features are {d} wide, of {bag.encoder or 'an unnamed encoder'}; those of {first} "
+                    f"{self.in_features}, of {self.encoder or 'an unnamed encoder'}",
+                    "One encoder for all slides: compute those of the others again",
+                )
+            self.stats[slide_id] = stats_of(bag.features)
+            self._keep(slide_id, bag.features, bag.boxes)
+
+    def __getitem__(self, slide_id: str) -> TrainingBag:
+        """Return a bag, its features in the precision of its file."""
+        if slide_id in self._kept:
+            return self._kept[slide_id]
+        bag = read_bag(self._paths[slide_id])
+        return self._keep(slide_id, bag.features, bag.boxes)
+
+    def _keep(self, slide_id: str, features: Array, boxes: Array | None) -> TrainingBag:
+        bag = TrainingBag(torch.from_numpy(features), None if boxes is None else torch.from_numpy(boxes))
+        if features.nbytes <= self._left:
+            self._left -= features.nbytes
+            self._kept[slide_id] = bag
+        return bag
+
+
+class Member(NamedTuple):
+    """One trained network.
+
+    Attributes
+    ----------
+    net : MilNet
+    head : Head
+        With Cox's baseline, fitted on the training part.
+    logits : dict of slide id to float64 (num_logits,)
+        Of the validation and test slides.
+    history : list of dict
+        A row an epoch.
+    best_epoch : int
+        Whose weights these are, from 1.
+    """
+
+    net: MilNet
+    head: Head
+    logits: dict[str, Array]
+    history: list[dict[str, Any]]
+    best_epoch: int
+
+
+def train_member(
+    cohort: Cohort,
+    bags: Any,
+    split: Split,
+    config: MilConfig,
+    *,
+    device: str = "cpu",
+    state: Path | None = None,
+    progress: Callable[[int, int], None] = lambda epoch, of: None,
+) -> Member:
+    """Train one network on one division, or go on where an earlier call was stopped.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    bags : Bags, or whatever gives a TrainingBag by slide id and has `stats` and `in_features`
+    split : Split
+        Test slides are looked at once, at the end.
+    config : MilConfig
+    device : str
+    state : Path, optional
+        File to keep the state in after each epoch.
+    progress : callable
+        Called with the epochs done.
+    """
+    config.check()
+    head = Head(config.head, len(cohort.class_names), baseline=_flat(cohort) if config.head == "cox" else ())
+    run = _Run.start(cohort, bags, split, config, head, device)
+    if state is not None and state.is_file():
+        run.restore(state)
+    while not run.finished:
+        run.epoch()
+        progress(len(run.history), config.epochs)
+        if state is not None:
+            run.save(state)
+    net = run.best_net()
+    if config.head == "cox":
+        head = replace(head, baseline=_baseline(net, cohort, bags, split, device))
+    with torch.inference_mode():
+        logits = {i: _logits(net, bags[i], device).double().cpu().numpy() for i in (*split.validation, *split.test)}
+    return Member(net.cpu(), head, logits, run.history, run.best_epoch)
+
+
+@dataclass
+class _Run:
+    """A training under way."""
+
+    cohort: Cohort
+    bags: Any
+    split: Split
+    config: MilConfig
+    head: Head
+    device: str
+    net: MilNet
+    optimiser: torch.optim.AdamW
+    best: dict[str, torch.Tensor]
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def start(cls, cohort: Cohort, bags: Any, split: Split, config: MilConfig, head: Head, device: str) -> _Run:
+        torch.manual_seed(config.seed)
+        arguments = {**config.arguments, "in_features": bags.in_features, "num_classes": head.num_logits}
+        try:
+            net = make_net(config.architecture, **arguments)
+        except TypeError as error:
+            raise ModelError(config.architecture, f"arguments do not fit: {error}", "See its docstring") from error
+        net.set_scale(*scale_of([bags.stats[i] for i in split.train]))
+        net.to(device)
+        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        return cls(cohort, bags, split, config, head, device, net, optimiser, {}, [])
+
+    @property
+    def best_epoch(self) -> int:
+        if self.config.patience is None:
+            return len(self.history)
+        return 1 + int(np.argmin([row["validation_loss"] for row in self.history]))
+
+    @property
+    def finished(self) -> bool:
+        done = len(self.history)
+        stopped = self.config.patience is not None and done > 0 and done - self.best_epoch >= self.config.patience
+        return done >= self.config.epochs or stopped
+
+    def epoch(self) -> None:
+        """Go once through the training bags; chance comes from (seed, epoch), so that resuming changes nothing."""
+        number, config = len(self.history), self.config
+        seed = int(np.random.default_rng((config.seed, number)).integers(2**62))
+        torch.manual_seed(seed)
+        ids = self._order(np.random.default_rng(seed))
+        for group in self.optimiser.param_groups:
+            group["lr"] = config.lr * 0.5 * (1 + np.cos(np.pi * number / config.epochs))
+        self.net.train()
+        total = 0.0
+        for start in range(0, len(ids), config.batch):
+            some = ids[start : start + config.batch]
+            batch = [_on(self.bags[i], self.device) for i in some]
+            loss = self.net.loss(batch, self._targets(some), self.head.loss)
+            self.optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
+            self.optimiser.step()
+            total += loss.item() * len(some)
+        if not np.isfinite(total):
+            raise TrainError(f"epoch {number + 1}", "the loss is not finite", "Lower --lr, or look at the features")
+        self.net.eval()
+        row: dict[str, Any] = {"epoch": number + 1, "train_loss": _digits(total / len(ids))}
+        if self.split.validation:
+            with torch.inference_mode():
+                logits = torch.stack([_logits(self.net, self.bags[i], self.device) for i in self.split.validation])
+                row["validation_loss"] = _digits(float(self.head.loss(logits, self._targets(self.split.validation))))
+            cases = [self.cohort.cases[i] for i in self.split.validation]
+            row |= measure(cases, self.head.probabilities(logits.double().cpu()).numpy(), self.head)
+        self.history.append(row)
+        if self.best_epoch == len(self.history):
+            self.best = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
+
+    def best_net(self) -> MilNet:
+        self.net.load_state_dict(self.best)
+        return self.net.eval()
+
+    def save(self, path: Path) -> None:
+        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for i, slots in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{name}": value for name, value in slots.items()}
+        packed = save(
+            {name: value.cpu().contiguous() for name, value in tensors.items()}, {"history": json.dumps(self.history)}
+        )
+        with replacing(path) as file:
+            file.write(packed)
+
+    def restore(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+            self.history = json.loads(file.metadata()["history"])
+        self.net.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
+        self.best = {k.removeprefix("best."): v.to(self.device) for k, v in tensors.items() if k.startswith("best.")}
+        optimiser = self.optimiser.state_dict()
+        for key, value in tensors.items():
+            if key.startswith("optimiser."):
+                _, i, name = key.split(".")
+                optimiser["state"].setdefault(int(i), {})[name] = value
+        self.optimiser.load_state_dict(optimiser)
+
+    def _order(self, rng: np.random.Generator) -> list[str]:
+        ids = list(self.split.train)
+        if not self.config.balance:
+            return [ids[i] for i in rng.permutation(len(ids))]
+        label = np.array([_stratum(self.cohort.cases[i]) for i in ids])
+        weight = 1 / np.bincount(label)[label]
+        return [ids[i] for i in rng.choice(len(ids), len(ids), p=weight / weight.sum())]
+
+    def _targets(self, ids: Sequence[str]) -> Targets:
+        cases = [self.cohort.cases[i] for i in ids]
+        label = torch.tensor([case.label for case in cases], device=self.device)
+        if cases[0].event is None:
+            return Targets(label)
+        time = torch.tensor([case.time for case in cases], dtype=torch.float32, device=self.device)
+        return Targets(label, time, torch.tensor([case.event for case in cases], device=self.device))
+
+
+def prepare(device: str, threads: int) -> str:
+    """Resolve "auto" to a device, and set torch's CPU threads; one gives the same weights on any number of cores."""
+    torch.set_num_threads(threads)
+    return pick_device(device)
+
+
+def scale_of(stats: Sequence[BagStats]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (d,) of all tiles of some bags, from their sums."""
+    n = sum(bag.tiles for bag in stats)
+    mean = sum(bag.sum for bag in stats) / n
+    variance = np.clip(sum(bag.square for bag in stats) / n - mean**2, 0, None)
+    return torch.from_numpy(np.asarray(mean)).float(), torch.from_numpy(np.sqrt(variance)).float()
+
+
+def measure(cases: Sequence[Case], probabilities: Array, head: Head) -> dict[str, float | None]:
+    """Figures of probabilities (n, k); what is undefined is None."""
+    label = np.array([case.label for case in cases])
+    if head.kind in ("hazard", "cox"):
+        time, event = np.array([case.time for case in cases]), np.array([case.event for case in cases])
+        return {"concordance": _digits(figures.concordance(time, event, figures.risk_of(probabilities)))}
+    if head.kind == "ordinal":
+        called = (probabilities.cumsum(1) < 0.5 - 1e-12).sum(1)
+        kappa = figures.quadratic_kappa(label, called, head.num_classes)
+        return {"quadratic_kappa": _digits(kappa), "accuracy": _digits(float((called == label).mean()))}
+    called = probabilities.argmax(1)
+    return {
+        "auroc": _digits(figures.macro_auroc(label, probabilities)),
+        "accuracy": _digits(float((called == label).mean())),
+        "balanced_accuracy": _digits(figures.balanced_accuracy(label, called)),
+    }
+
+
+def as_dict(config: MilConfig) -> dict[str, Any]:
+    """Return a configuration as JSON holds it."""
+    return {**asdict(config), "arguments": dict(config.arguments)}
+
+
+def _baseline(net: MilNet, cohort: Cohort, bags: Any, split: Split, device: str) -> tuple[float, ...]:
+    with torch.inference_mode():
+        risk = np.array([float(_logits(net, bags[i], device)[0]) for i in split.train])
+    cases = [cohort.cases[i] for i in split.train]
+    time, event = np.array([case.time for case in cases], np.float64), np.array([case.event for case in cases], bool)
+    return tuple(breslow(risk, time, event, list(cohort.time_bins)))
+
+
+def _flat(cohort: Cohort) -> tuple[float, ...]:
+    """Stand in for a baseline while training, when only the order of risks counts."""
+    n = len(cohort.class_names)
+    return tuple(1 - i / n for i in range(1, n))
+
+
+def _logits(net: MilNet, bag: TrainingBag, device: str) -> torch.Tensor:
+    logits: torch.Tensor = net(*_on(bag, device)).logits
+    return logits
+
+
+def _on(bag: TrainingBag, device: str) -> TrainingBag:
+    return bag if device == "cpu" else TrainingBag(bag.features.to(device), bag.boxes)
+
+
+def _stratum(case: Case) -> int:
+    return case.label if case.event is None else int(case.event)
+
+
+def _digits(value: float | None) -> float | None:
+    """Eight significant digits: enough to tell epochs apart, and the same in the log and after resuming."""
+    return None if value is None else float(f"{value:.8g}")
