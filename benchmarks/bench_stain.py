@@ -20,7 +20,7 @@ import numpy as np
 
 from wsi import native
 from wsi.native import twin
-from wsi.stain import FitConfig, fit
+from wsi.stain import METHODS, FitConfig, fit
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Work = Callable[[slice], object]
@@ -95,8 +95,11 @@ def main() -> None:
         name: [rgb.size / 3e6 / seconds(work, options.tiles, threads, options.repeats) for threads in (1, 2)]
         for name, work in rows.items()
     }
+    sample = stained(FitConfig().n_tiles, FitConfig().tile_px)
+    fits = {method: seconds(lambda _, m=method: fit(m, sample), 1, 1, options.repeats) for method in METHODS}
     if options.json:
-        print(json.dumps({"machine": platform.processor(), "compiled": native.HAVE_CPU, "Mpx/s": speeds}, indent=2))
+        found = {"machine": platform.processor(), "compiled": native.HAVE_CPU, "Mpx/s": speeds, "fit seconds": fits}
+        print(json.dumps(found, indent=2))
         return
     print(f"{options.tiles} tiles of {options.tile_px} px; kernels {'compiled' if native.HAVE_CPU else 'NumPy twins'}")
     print(f"{'Mpx/s':34} {'1 thread':>9} {'2 threads':>9} {'2 over 1':>8} {'of memcpy':>9} {'of twin':>8}")
@@ -105,6 +108,8 @@ def main() -> None:
         peer = speeds[f"NumPy twin, {kind} apply"][0]
         memcpy = speeds["memcpy"][0]
         print(f"{name:34} {one:9.0f} {two:9.0f} {two / one:8.2f} {one / memcpy:9.3f} {one / peer:8.1f}")
+    print("\nSeconds to fit what is sampled of a slide, once it is read:", end=" ")
+    print(", ".join(f"{method} {value:.3f}" for method, value in fits.items()))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from wsi.nn.patch import PatchModel
 from wsi.slide import Slide
 from wsi.stain import StainTransform
+from wsi.stain.device import place
 from wsi.store import PatchStore
 from wsi.tiling import stream
 
@@ -52,10 +53,11 @@ def score_tiles(
 
     Notes
     -----
-    Every forward pass sees a batch of exactly `batch_size` (the last is filled up with white), since
-    convolution kernels are chosen by shape. The same configuration gives the same bytes. Another
-    batch size, another number of torch threads or another CPU may differ in the last bits:
-    2e-5 in float32 and 2e-2 in bfloat16 bound what was seen of probabilities.
+    Bytes become the network's input in one pass (``StainTransform.tensor``: stains, mean and std, dtype, layout), by
+    the identity where no stains are normalised. Every forward pass sees a batch of exactly `batch_size` (the last is
+    filled up), since convolution kernels are chosen by shape. The same configuration gives the same bytes. Another
+    batch size, another number of torch threads or another CPU may differ in the last bits: 2e-5 in float32 and 2e-2 in
+    bfloat16 bound what was seen of probabilities.
     """
     kept = {"pixels"} if store.pixels in ("zstd", "jpeg") else set()
     wanted = ["probabilities", *(["features"] if "features" in store.arrays else []), *kept]
@@ -65,18 +67,20 @@ def score_tiles(
     wanted.append("unreadable")
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in wanted}
     first_problem = None
-    full = np.full((batch_size, model.config.tile_px, model.config.tile_px, 3), 255, np.uint8)
+    transform = stain or StainTransform("none")
+    device = "auto" if model.device == "cuda" else "cpu"
+    placed = place(transform, device, upload=model.upload, stream=model.stream)
+    mean, std = model.config.mean, model.config.std
+    x = model.empty_input(batch_size, placed.device)
     with closing(stream(slide, store.grid, shards, batch_size=batch_size, threads=threads)) as batches:
         for tiles, rgb, unreadable, problem in batches:
             first_problem = first_problem or problem
             if progress is not None:
                 progress(done)
-            if stain is None:
-                full[: len(rgb)] = rgb
-            else:
-                stain.apply(rgb, full[: len(rgb)])
-            full[len(rgb) :] = 255
-            scores = model(full)
+            tiles_rgb: Any = model.upload(rgb) if placed.device == "cuda" else rgb
+            placed.tensor(tiles_rgb, mean, std, x[: len(rgb)], dtype=model.input_dtype)
+            x[len(rgb) :] = 0
+            scores = model.score(x)
             parts["unreadable"].append(unreadable)
             parts["probabilities"].append(_null(scores.probabilities[: len(rgb)], unreadable))
             if "features" in parts:

@@ -111,7 +111,7 @@ WSI_AVX2 bool fits_int32(const OdMap& map) {
 }  // namespace
 
 template <>
-Kernel<OdMap> fastest(const OdMap& map) {
+Kernel<OdMap> fastest([[maybe_unused]] const OdMap& map) {
 #if defined(WSI_HAVE_AVX2_BUILD)
   static const bool have_avx2 = __builtin_cpu_supports("avx2");
   if (have_avx2) return fits_int32(map) ? map_pixels_avx2<false> : map_pixels_avx2<true>;

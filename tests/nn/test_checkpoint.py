@@ -123,6 +123,10 @@ class TestRefuses:
             ({"task": "mil"}, 'task "mil"'),
             ({"transform": [{"name": "ColorJitter"}]}, "ColorJitter"),
             ({"transform": [{"name": "Normalize", "arguments": {"mean": [0, 0, 0], "std": [0, 1, 1]}}]}, "Normalize"),
+            (
+                {"transform": [{"name": "Normalize", "arguments": {"mean": [0, 0, float("nan")], "std": [1, 1, 1]}}]},
+                "Normalize",
+            ),
             ({"patch_size_pixels": "wide"}, "cannot be used"),
         ],
     )

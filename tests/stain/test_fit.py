@@ -11,8 +11,8 @@ from PIL import Image
 from tests.array_slide import ArraySlide
 from tests.slide.make import section
 from tests.stain.make import TRUE_HE, synthetic, two_stains
-from wsi.errors import StainError
-from wsi.stain import FALLBACKS, METHODS, TARGETS, FitConfig, StainTransform, fit
+from wsi.errors import SlideUnreadable, StainError
+from wsi.stain import FALLBACKS, METHODS, TARGETS, FitConfig, StainTransform, fit, pixels
 from wsi.stain.macenko import measure
 from wsi.stain.pixels import sample_slide
 from wsi.tissue import TissueMask, find_tissue
@@ -85,6 +85,26 @@ def test_a_slide_is_sampled_evenly_and_on_tissue_alone():
     tiles = sample_slide(ArraySlide(plane, 1.0), FitConfig(tile_px=100, n_tiles=12))
     assert tiles.shape == (12, 100, 100, 3)
     assert (tiles.max(axis=-1) < 255).mean() > 0.9
+
+
+def test_reader_threads_change_no_byte(monkeypatch):
+    slide = slide_of(two_stains(512, 512, strength=0.4))
+    tiles = sample_slide(slide, FitConfig(tile_px=50))
+    monkeypatch.setattr(pixels, "READERS", 1)
+    np.testing.assert_array_equal(sample_slide(slide, FitConfig(tile_px=50)), tiles)
+    assert len(tiles) > 50
+
+
+def test_what_cannot_be_read_is_said(monkeypatch):
+    slide = slide_of(two_stains(512, 512, strength=0.4))
+    tissue = find_tissue(slide)
+
+    def broken(*_):
+        raise SlideUnreadable("array", "a tile is damaged")
+
+    monkeypatch.setattr(slide, "_read_level", broken)
+    with pytest.raises(SlideUnreadable, match="damaged"):
+        fit("macenko", slide, tissue=tissue)
 
 
 @pytest.mark.parametrize(("mpp", "tile_px"), [(0.5, 64), (8.0, 128)])

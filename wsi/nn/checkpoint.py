@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -301,7 +302,8 @@ def _transform_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
         elif name == "Normalize":
             found["mean"] = tuple(float(value) for value in arguments["mean"])
             found["std"] = tuple(float(value) for value in arguments["std"])
-            if len(found["mean"]) != 3 or len(found["std"]) != 3 or min(found["std"]) <= 0:
+            finite = all(map(math.isfinite, found["mean"] + found["std"]))
+            if not finite or len(found["mean"]) != 3 or len(found["std"]) != 3 or min(found["std"]) <= 0:
                 raise TypeError(f"transform Normalize has mean {found['mean']} and std {found['std']}")
     return found
 

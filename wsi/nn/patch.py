@@ -1,4 +1,4 @@
-"""Patch models: batches of uint8 patches in, features and class probabilities out."""
+"""Patch models: batches of patches in, features and class probabilities out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from wsi import native
 from wsi.errors import ModelError
 from wsi.nn.checkpoint import (
     HUB_PREFIX,
@@ -84,8 +85,7 @@ class PatchModel:
         self.device = device
         self.precision = precision
         self._net: Any = net.eval().to(torch.device(device)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._mean = torch.tensor(config.mean, device=device).view(1, 3, 1, 1) * 255
-        self._scale = 1 / (torch.tensor(config.std, device=device).view(1, 3, 1, 1) * 255)
+        self._levels = self.upload(native.levels(config.mean, config.std, self.input_dtype).copy())
 
     @torch.inference_mode()
     def __call__(self, rgb: npt.NDArray[np.uint8]) -> PatchScores:
@@ -101,9 +101,51 @@ class PatchModel:
         ModelError
             The network gave numbers that are not finite.
         """
-        # (b, h, w, 3) seen as (b, 3, h, w) is channels_last already: no copy before the conversion.
-        x = torch.from_numpy(rgb).permute(0, 3, 1, 2).to(self.device, torch.float32)
-        x = (x - self._mean) * self._scale
+        on_device = self.upload(rgb)
+        values = [level[on_device[..., channel].int()] for channel, level in enumerate(self._levels)]
+        return self.score(torch.stack(values, dim=-1).permute(0, 3, 1, 2))
+
+    @property
+    def input_dtype(self) -> str:
+        """What ``score`` takes: "bfloat16" where the network computes in it from the first layer on, else "float32"."""
+        resized = self.config.resize_px not in (None, self.config.tile_px)
+        return "bfloat16" if self.precision == "bfloat16" and not resized else "float32"
+
+    def empty_input(self, n: int, device: str) -> Any:
+        """Make room for the input of n patches, (n, 3, tile_px, tile_px) of ``input_dtype``, channels-last.
+
+        A NumPy array on "cpu" (bits of bfloat16 as uint16), a tensor on "cuda".
+        """
+        shape, half = (n, self.config.tile_px, self.config.tile_px, 3), self.input_dtype == "bfloat16"
+        if device == "cpu":
+            return np.empty(shape, np.uint16 if half else np.float32).transpose(0, 3, 1, 2)
+        kind = torch.bfloat16 if half else torch.float32
+        return torch.empty(shape, dtype=kind, device=device).permute(0, 3, 1, 2)
+
+    def upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """Bring an array to where the model runs."""
+        tensor = torch.from_numpy(array).to(self.device)
+        return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+    def stream(self) -> int:
+        """Return the CUDA stream that the model's next work is queued on."""
+        return int(torch.cuda.current_stream().cuda_stream)
+
+    @torch.inference_mode()
+    def score(self, x: npt.NDArray[Any] | torch.Tensor) -> PatchScores:
+        """Score patches that are normalised: what ``__call__`` does after bytes have become ``native.levels``.
+
+        Parameters
+        ----------
+        x : (b, 3, tile_px, tile_px)
+            Of ``input_dtype``, as ``empty_input`` makes it; with the model's mean and std.
+
+        Raises
+        ------
+        ModelError
+            The network gave numbers that are not finite.
+        """
+        x = self.upload(x) if isinstance(x, np.ndarray) else x
         side = self.config.resize_px
         if side is not None and x.shape[-1] != side:
             x = torch.nn.functional.interpolate(x, (side, side), mode="bilinear", antialias=True)
@@ -115,10 +157,10 @@ class PatchModel:
                 logits = self._net(x)
                 features = logits[:, :0]
         logits = logits.float()
-        if logits.shape != (len(rgb), self.config.num_logits):
+        if logits.shape != (len(x), self.config.num_logits):
             raise ModelError(
                 self.config.folder,
-                f"the network gives {tuple(logits.shape)}, not {len(rgb)} x {self.config.num_logits} logits",
+                f"the network gives {tuple(logits.shape)}, not {len(x)} x {self.config.num_logits} logits",
                 "Correct class_names in its config.json",
             )
         if self.config.num_logits == 1:

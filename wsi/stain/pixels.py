@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from wsi.tissue import TissueMask, find_tissue
 
 #: Pixels that statistics are taken of: more cost time and move the fourth digit.
 MAX_PIXELS = 1_000_000
+#: Threads that read a slide's sample; the bytes do not depend on it.
+READERS = 4
 
 
 def checked(rgb: Any, where: str = "rgb") -> U8:
@@ -72,8 +75,13 @@ def sample_slide(slide: Slide, config: FitConfig, tissue: TissueMask | None = No
         raise Unmeasurable("blank", slide.path)
     rows = rows[np.linspace(0, len(rows) - 1, min(config.n_tiles, len(rows))).round().astype(int)]
     tiles = np.empty((len(rows), tile_px, tile_px, 3), np.uint8)
-    for tile, row in zip(tiles, rows, strict=True):
-        slide.read(grid.box(int(row)), (tile_px, tile_px), out=tile, damaged_is_white=True)
+
+    def read(tile: U8, row: int) -> None:
+        slide.read(grid.box(row), (tile_px, tile_px), out=tile, damaged_is_white=True)
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="wsi-stain") as pool:  # reading takes most of a fit's time
+        for _ in pool.map(read, tiles, rows.tolist()):
+            pass
     return tiles
 
 
