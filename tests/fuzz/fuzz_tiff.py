@@ -29,7 +29,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -229,16 +228,17 @@ def fuzz(reader: str, corpus: Path, seconds: int, seed: int) -> None:
 
     def one(data: bytes) -> None:
         path.write_bytes(data)
-        found = ""
+        found = said = ""
         try:
             read_slide(path, reader)
         except Exception as error:  # noqa: BLE001
-            found = signature(error)
+            found, said = signature(error), repr(error.__cause__ or error)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun > MEMORY_LIMIT >> 10
         if grown:
             found = found or "memory"
         if found and f"raw-{found}" not in known:
             known.add(f"raw-{found}")
+            print(f"{found}: {said}", flush=True)  # to the log
             (corpus / f"raw-{found}--{hashlib.sha1(data).hexdigest()[:8]}.tif").write_bytes(data)
         if grown:
             os._exit(77)

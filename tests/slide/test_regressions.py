@@ -26,12 +26,12 @@ OPEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, str]:
+@pytest.fixture(scope="module", params=["tiff", "auto"])
+def found(request: pytest.FixtureRequest) -> dict[str, str]:
     """What each file gives, in a process of its own: a fault may kill it."""
     if sys.platform != "linux":
         pytest.skip("limits are set as Linux knows them")
-    command = [sys.executable, "-m", "tests.fuzz.fuzz_tiff", "--reader", "tiff", "--replay", *map(str, FILES)]
+    command = [sys.executable, "-m", "tests.fuzz.fuzz_tiff", "--reader", request.param, "--replay", *map(str, FILES)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
@@ -44,7 +44,7 @@ def test_it_is_read_or_refused(name: str, found: dict[str, str], request: pytest
 
 
 def test_all_that_is_open_is_here() -> None:
-    assert {path.name for path in FILES} >= OPEN.keys() and len(FILES) >= 13
+    assert {path.name for path in FILES} >= OPEN.keys() and len(FILES) >= 15
 
 
 @pytest.mark.xfail(reason="levels of the other file are looked for in this one", strict=True)
