@@ -1,10 +1,11 @@
 # make demo   install into .venv and score a synthetic slide
 # make test   install if needed and run the tests
 # make lint   what CI asks of the code's form
+# make bench-peers   other programs into .venv-peers, and wsi beside them
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench-peers clean
 
 demo: .venv/installed
 	$(BIN)/wsi demo -o demo
@@ -24,5 +25,24 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+bench-peers: .venv-peers/installed
+	.venv-peers/bin/python benchmarks/compare/stain.py
+	.venv-peers/bin/python benchmarks/compare/read.py
+	.venv-peers/bin/python benchmarks/compare/stores.py
+
+# Peers one by one: one that does not install must not keep the others away.
+PEERS := benchmarks/compare/requirements-peers
+.venv-peers/installed: .venv-peers/wsi $(PEERS).txt $(PEERS)-alone.txt
+	grep -v '^#' $(PEERS).txt | while read -r peer; do \
+	  .venv-peers/bin/python -m pip install --quiet -c constraints.txt "$$peer" || echo "not installed: $$peer"; done
+	grep -v '^#' $(PEERS)-alone.txt | while read -r peer; do \
+	  .venv-peers/bin/python -m pip install --quiet --no-deps "$$peer" || echo "not installed: $$peer"; done
+	touch $@
+
+.venv-peers/wsi: pyproject.toml constraints.txt CMakeLists.txt $(shell find native -type f)
+	test -d .venv-peers || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
 clean:
-	rm -rf .venv build demo
+	rm -rf .venv .venv-peers build demo

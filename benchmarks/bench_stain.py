@@ -62,8 +62,10 @@ def main() -> None:
     rgb = stained(options.tiles, options.tile_px)
     out = np.empty_like(rgb)
     shape = (len(rgb), 3, options.tile_px, options.tile_px)
-    f32, f16 = np.empty(shape, np.float32), np.empty(shape, np.uint16)
+    f32, last32, last16 = np.empty(shape, np.float32), np.empty(rgb.shape, np.float32), np.empty(rgb.shape, np.uint16)
+    last32, last16 = last32.transpose(0, 3, 1, 2), last16.transpose(0, 3, 1, 2)
     macenko, reinhard = fit("macenko", rgb), fit("reinhard", rgb)
+    sparse = fit("vahadane", rgb, config=FitConfig(published=True, io=255.0))
     each = [slice(i, i + 1) for i in range(options.tiles)]
 
     def tile_by_tile(work: Work) -> Work:
@@ -76,13 +78,17 @@ def main() -> None:
         "memcpy": lambda s: np.copyto(out[s], rgb[s]),
         "macenko apply": lambda s: macenko.apply(rgb[s], out[s]),
         "reinhard apply": lambda s: reinhard.apply(rgb[s], out[s]),
-        "macenko to float32 planes": lambda s: macenko.planes(rgb[s], MEAN, STD, f32[s]),
-        "macenko to bfloat16 planes": lambda s: macenko.planes(rgb[s], MEAN, STD, f16[s], "bfloat16"),
-        "reinhard to float32 planes": lambda s: reinhard.planes(rgb[s], MEAN, STD, f32[s]),
+        "vahadane apply, as published": lambda s: sparse.apply(rgb[s], out[s]),
+        "macenko to float32": lambda s: macenko.tensor(rgb[s], MEAN, STD, f32[s]),
+        "macenko to float32, channels last": lambda s: macenko.tensor(rgb[s], MEAN, STD, last32[s]),
+        "macenko to bfloat16, channels last": lambda s: macenko.tensor(rgb[s], MEAN, STD, last16[s], dtype="bfloat16"),
+        "vahadane to float32, channels last": lambda s: sparse.tensor(rgb[s], MEAN, STD, last32[s]),
+        "reinhard to float32, channels last": lambda s: reinhard.tensor(rgb[s], MEAN, STD, last32[s]),
         "macenko fit + apply, each tile": tile_by_tile(refit("macenko")),
         "vahadane fit + apply, each tile": tile_by_tile(refit("vahadane")),
         "reinhard fit + apply, each tile": tile_by_tile(refit("reinhard")),
         "NumPy twin, macenko apply": tile_by_tile(lambda s: twin.od_map(rgb[s], *macenko.arguments, out[s])),
+        "NumPy twin, vahadane apply": tile_by_tile(lambda s: twin.sparse_map(rgb[s], *sparse.arguments, out[s])),
         "NumPy twin, reinhard apply": tile_by_tile(lambda s: twin.lab_map(rgb[s], *reinhard.arguments, out[s])),
     }
     speeds = {
@@ -95,7 +101,7 @@ def main() -> None:
     print(f"{options.tiles} tiles of {options.tile_px} px; kernels {'compiled' if native.HAVE_CPU else 'NumPy twins'}")
     print(f"{'Mpx/s':34} {'1 thread':>9} {'2 threads':>9} {'2 over 1':>8} {'of memcpy':>9} {'of twin':>8}")
     for name, (one, two) in speeds.items():
-        kind = "reinhard" if name.startswith("reinhard") else "macenko"
+        kind = next((kind for kind in ("vahadane", "reinhard") if kind in name), "macenko")
         peer = speeds[f"NumPy twin, {kind} apply"][0]
         memcpy = speeds["memcpy"][0]
         print(f"{name:34} {one:9.0f} {two:9.0f} {two / one:8.2f} {one / memcpy:9.3f} {one / peer:8.1f}")

@@ -28,7 +28,7 @@ from wsi.phantom import PhantomConfig, write_phantom
 from wsi.slide import Slide, open_slide
 from wsi.store import SHARD_TILES, PatchStore, copy_tiles, stored_tiles
 from wsi.store.codec import JpegCodec, decode_jpeg
-from wsi.tiling import keep_tiles
+from wsi.tile import keep_tiles
 from wsi.tissue import find_tissue
 
 Work = Callable[[], object]
@@ -47,23 +47,13 @@ def best(work: Work, repeats: int, before: Work = lambda: None) -> Row:
     return min(walls), min(cpus)
 
 
-def with_own_tiles(path: str) -> Slide:
-    """Open a slide by a reader that gives its own tiles; by that of the tests where no other does."""
-    slide = open_slide(path)
-    if slide.tile_px(0) is not None:
-        return slide
-    from tests.jpeg_slide import JpegTiffSlide
-
-    return JpegTiffSlide(path, slide.mpp.x)
-
-
 def decoded(slide: Slide, grid: TileGrid) -> Iterator[np.ndarray]:
     """Decode a shard's worth of tiles at a time, into memory that is used again."""
     level, columns, rows = stored_tiles(slide, grid)
     out = np.empty((SHARD_TILES, grid.tile_px, grid.tile_px, 3), np.uint8)
     for start in range(0, len(grid), SHARD_TILES):
         part = slice(start, start + SHARD_TILES)
-        streams = slide.jpeg_tiles(level, columns[part].tolist(), rows[part].tolist())
+        streams = slide.jpeg_tiles(level, list(zip(columns[part].tolist(), rows[part].tolist(), strict=True)))
         for stream, patch in zip(streams, out, strict=False):
             decode_jpeg(stream or b"", patch)
         yield out[: len(streams)]
@@ -125,7 +115,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     if path is None:
         path = str(folder / "phantom.tif")
         write_phantom(path, PhantomConfig(size=(16384, 8192), seed=1))
-    slide = with_own_tiles(path)
+    slide = open_slide(path)
     tile = slide.tile_px(0)
     assert tile is not None
     grid = TileGrid.of_level(slide.size, slide.level_sizes[0], slide_mpp=slide.mpp, tile_px=tile[0])
@@ -165,7 +155,9 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     order = np.random.default_rng(0).integers(0, n, options.reads).tolist()
     out, batch = np.empty((1, side, side, 3), np.uint8), np.empty((64, side, side, 3), np.uint8)
     level, columns, rows = stored_tiles(slide, grid)
-    streams = [stream or b"" for stream in slide.jpeg_tiles(level, columns.tolist(), rows.tolist())]
+    streams = [
+        stream or b"" for stream in slide.jpeg_tiles(level, list(zip(columns.tolist(), rows.tolist(), strict=True)))
+    ]
     npy = np.load(places["peer: .npy"], mmap_mode="r")
     stores = {kind: PatchStore.open(places[kind]) for kind in ("verbatim", "jpeg", "zstd")}
     arrays = {kind: zarr.open_array(places[kind] / "pixels", mode="r") for kind in stores}

@@ -53,39 +53,38 @@ void area_average(Image source, Edges edges_y, Edges edges_x, Output out) {
 
 using Stain = wsi::StainArrays<nb::device::cpu>;
 
-template <auto kernel>
-void od_map(Stain::Pixels rgb, Stain::OdTables tables, float bias, Stain::Out out) {
+template <typename Map>
+void map_bytes(const Map& map, const Stain::Pixels& rgb, const Stain::Out& out, bool portable = false) {
   const int64_t n_px = Stain::check(rgb, out);
-  Stain::check_bias(bias);
   nb::gil_scoped_release release;
-  kernel(rgb.data(), n_px, tables.data(), bias, out.data());
+  (portable ? wsi::map_bytes_portable<Map> : wsi::map_bytes<Map>)(map, rgb.data(), n_px, out.data());
 }
 
-void od_map_planes(Stain::Images rgb, Stain::OdTables tables, float bias, Stain::Levels levels, Stain::Planes out) {
-  const int64_t n_px = Stain::check(rgb, levels, out);
-  Stain::check_bias(bias);
-  const int64_t n = rgb.shape(0);
+template <typename Map>
+void map_tensor(const Map& map, const Stain::Images& rgb, const Stain::Levels& levels, const Stain::Tensor& out) {
+  const wsi::Layout layout = Stain::check(rgb, levels, out);
+  const auto n = static_cast<int64_t>(rgb.shape(0)), n_px = static_cast<int64_t>(rgb.shape(1) * rgb.shape(2));
   nb::gil_scoped_release release;
   wsi::with_element(levels, out, [&](auto* from, auto* to) {
-    wsi::od_map_planes(rgb.data(), n, n_px, tables.data(), bias, from, to);
+    wsi::map_tensor(map, rgb.data(), n, n_px, from, layout, to);
   });
 }
 
-template <auto kernel>
-void lab_map(Stain::Pixels rgb, Stain::Linear linear, Stain::Codes codes, Stain::Values values, Stain::Out out) {
-  const int64_t n_px = Stain::check(rgb, out);
-  nb::gil_scoped_release release;
-  kernel(rgb.data(), n_px, {linear.data(), codes.data(), values.data()}, out.data());
-}
-
-void lab_map_planes(Stain::Images rgb, Stain::Linear linear, Stain::Codes codes, Stain::Values values,
-                    Stain::Levels levels, Stain::Planes out) {
-  const int64_t n_px = Stain::check(rgb, levels, out);
-  const int64_t n = rgb.shape(0);
-  nb::gil_scoped_release release;
-  wsi::with_element(levels, out, [&](auto* from, auto* to) {
-    wsi::lab_map_planes(rgb.data(), n, n_px, {linear.data(), codes.data(), values.data()}, from, to);
-  });
+// The three functions of a map. Args are its own arguments, which stand between rgb and out and are named `names`.
+template <typename... Args, typename... Names>
+void define(nb::module_& m, const char* name, const Names&... names) {
+  const std::string n(name);
+  m.def(name, [](Stain::Pixels rgb, Args... args, Stain::Out out) { map_bytes(Stain::map(args...), rgb, out); },
+        "rgb"_a.noconvert(), names..., "out"_a.noconvert(), "Map pixels into out; see wsi.native.twin.");
+  m.def((n + "_portable").c_str(),
+        [](Stain::Pixels rgb, Args... args, Stain::Out out) { map_bytes(Stain::map(args...), rgb, out, true); },
+        "rgb"_a.noconvert(), names..., "out"_a.noconvert(), "The same on the oldest processor of its kind, for tests.");
+  m.def((n + "_tensor").c_str(),
+        [](Stain::Images rgb, Args... args, Stain::Levels levels, Stain::Tensor out) {
+          map_tensor(Stain::map(args...), rgb, levels, out);
+        },
+        "rgb"_a.noconvert(), names..., "levels"_a.noconvert(), "out"_a.noconvert(),
+        "Map pixels, and on to a network's input; see wsi.native.twin.");
 }
 
 }  // namespace
@@ -94,18 +93,8 @@ NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels; wsi.native.twin specifies them.";
   m.def("area_average", &area_average, "source"_a.noconvert(), "edges_y"_a.noconvert(), "edges_x"_a.noconvert(),
         "out"_a.noconvert(), "Average source over the cells between the edges into out; see wsi.native.twin.");
-  m.def("od_map", &od_map<wsi::od_map>, "rgb"_a.noconvert(), "tables"_a.noconvert(), "bias"_a, "out"_a.noconvert(),
-        "Map pixels by a product of table rows into out; see wsi.native.twin.");
-  m.def("od_map_portable", &od_map<wsi::od_map_portable>, "rgb"_a.noconvert(), "tables"_a.noconvert(), "bias"_a,
-        "out"_a.noconvert(), "What od_map is on a processor without AVX2, for tests.");
-  m.def("od_map_planes", &od_map_planes, "rgb"_a.noconvert(), "tables"_a.noconvert(), "bias"_a,
-        "levels"_a.noconvert(), "out"_a.noconvert(), "od_map, and on to planes; see wsi.native.twin.");
-  m.def("lab_map", &lab_map<wsi::lab_map>, "rgb"_a.noconvert(), "linear"_a.noconvert(), "codes"_a.noconvert(),
-        "values"_a.noconvert(), "out"_a.noconvert(), "Scale and shift CIELAB channels; see wsi.native.twin.");
-  m.def("lab_map_portable", &lab_map<wsi::lab_map_portable>, "rgb"_a.noconvert(), "linear"_a.noconvert(),
-        "codes"_a.noconvert(), "values"_a.noconvert(), "out"_a.noconvert(),
-        "What lab_map is on the oldest processor of its kind, for tests.");
-  m.def("lab_map_planes", &lab_map_planes, "rgb"_a.noconvert(), "linear"_a.noconvert(), "codes"_a.noconvert(),
-        "values"_a.noconvert(), "levels"_a.noconvert(), "out"_a.noconvert(),
-        "lab_map, and on to planes; see wsi.native.twin.");
+  define<Stain::Rows, float>(m, "od_map", "tables"_a.noconvert(), "bias"_a);
+  define<Stain::Table, Stain::SparseValues>(m, "sparse_map", "density"_a.noconvert(), "values"_a.noconvert());
+  define<Stain::Table, Stain::Codes, Stain::LabValues>(m, "lab_map", "linear"_a.noconvert(), "codes"_a.noconvert(),
+                                                       "values"_a.noconvert());
 }

@@ -1,8 +1,6 @@
 #include "lab_map.h"
 
-#include <algorithm>
-
-#include "planes.h"
+#include "cpu.h"
 
 namespace wsi {
 namespace {
@@ -10,10 +8,11 @@ namespace {
 constexpr int kBlock = 256;
 
 // Table look-ups apart from arithmetic, so that the compiler makes vector code of the arithmetic.
-WSI_INLINE void map_blocks(const uint8_t* rgb, int64_t n_px, const float* linear, const uint8_t* to_byte,
-                           const float* values, uint8_t* out) {
+WSI_INLINE void map_blocks(const LabMap& map, const uint8_t* rgb, int64_t n_px, uint8_t* out) {
+  const float* linear = map.linear;
+  const uint8_t* to_byte = map.codes;
   float v[26];
-  std::copy(values, values + 26, v);  // a local copy: no store below can change it
+  std::copy(map.values, map.values + 26, v);  // a local copy: no store below can change it
   for (int64_t start = 0; start < n_px; start += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, n_px - start));
     float r[kBlock] = {}, g[kBlock] = {}, b[kBlock] = {};
@@ -35,30 +34,26 @@ WSI_INLINE void map_blocks(const uint8_t* rgb, int64_t n_px, const float* linear
   }
 }
 
-WSI_CLONES void map_pixels(const uint8_t* rgb, int64_t n_px, const float* linear, const uint8_t* to_byte,
-                           const float* values, uint8_t* out) {
-  map_blocks(rgb, n_px, linear, to_byte, values, out);
+WSI_CLONES void map_pixels(const LabMap& map, const uint8_t* rgb, int64_t n_px, uint8_t* out) {
+  map_blocks(map, rgb, n_px, out);
+}
+
+void map_pixels_portable(const LabMap& map, const uint8_t* rgb, int64_t n_px, uint8_t* out) {
+  map_blocks(map, rgb, n_px, out);
 }
 
 }  // namespace
 
-void lab_map_portable(const uint8_t* rgb, int64_t n_px, const LabMap& map, uint8_t* out) {
-  map_blocks(rgb, n_px, map.linear, map.codes, map.values, out);
+template <>
+Kernel<LabMap> fastest(const LabMap&) {
+  return map_pixels;
 }
 
-void lab_map(const uint8_t* rgb, int64_t n_px, const LabMap& map, uint8_t* out) {
-  map_pixels(rgb, n_px, map.linear, map.codes, map.values, out);
+template <>
+Kernel<LabMap> portable<LabMap>() {
+  return map_pixels_portable;
 }
 
-template <typename Element>
-void lab_map_planes(const uint8_t* rgb, int64_t n_images, int64_t n_px, const LabMap& map, const Element* levels,
-                    Element* out) {
-  map_to_planes(rgb, n_images, n_px, levels, out, [=](const uint8_t* from, int64_t n, uint8_t* to) {
-    map_pixels(from, n, map.linear, map.codes, map.values, to);
-  });
-}
-
-template void lab_map_planes(const uint8_t*, int64_t, int64_t, const LabMap&, const uint16_t*, uint16_t*);
-template void lab_map_planes(const uint8_t*, int64_t, int64_t, const LabMap&, const uint32_t*, uint32_t*);
+WSI_BUILD_CPU(LabMap)
 
 }  // namespace wsi

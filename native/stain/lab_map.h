@@ -1,8 +1,7 @@
 // Reinhard's colour transfer: each channel of CIELAB scaled and shifted. Specification: wsi/native/twin.py.
 #pragma once
-#include <cstdint>
-
 #include "clones.h"
+#include "map.h"
 
 namespace wsi {
 
@@ -68,22 +67,5 @@ WSI_INLINE void map_pixel(float r, float g, float b, const float* v, int32_t* co
 }
 
 }  // namespace lab
-
-// rgb, out: (n_px, 3), not overlapping.
-void lab_map(const uint8_t* rgb, int64_t n_px, const LabMap& map, uint8_t* out);
-
-// What lab_map is on the oldest processor of its kind; the same bytes, for tests.
-void lab_map_portable(const uint8_t* rgb, int64_t n_px, const LabMap& map, uint8_t* out);
-
-// rgb: (n_images, n_px, 3). levels: (3, 256). out: (n_images, 3, n_px), as od_map_planes.
-template <typename Element>
-void lab_map_planes(const uint8_t* rgb, int64_t n_images, int64_t n_px, const LabMap& map, const Element* levels,
-                    Element* out);
-
-// The CUDA twins: all pointers on the device, queued on the stream and not waited for; 0 or a cudaError_t.
-int lab_map_cuda(const uint8_t* rgb, int64_t n_px, const LabMap& map, uint8_t* out, void* stream);
-template <typename Element>
-int lab_map_planes_cuda(const uint8_t* rgb, int64_t n_images, int64_t n_px, const LabMap& map, const Element* levels,
-                        Element* out, void* stream);
 
 }  // namespace wsi

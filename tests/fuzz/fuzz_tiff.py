@@ -36,8 +36,8 @@ SECONDS_LIMIT = 10
 MEMORY_LIMIT = 1 << 29  # of memory used
 ADDRESS_LIMIT = 1 << 32  # of memory asked for: more is an error at once
 CORNER_PX = 300
-MOST_PX = 1 << 24  # reading more may take long, as whoever asks for it knows; so may a row of more than
-MOST_ACROSS_PX = 1 << 18
+ROW_PX = 1 << 18
+MOST_PX = 1 << 24  # reading more may take long, as whoever asks for it knows
 
 
 class Fault(Exception):
@@ -89,8 +89,8 @@ def views(level_sizes: tuple[tuple[int, int], ...]) -> Iterator[tuple[tuple[floa
         across, down = -(-w // 512), -(-h // 512)
         if w * h <= MOST_PX:
             yield (0, 0, width, height), (across, down)
-        if w <= MOST_ACROSS_PX:
-            yield (0, height / 2, width, scale_y), (across, 1)
+        row = min(w, ROW_PX)
+        yield (0, height / 2, row * scale_x, scale_y), (-(-row // 512), 1)
 
 
 def signature(error: BaseException) -> str:

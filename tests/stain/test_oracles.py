@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from sklearn.linear_model import Lasso
 
 from tests.stain.make import TRUE_HE, synthetic
 from wsi import native
-from wsi.stain import FitConfig, LabStatistics, StainTransform, fit
+from wsi.stain import TARGETS, FitConfig, LabStatistics, Stains, StainTransform, fit, macenko
 from wsi.stain.macenko import measure
+from wsi.stain.pixels import density_of
 from wsi.stain.reinhard import rgb_to_lab
 from wsi.stain.transform import od_tables
 from wsi.stain.vahadane import factor, sparse_amounts
@@ -165,6 +167,62 @@ def test_histolabs_reinhard(histolab):
     assert np.abs(got - expected)[inside].max() <= 1
 
 
+@pytest.fixture(scope="module")
+def monai(data_dir):
+    """MONAI's own test cases of stain vectors and normalised pictures: of six pixels, black or nearly so."""
+    return json.loads((data_dir / "oracles" / "monai_froc_and_stain_vectors.json").read_text())["he_stain"]
+
+
+BLACK = np.zeros((3, 2, 3), np.uint8)
+#: MONAI truncates and we round: half a grey level either way.
+TRUNCATED = 0.5
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_monais_vectors(monai, monkeypatch, case):
+    # Not on purpose the same: one colour, or two, are not two stains, and we refuse what MONAI measures there.
+    image = np.uint8(monai["extract"][case]["image"]) if case else BLACK
+    assert fit("macenko", image, config=PUBLISHED).fallback == "few-pixels"
+    assert fit("macenko", np.tile(image, (20, 20, 1)), config=PUBLISHED).fallback == "one-colour"
+    # The rule itself is the same. A millionth of green, and two of blue, decide which of the axes that vary equally
+    # little span the plane, as MONAI's LAPACK happens to.
+    density = density_of(image, PUBLISHED)
+    density[1] += np.array([0, 1, -1, 1, -1, 0]) * 1e-6
+    density[2] += np.array([0, 1, 1, -1, -1, 0]) * 2e-6
+    monkeypatch.setattr(macenko, "MIN_VARIANCE_RATIO", 0.0)
+    vectors, _ = macenko.directions(density, PUBLISHED.alpha)
+    np.testing.assert_allclose(vectors.T, monai["extract"][case]["he"], atol=1e-3)
+
+
+def test_monais_transparent_picture_is_blank_here(monai):
+    assert "all pixels 240 (transparent) -> ValueError" in monai["errors"]
+    assert fit("macenko", np.full((3, 2, 3), 240, np.uint8), config=PUBLISHED).fallback == "blank"
+
+
+def test_monais_darkest_pixel_gets_the_targets_full_strength(monai):
+    case = monai["normalize"][1]
+    assert (case["image"], case["target_he"], case["out"]) == ("zeros(3,2,3)", "default", "all pixels [63,25,60]")
+    target = TARGETS["veta"].stains
+    np.testing.assert_array_equal(np.transpose(target.vectors), monai["params"]["target_he_default"])
+    np.testing.assert_array_equal(target.max_amounts, monai["params"]["max_cref"])
+    # Its stains of a black picture coincide, which ours may not; whatever they are, black has all there is of both.
+    vectors = np.array(target.vectors)
+    strength = macenko.full_strength(vectors, density_of(BLACK, PUBLISHED), BLACK, PUBLISHED)
+    black = StainTransform("macenko", Stains(target.vectors, tuple(strength)), target, io=240, published=True)
+    np.testing.assert_allclose(black.apply(BLACK)[0, 0], np.array([63, 25, 60]) + TRUNCATED, atol=0.5)
+
+
+def test_monais_picture_of_two_colours(monai):
+    case = monai["normalize"][2]
+    assert case["target_he"] == "ones(3,2)"  # two equal stains, which ours may not be: its map through our kernel
+    image, columns = np.uint8(case["image"]), np.array(monai["extract"][1]["he"])
+    strength = macenko.full_strength(columns.T, density_of(image, PUBLISHED), image, PUBLISHED)
+    matrix = (np.ones((3, 2)) * (monai["params"]["max_cref"] / strength)) @ np.linalg.pinv(columns)
+    got = np.empty_like(image)
+    native.od_map(image, *od_tables(matrix, 240.0, published=True), got)
+    np.testing.assert_allclose(got, np.array(case["out"]) + TRUNCATED, atol=0.5)
+
+
 # --- sparse factors --------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +234,25 @@ def test_sparse_amounts_are_the_lassos():
     lasso = Lasso(alpha=0.1 / 3, positive=True, fit_intercept=False, tol=1e-12, max_iter=100_000)  # mean over 3 rows
     expected = [lasso.fit(stains.T, pixel).coef_.copy() for pixel in density]
     np.testing.assert_allclose(sparse_amounts(density.T, stains, 0.1).T, expected, atol=1e-6)
+
+
+def test_vahadanes_picture_by_the_lasso():
+    # The published program: V = ln 255 - ln(I + 1), H by the lasso over all pixels, 99th percentiles, 255 exp(-W H).
+    rng = np.random.default_rng(3)
+    density = TRUE_HE @ rng.gamma(0.7, 0.6, (2, 1200))
+    levels = np.clip(np.rint(255 * np.exp(-density) - 1), 0, 255).astype(np.uint8)
+    image = np.ascontiguousarray(levels.T).reshape(30, 40, 3)
+    image[:3] = 255
+    transform = fit("vahadane", image, config=FitConfig(published=True, io=255.0))
+    stains = np.array(transform.source.vectors)
+    lasso = Lasso(alpha=0.02 / 3, positive=True, fit_intercept=False, tol=1e-12, max_iter=100_000)
+    pixels = -np.log((image.reshape(-1, 3) + 1.0) / 255)
+    amounts = np.array([lasso.fit(stains.T, pixel).coef_.copy() for pixel in pixels])
+    np.testing.assert_allclose(transform.source.max_amounts, np.percentile(amounts, 99, axis=0), atol=1e-5)
+    scaled = amounts * (MAX_REF / transform.source.max_amounts)
+    expected = np.clip(255 * np.exp(-scaled @ HE_REF.T), 0, 255).reshape(image.shape)
+    assert np.abs(transform.apply(image) - expected).max() <= 0.501
+    assert ((amounts == 0).any(axis=1)).mean() > 0.1
 
 
 def test_factors_are_found_from_a_poor_start_and_never_get_worse():

@@ -10,17 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.stain.make import two_stains
+from wsi import native
 from wsi.errors import StainError
 from wsi.stain import METHODS, TARGETS, FitConfig, LabStatistics, Stains, StainTransform, fit
-from wsi.stain.transform import levels, od_tables
+from wsi.stain.transform import od_tables
 
 VETA = TARGETS["veta"].stains
 WHITE = np.full((3, 3, 3), 255, np.uint8)
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[*METHODS, "vahadane, sparse"])
 def transform(request) -> StainTransform:
-    found = fit(request.param, two_stains(64, 64))
+    method, *sparse = request.param.split(", ")
+    found = fit(method, two_stains(64, 64))
+    if sparse:
+        found = dataclasses.replace(found, sparsity=0.02)
     assert found.fallback is None and not found.is_identity
     return found
 
@@ -41,18 +45,23 @@ def test_batches_and_order_change_no_byte(transform):
     np.testing.assert_array_equal(transform.apply(tiles.reshape(-1, 3)), whole.reshape(-1, 3))
 
 
-def test_planes_are_apply_and_normalisation(transform):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_tensor_is_apply_and_normalisation(transform, channels_last):
     tiles = two_stains(3 * 20, 30).reshape(3, 20, 30, 3)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = ((transform.apply(tiles) / 255 - mean) / std).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(transform.planes(tiles, mean, std), expected.astype(np.float32))
-    np.testing.assert_array_equal(transform.planes(tiles, mean, std, dtype="float16"), expected.astype(np.float16))
-    bits = transform.planes(tiles, mean, std, dtype="bfloat16")
+    x = transform.tensor(tiles, mean, std, channels_last=channels_last)
+    np.testing.assert_array_equal(x, expected.astype(np.float32))
+    assert (x if not channels_last else x.transpose(0, 2, 3, 1)).flags.c_contiguous
+    half = transform.tensor(tiles, mean, std, dtype="float16", channels_last=channels_last)
+    np.testing.assert_array_equal(half, expected.astype(np.float16))
+    bits = transform.tensor(tiles, mean, std, dtype="bfloat16", channels_last=channels_last)
     torch = pytest.importorskip("torch")
     theirs = torch.from_numpy(expected.astype(np.float32)).to(torch.bfloat16)
     assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16), theirs)
-    out = np.empty((3, 3, 20, 30), np.float32)
-    assert transform.planes(tiles, mean, std, out) is out
+    out = np.empty_like(x)  # of the same strides
+    assert transform.tensor(tiles, mean, std, out) is out
+    np.testing.assert_array_equal(out, x)
 
 
 def test_json_gives_back_the_same_transform(transform):
@@ -125,7 +134,7 @@ def test_pixels_that_are_not_8_bit_rgb_in_one_piece_are_refused(transform, rgb, 
         transform.apply(rgb)
     batch = rgb[None] if match == "strided" else rgb
     with pytest.raises(StainError, match=match):
-        transform.planes(batch, (0.5,) * 3, (0.5,) * 3)
+        transform.tensor(batch, (0.5,) * 3, (0.5,) * 3)
     if match != "strided":  # a fit may gather them
         with pytest.raises(StainError, match=match):
             fit(transform.method, rgb)
@@ -137,11 +146,14 @@ def test_outputs_that_do_not_fit_are_refused(transform):
     for out in (RGB, RGB[:4], RGB.astype(np.int8), frozen, np.zeros((8, 16, 3), np.uint8)[:, ::2]):
         with pytest.raises(StainError, match="out"):
             transform.apply(RGB, out)
-    for out in (np.zeros((1, 3, 8, 8)), np.zeros((1, 8, 8, 3), np.float32)):
+    frozen = np.zeros((1, 8, 8, 3), np.float32).transpose(0, 3, 1, 2)
+    frozen.flags.writeable = False
+    strided = np.zeros((1, 3, 8, 16), np.float32)[..., ::2]
+    for out in (np.zeros((1, 3, 8, 8)), np.zeros((1, 8, 8, 3), np.float32), frozen, strided):
         with pytest.raises(StainError, match="out"):
-            transform.planes(RGB[None], (0.5,) * 3, (0.5,) * 3, out)
+            transform.tensor(RGB[None], (0.5,) * 3, (0.5,) * 3, out)
     with pytest.raises(StainError, match="batch"):
-        transform.planes(RGB, (0.5,) * 3, (0.5,) * 3)
+        transform.tensor(RGB, (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -157,7 +169,7 @@ def test_numbers_that_are_none_are_refused(bad):
     with pytest.raises(StainError, match="glass"):
         StainTransform("macenko", VETA, VETA, io=bad)
     with pytest.raises(StainError, match="finite"):
-        levels((bad, 0.0, 0.0), (1.0, 1.0, 1.0))
+        native.levels((bad, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize("io", [0, -1, 0.5, 1000, float("nan")])
@@ -185,10 +197,18 @@ def test_statistics_that_cannot_be_are_refused():
         StainTransform("macenko", dataclasses.replace(VETA, max_amounts=(0.1, 0.1)), VETA)
     with pytest.raises(StainError, match=r"4\.8"):
         StainTransform("reinhard", LabStatistics((50.0, 0.0, 0.0), (0.1, 1.0, 1.0)), TARGETS["veta"].lab)
+    for sparsity in (-0.1, 1.0, float("nan")):
+        with pytest.raises(StainError, match="sparsity"):
+            StainTransform("vahadane", VETA, VETA, sparsity=sparsity)
+    with pytest.raises(StainError, match="sparsity"):
+        StainTransform("reinhard", TARGETS["veta"].lab, TARGETS["veta"].lab, sparsity=0.1)
+    opposed = Stains(((0.9, 0.1, -0.4), (-0.3, 0.9, 0.3)), (1.0, 1.0))
+    with pytest.raises(StainError, match="right angle"):
+        StainTransform("vahadane", opposed, VETA, sparsity=0.1)
     with pytest.raises(StainError, match="float64"):
-        levels((0.0,) * 3, (1.0,) * 3, "float64")
+        native.levels((0.0,) * 3, (1.0,) * 3, "float64")
     with pytest.raises(StainError, match="std"):
-        levels((0.0,) * 3, (1.0, 0.0, 1.0))
+        native.levels((0.0,) * 3, (1.0, 0.0, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from wsi.native import twin
+from wsi.native.tables import levels
 
 try:
     from wsi.native import _cpu
@@ -20,16 +21,20 @@ try:
     HAVE_CPU = True
     area_average = _cpu.area_average
     od_map = _cpu.od_map
-    od_map_planes = _cpu.od_map_planes
+    od_map_tensor = _cpu.od_map_tensor
+    sparse_map = _cpu.sparse_map
+    sparse_map_tensor = _cpu.sparse_map_tensor
     lab_map = _cpu.lab_map
-    lab_map_planes = _cpu.lab_map_planes
+    lab_map_tensor = _cpu.lab_map_tensor
 except ImportError:  # installed without a compiler
     HAVE_CPU = False
     area_average = twin.area_average
     od_map = twin.od_map
-    od_map_planes = twin.od_map_planes
+    od_map_tensor = twin.od_map_tensor
+    sparse_map = twin.sparse_map
+    sparse_map_tensor = twin.sparse_map_tensor
     lab_map = twin.lab_map
-    lab_map_planes = twin.lab_map_planes
+    lab_map_tensor = twin.lab_map_tensor
 
 cuda: ModuleType | None
 try:
@@ -52,9 +57,12 @@ __all__ = [
     "cuda",
     "cuda_devices",
     "lab_map",
-    "lab_map_planes",
+    "lab_map_tensor",
+    "levels",
     "od_map",
-    "od_map_planes",
+    "od_map_tensor",
+    "sparse_map",
+    "sparse_map_tensor",
 ]
 
 

@@ -13,7 +13,8 @@ ruifrok   amounts of two fixed stains                    the amounts alone
 reinhard  mean and spread of tissue in CIELAB            each channel's mean and spread
 ========= ============================================== ===============================================
 
-Where we differ from the published programs by design (``FitConfig(published=True, io=240)`` goes back to them):
+Where we differ from the published programs by design (``FitConfig(published=True, io=240)`` goes back to them, with 255
+for Vahadane):
 
 =================== ========================================= ========================================
 what                published                                 here
@@ -23,6 +24,7 @@ glass               ``OD = -ln((I + 1) / 240)``, negative on  ``OD = max(0, -ln(
 what is no stain    dropped: all colours fall into a plane    kept as a third, unscaled component, so
                                                               ink and pigment stay what they are
 amounts             99th percentile over all pixels           over tissue pixels
+Vahadane            amounts sparse and not negative           by least squares, which is one 3x3 map
 Reinhard            statistics and change of all pixels       of tissue; the change fades out to white
 conversion to bytes truncated                                 rounded to nearest, in both
 few or odd pixels   an exception, or plausible wrong colours  `fallback`, see ``FALLBACKS``

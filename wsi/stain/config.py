@@ -17,7 +17,8 @@ class FitConfig:
     io : float
         Intensity of glass plus one: what optical density 0 is. With the default, white stays white.
     published : bool
-        Do as the published programs do, cast on glass included; see the table in ``wsi.stain``. Their `io` is 240.
+        Do as the published programs do, cast on glass included; see the table in ``wsi.stain``. Macenko's `io` is 240,
+        Vahadane's 255.
     alpha : float
         Percentile at which Macenko's extreme directions are taken, from either end.
     beta : float

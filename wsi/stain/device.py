@@ -1,4 +1,4 @@
-"""Transforms on a GPU: device arrays of any library that speaks DLPack, queued on its stream."""
+"""Transforms where the tiles are: on a GPU, device arrays of any library that speaks DLPack, queued on its stream."""
 
 from __future__ import annotations
 
@@ -10,54 +10,101 @@ import numpy.typing as npt
 
 from wsi import native
 from wsi.errors import StainError
-from wsi.stain.statistics import LabStatistics
-from wsi.stain.transform import StainTransform, levels
+from wsi.stain.transform import StainTransform
+
+Upload = Callable[[npt.NDArray[Any]], Any]
 
 
 class DeviceStain:
-    """A transform whose tables lie on a GPU.
+    """A transform whose tables lie on a GPU; otherwise as ``StainTransform``, bit for bit.
+
+    Nothing waits for the device: arrays must stay alive until the stream has come to them.
 
     Parameters
     ----------
     transform : StainTransform
     upload : callable
         Puts a NumPy array on the current device, such as ``lambda a: torch.from_numpy(a).cuda()`` or ``cupy.asarray``.
+    stream : callable
+        Returns the stream to queue on, as a number: ``lambda: torch.cuda.current_stream().cuda_stream``, or
+        ``lambda: cupy.cuda.get_current_stream().ptr``; default the default stream.
 
     Raises
     ------
     StainError
         The package was built without a CUDA compiler.
 
-    Notes
-    -----
-    Results are those of ``StainTransform`` bit for bit. Nothing waits for the device: arrays must stay alive until
-    the stream has come to them.
-
     Examples
     --------
     >>> stain = DeviceStain(transform, lambda a: torch.from_numpy(a).cuda())           # doctest: +SKIP
-    >>> stain.apply(tiles, out, stream=torch.cuda.current_stream().cuda_stream)        # doctest: +SKIP
+    >>> stain.apply(tiles, torch.empty_like(tiles))                                    # doctest: +SKIP
     """
 
-    def __init__(self, transform: StainTransform, upload: Callable[[npt.NDArray[Any]], Any]) -> None:
+    device = "cuda"
+
+    def __init__(self, transform: StainTransform, upload: Upload, stream: Callable[[], int] = lambda: 0) -> None:
         if native.cuda is None:
             raise StainError("GPU", "wsi was built without a CUDA compiler", "Install again with nvcc on the PATH")
-        is_lab = isinstance(transform.source, LabStatistics)
-        self._map = native.cuda.lab_map if is_lab else native.cuda.od_map
-        self._map_planes = native.cuda.lab_map_planes if is_lab else native.cuda.od_map_planes
+        self._map = getattr(native.cuda, transform.kernel)
+        self._map_tensor = getattr(native.cuda, transform.kernel + "_tensor")
         self._arguments = [upload(a) if isinstance(a, np.ndarray) else a for a in transform.arguments]
         self._upload = upload
+        self._stream = stream
         self._levels: dict[Any, Any] = {}
 
-    def apply(self, rgb: Any, out: Any, *, stream: int) -> None:
+    def apply(self, rgb: Any, out: Any) -> Any:
         """Queue ``StainTransform.apply``: uint8 (..., 3) device arrays, C-contiguous, not overlapping."""
-        self._map(rgb, *self._arguments, out, stream)
+        self._map(rgb, *self._arguments, out, self._stream())
+        return out
 
-    def planes(
-        self, rgb: Any, mean: tuple[float, ...], std: tuple[float, ...], out: Any, *, dtype: str, stream: int
-    ) -> None:
-        """Queue ``StainTransform.planes``: uint8 (n, h, w, 3) to (n, 3, h, w) of `dtype`."""
+    def tensor(
+        self, rgb: Any, mean: tuple[float, ...], std: tuple[float, ...], out: Any, *, dtype: str = "float32"
+    ) -> Any:
+        """Queue ``StainTransform.tensor``: uint8 (n, h, w, 3) to (n, 3, h, w) of `dtype`, of either layout."""
         key = (tuple(mean), tuple(std), dtype)
         if key not in self._levels:
-            self._levels[key] = self._upload(levels(mean, std, dtype))
-        self._map_planes(rgb, *self._arguments, self._levels[key], out, stream)
+            self._levels[key] = self._upload(native.levels(*key).copy())
+        self._map_tensor(rgb, *self._arguments, self._levels[key], out, self._stream())
+        return out
+
+
+def place(
+    transform: StainTransform,
+    device: str = "auto",
+    *,
+    upload: Upload | None = None,
+    stream: Callable[[], int] = lambda: 0,
+) -> StainTransform | DeviceStain:
+    """Put a transform where the tiles will be.
+
+    Parameters
+    ----------
+    transform : StainTransform
+    device : {"auto", "cpu", "cuda"}
+        "auto" is CUDA where there is a device, the kernels were built, and `upload` is given.
+    upload, stream
+        As in ``DeviceStain``.
+
+    Returns
+    -------
+    StainTransform or DeviceStain
+        Its ``device`` says where ``apply`` and ``tensor`` want their arrays: "cpu" (NumPy) or "cuda".
+
+    Raises
+    ------
+    StainError
+        CUDA was asked for by name and is not there, or no such device.
+
+    Examples
+    --------
+    >>> place(StainTransform("macenko"), "cpu").device
+    'cpu'
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise StainError(f"device={device}", "no such device", "Use auto, cpu or cuda")
+    if device == "cuda" and (upload is None or not native.cuda_devices()):
+        what = "there is no GPU, or wsi was built without a CUDA compiler" if upload else "needs a way to upload tables"
+        raise StainError("device=cuda", what, "Use auto or cpu, or see `wsi doctor`")
+    if device == "cpu" or upload is None or not native.cuda_devices():
+        return transform
+    return DeviceStain(transform, upload, stream)

@@ -86,7 +86,8 @@ def fit(
     wanted = _wanted(method, target, config)
     try:
         found = _measured(method, source, config, tissue)
-        return StainTransform(method, found, wanted, config.io, config.published)
+        sparsity = config.sparsity if method == "vahadane" and config.published else None
+        return StainTransform(method, found, wanted, config.io, config.published, sparsity=sparsity)
     except Unmeasurable as error:
         return dataclasses.replace(fallback or StainTransform(method), fallback=error.reason)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +19,6 @@ from wsi.stain.reinhard import lab_tables
 from wsi.stain.statistics import F64, MAX_GAIN, LabStatistics, Stains, Unmeasurable
 
 _FORMAT = 1
-_BF16_ROUND = np.uint32(0x7FFF)
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,9 @@ class StainTransform:
         As the published programs, cast on glass included.
     fallback : str, optional
         Why this is not what was asked for, a key of ``FALLBACKS``: the identity, or another slide's transform.
+    sparsity : float, optional
+        Amounts of stains are not negative, and sparse by this weight (as Vahadane publishes it), instead of least
+        squares.
 
     Raises
     ------
@@ -59,12 +60,15 @@ class StainTransform:
     io: float = 256.0
     published: bool = False
     fallback: str | None = None
+    sparsity: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.source) is not type(self.target):
             raise StainError(self.method, "source and target must be of one kind, or both be left out")
         if not 1 <= self.io <= 256:
             raise StainError(f"io={self.io:g}", "the intensity of glass plus one must be from 1 to 256")
+        if self.sparsity is not None and not (0 <= self.sparsity < 1 and type(self.source) is not LabStatistics):
+            raise StainError(f"sparsity={self.sparsity:g}", "must be from 0 to below 1, and is for stains alone")
         _ = self.arguments  # refuses maps that amplify too much
 
     def apply(self, rgb: U8, out: U8 | None = None) -> U8:
@@ -92,19 +96,20 @@ class StainTransform:
         elif out.dtype != np.uint8 or out.shape != rgb.shape or np.may_share_memory(rgb, out):
             raise StainError("out", f"is {out.dtype} {out.shape}, or overlaps rgb", f"Give other uint8 {rgb.shape}")
         _check_contiguous(rgb=rgb, out=out)
-        kernel: Callable[..., None] = native.lab_map if isinstance(self.source, LabStatistics) else native.od_map
-        kernel(rgb, *self.arguments, out)
+        getattr(native, self.kernel)(rgb, *self.arguments, out)
         return out
 
-    def planes(
+    def tensor(
         self,
         rgb: U8,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         out: npt.NDArray[Any] | None = None,
+        *,
         dtype: str = "float32",
+        channels_last: bool = False,
     ) -> npt.NDArray[Any]:
-        """Map tiles to what a network eats, in one pass: ``apply``, ``(value / 255 - mean) / std``, planes.
+        """Map tiles to what a network eats, in one pass: ``apply``, ``(value / 255 - mean) / std``, layout, dtype.
 
         Parameters
         ----------
@@ -113,30 +118,51 @@ class StainTransform:
         mean, std : 3 floats
             Of the network's normalisation, for values of 0 to 1.
         out : (n, 3, h, w), optional
-            C-contiguous, float32, float16, or uint16 for bfloat16; written in place, and returned.
+            Of `dtype` (uint16 for bfloat16), contiguous or channels-last; written in place, and returned.
         dtype : {"float32", "float16", "bfloat16"}
-            NumPy has no bfloat16: its bits come as uint16 (``torch.from_numpy(out).view(torch.bfloat16)``).
+            NumPy has no bfloat16: its bits come as uint16 (``torch.from_numpy(x).view(torch.bfloat16)``).
+        channels_last : bool
+            Whether a pixel's three values lie together in memory, where `out` is not given: the same numbers, which
+            convolutions take faster, and which are written faster.
 
         Returns
         -------
         (n, 3, h, w)
             Each of the 768 possible values is computed in float64 and rounded (to bfloat16 by way of float32).
+
+        Examples
+        --------
+        >>> x = StainTransform("macenko").tensor(np.zeros((1, 4, 5, 3), np.uint8), (0.5,) * 3, (0.5,) * 3)
+        >>> x.shape, float(x[0, 0, 0, 0])
+        ((1, 3, 4, 5), -1.0)
         """
         checked(rgb)
-        table = levels(mean, std, dtype)
+        table = native.levels(tuple(mean), tuple(std), dtype)
         if rgb.ndim != 4:
             raise StainError("rgb", f"is not a batch: its shape is {rgb.shape}", "Give uint8 (n, h, w, 3)")
         n, h, w, _ = rgb.shape
         if out is None:
-            out = np.empty((n, 3, h, w), table.dtype)
+            shape = (n, h, w, 3) if channels_last else (n, 3, h, w)
+            out = np.empty(shape, table.dtype)
+            out = out.transpose(0, 3, 1, 2) if channels_last else out
         elif out.dtype != table.dtype or out.shape != (n, 3, h, w):
             raise StainError("out", f"is {out.dtype} {out.shape}", f"Give {table.dtype} {(n, 3, h, w)}")
-        _check_contiguous(rgb=rgb, out=out)
-        kernel: Callable[..., None] = (
-            native.lab_map_planes if isinstance(self.source, LabStatistics) else native.od_map_planes
-        )
-        kernel(rgb, *self.arguments, table, out)
+        by_pixel = out.transpose(0, 2, 3, 1)
+        _check_contiguous(rgb=rgb, out=by_pixel if by_pixel.flags.c_contiguous else out)
+        getattr(native, self.kernel + "_tensor")(rgb, *self.arguments, table, out)
         return out
+
+    @property
+    def device(self) -> str:
+        """Where it maps: "cpu"; see ``wsi.stain.device``."""
+        return "cpu"
+
+    @property
+    def kernel(self) -> str:
+        """Which of ``wsi.native``'s maps it is."""
+        if isinstance(self.source, LabStatistics):
+            return "lab_map"
+        return "sparse_map" if self.sparsity is not None and self.source is not None else "od_map"
 
     @property
     def is_identity(self) -> bool:
@@ -149,6 +175,8 @@ class StainTransform:
         if isinstance(self.source, LabStatistics) and isinstance(self.target, LabStatistics):
             return lab_tables(self.source, self.target, published=self.published)
         if isinstance(self.source, Stains) and isinstance(self.target, Stains):
+            if self.sparsity is not None:
+                return sparse_tables(self.source, self.target, self.io, self.sparsity, published=self.published)
             matrix = od_matrix(self.source, self.target, residual=not self.published)
             return od_tables(matrix, self.io, published=self.published)
         return od_tables(np.eye(3), 256.0)
@@ -240,29 +268,32 @@ def od_tables(matrix: F64, io: float, *, published: bool = False) -> tuple[npt.N
     return tables.astype(np.float32), 0.5 if published else -0.5
 
 
-def levels(mean: tuple[float, ...], std: tuple[float, ...], dtype: str = "float32") -> npt.NDArray[Any]:
-    """Make the table from bytes to a network's input, (3, 256): ``(value / 255 - mean) / std``, rounded.
+def sparse_tables(
+    source: Stains, target: Stains, io: float, sparsity: float, *, published: bool = False
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Make what ``native.sparse_map`` needs: density of each byte, and the map; see ``wsi.stain.vahadane``.
 
     Raises
     ------
+    Unmeasurable
+        The map amplifies more than ``MAX_GAIN``.
     StainError
-        Not three finite numbers each, a deviation that is not positive, or another dtype.
-
-    Examples
-    --------
-    >>> levels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))[0, [0, 255]].tolist()
-    [-1.0, 1.0]
+        Stains that are more than a right angle apart: none that absorb light are.
     """
-    m, s = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    if m.shape != (3,) or s.shape != (3,) or not (np.isfinite(m).all() and np.isfinite(s).all() and (s > 0).all()):
-        raise StainError("mean and std", "must be three finite numbers each, std positive")
-    table = (np.arange(256) / 255 - m[:, None]) / s[:, None]
-    if dtype == "bfloat16":
-        bits = table.astype(np.float32).view(np.uint32)
-        return ((bits + _BF16_ROUND + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
-    if dtype not in ("float32", "float16"):
-        raise StainError(f"dtype={dtype}", "is not float32, float16 or bfloat16")
-    return table.astype(dtype)
+    od_matrix(source, target, residual=False)  # refuses maps that amplify too much
+    lengths = np.linalg.norm(source.vectors, axis=1)
+    stains = np.array(source.vectors) / lengths[:, None]
+    overlap = float(stains[0] @ stains[1])
+    if overlap < 0:
+        raise StainError("stain vectors", "are more than a right angle apart")
+    rows = []
+    for own, other in (stains, stains[::-1]):
+        rows += [*own, -sparsity, *(own - overlap * other) / (1 - overlap**2), -sparsity / (1 + overlap)]
+    ratio = np.array(target.max_amounts) / source.max_amounts / lengths
+    powers = np.array(target.vectors) * ratio[:, None] / -np.log(2)
+    light, bias = (io, 0.5) if published else (256.0, -0.5)
+    values = np.array([*rows, *powers.ravel(), light, bias])
+    return density_table(io, clamp=not published).astype(np.float32), values.astype(np.float32)
 
 
 def with_residual(stains: Stains) -> F64:

@@ -12,7 +12,7 @@ import numpy as np
 from wsi.slide.base import U8
 from wsi.stain import macenko
 from wsi.stain.config import FitConfig
-from wsi.stain.pixels import thinned, tissue_density
+from wsi.stain.pixels import density_of, thinned, tissue_density
 from wsi.stain.statistics import F64, Stains, Unmeasurable
 
 #: Pixels factored.
@@ -41,7 +41,12 @@ def measure(rgb: U8, config: FitConfig) -> Stains:
     seed, variances = macenko.directions(density, config.alpha)
     sample = np.ascontiguousarray(thinned(density.T, MAX_PIXELS).T)
     vectors = macenko.haematoxylin_first(factor(sample, seed, config.sparsity))
-    return Stains.of(vectors, macenko.full_strength(vectors, density, rgb, config), density.shape[1], variances)
+    if config.published:  # amounts as it maps them, over all pixels
+        amounts = sparse_amounts(density_of(rgb, config), vectors, config.sparsity)
+        strength = np.percentile(amounts, macenko.FULL_STRENGTH, axis=1)
+    else:
+        strength = macenko.full_strength(vectors, density, rgb, config)
+    return Stains.of(vectors, strength, density.shape[1], variances)
 
 
 def factor(density: F64, seed: F64, sparsity: float) -> F64:
