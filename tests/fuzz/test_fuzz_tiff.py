@@ -37,7 +37,7 @@ def planted(path, reader):
     if b"F" in data:
         raise fuzz_tiff.Fault("Two lines!")
 
-fuzz_tiff.SECONDS_LIMIT, fuzz_tiff.MEMORY_LIMIT, fuzz_tiff.read_slide = 1, 1 << 27, planted
+fuzz_tiff.SECONDS_LIMIT, fuzz_tiff.MEMORY_LIMIT, fuzz_tiff.read_slide = 1, 1 << 26, planted
 path = pathlib.Path(tempfile.mkdtemp()) / "a"
 found = {word: fuzz_tiff.try_apart(word.encode(), "tiff", path) for word in ("good", "S", "H", "V", "M", "X", "F")}
 found["least"] = fuzz_tiff.minimise(b"a" * 700 + b"X" + b"b" * 300, "tiff", path).decode()

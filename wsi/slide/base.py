@@ -335,9 +335,8 @@ def refuse_turned(path: str, page: tifffile.TiffPage) -> None:
     """
     orientation = page.tags.valueof("Orientation", 1)
     if orientation not in (0, 1):
-        raise SlideUnreadable(
-            path, f"has TIFF orientation {int(orientation)}", "Rewrite it with orientation 1 (top left)"
-        )
+        shown = int(orientation) if isinstance(orientation, int) else repr(orientation)[:40]
+        raise SlideUnreadable(path, f"has TIFF orientation {shown}", "Rewrite it with orientation 1 (top left)")
 
 
 def compose_on_white(rgba: U8) -> U8:

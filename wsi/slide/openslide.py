@@ -9,7 +9,7 @@ import numpy as np
 import openslide
 import tifffile
 
-from wsi.errors import SlideUnreadable, UnknownFormat
+from wsi.errors import SlideError, SlideUnreadable, UnknownFormat
 from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, refuse_turned, resolve_mpp
 from wsi.units import Box
 
@@ -48,11 +48,15 @@ class OpenSlideReader(Slide):
         self._given = given
         source = "tiff-tags" if self.vendor in _TIFF_TAG_VENDORS else f"vendor:{self.vendor}"
         try:
+            if any(min(size) < 1 for size in self.level_sizes):
+                raise SlideUnreadable(path, f"is damaged: its levels measure {self.level_sizes} px", _AGAIN)
             if self.vendor in _TIFF_TAG_VENDORS:
                 try:
                     with tifffile.TiffFile(path) as tiff:
                         refuse_turned(path, tiff.pages.first)
-                except (tifffile.TiffFileError, OSError) as error:
+                except SlideError:
+                    raise
+                except Exception as error:  # tifffile raises whatever it meets in a damaged file
                     raise SlideUnreadable(path, f"is damaged or incomplete ({error})", _AGAIN) from error
             self.mpp, self.mpp_source = resolve_mpp(path, given, _mpp_of(properties), source)
             self.bounds = _bounds_of(properties, self.size)
