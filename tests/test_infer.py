@@ -113,6 +113,9 @@ def test_on_a_gpu_bytes_are_uploaded_and_mapped_there(
         def upload(self, array):
             return model.upload(array)
 
+        def empty_patches(self, shape):
+            return model.empty_patches(shape)
+
         def empty_input(self, n, device):
             assert device == ("cuda" if has_kernels else "cpu")
             x = model.empty_input(n, "cpu")

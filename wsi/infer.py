@@ -72,7 +72,8 @@ def score_tiles(
     placed = place(transform, device, upload=model.upload, stream=model.stream)
     mean, std = model.config.mean, model.config.std
     x = model.empty_input(batch_size, placed.device)
-    with closing(stream(slide, store.grid, shards, batch_size=batch_size, threads=threads)) as batches:
+    patches = stream(slide, store.grid, shards, batch_size=batch_size, threads=threads, empty=model.empty_patches)
+    with closing(patches) as batches:
         for tiles, rgb, unreadable, problem in batches:
             first_problem = first_problem or problem
             if progress is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +57,10 @@ class _Reads(Protocol):
         """Say why a patch of a finished step is unreadable, and let go of what no later one needs."""
 
 
+def _empty(shape: tuple[int, ...]) -> U8:
+    return np.empty(shape, np.uint8)
+
+
 def stream(
     slide: Slide,
     grid: TileGrid,
@@ -66,6 +70,7 @@ def stream(
     threads: int,
     ahead: int = 2,
     max_bytes: int = 256 << 20,
+    empty: Callable[[tuple[int, ...]], U8] = _empty,
 ) -> Generator[Batch, None, None]:
     """Read tiles in batches, in order, before they are asked for.
 
@@ -86,6 +91,8 @@ def stream(
     max_bytes : int
         Of decoded stored tiles under the patches begun. Besides, those that the next row of patches needs are kept: at
         most a band across the slide, one stored tile high.
+    empty : callable
+        Gives uint8 memory of a shape for the batches, such as pages that a GPU can fetch by itself.
 
     Yields
     ------
@@ -99,7 +106,7 @@ def stream(
     if not batches:
         return
     side = grid.tile_px
-    buffers = [np.empty((batch_size, side, side, 3), np.uint8) for _ in range(min(ahead + 1, len(batches)))]
+    buffers = [empty((batch_size, side, side, 3)) for _ in range(min(ahead + 1, len(batches)))]
     level = slide.level_for(max(min(grid.tile) / side, 1e-9))
     tile_px = slide.tile_px(level)
     at_once = batch_size * len(buffers) if tile_px is None else max(2, max_bytes // _bytes_under(slide, grid, level))
