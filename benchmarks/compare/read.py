@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, peak_mib, print_table, reason_of, versions
+from measure import bind, cores, machine, peak_mib, print_table, reason_of, versions
 from readers import PROGRAMS, Job
 
 Result = dict[str, Any]
@@ -46,12 +45,12 @@ def boxes(side_px: int, box_px: int, at_most: int) -> tuple[tuple[int, int], ...
 
 def work(name: str, jobs: list[Job], share: int, of: int) -> list[Result]:
     """Do a share of each job in this process; together with the others, of whom each has another share."""
-    program, cores = PROGRAMS[name], sorted(os.sched_getaffinity(0))
+    program = PROGRAMS[name]
     threads = of if program.threads else 1
     if program.threads and share > 0:
         return []  # the first one does it all
     if threads == 1:
-        os.sched_setaffinity(0, {cores[share % len(cores)]})
+        bind(cores()[share])
     results = []
     for job in jobs:
         part = np.array_split(np.arange(len(job.corners)), 1 if program.threads else of)[share]
@@ -149,7 +148,7 @@ def main() -> None:
             for side, out in ((256, 256), (448, 224)):
                 jobs.append(Job(str(path), kind.name, boxes(options.side, side, options.boxes), side, out))
 
-    n = len(os.sched_getaffinity(0))
+    n = len(cores())
     rounds: dict[str, list[list[tuple[Result, Result]]]] = {name: [] for name in options.programs}
     for i in range(options.rounds):
         for name, of_rounds in rounds.items():
