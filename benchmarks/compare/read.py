@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, peak_mib, print_table, reason_of, versions
+from measure import bind, cores, machine, peak_mib, print_table, reason_of, versions
 from readers import PROGRAMS, Job
 
 Result = dict[str, Any]
@@ -46,12 +45,12 @@ def boxes(side_px: int, box_px: int, at_most: int) -> tuple[tuple[int, int], ...
 
 def work(name: str, jobs: list[Job], share: int, of: int) -> list[Result]:
     """Do a share of each job in this process; together with the others, of whom each has another share."""
-    program, cores = PROGRAMS[name], sorted(os.sched_getaffinity(0))
+    program = PROGRAMS[name]
     threads = of if program.threads else 1
     if program.threads and share > 0:
         return []  # the first one does it all
     if threads == 1:
-        os.sched_setaffinity(0, {cores[share % len(cores)]})
+        bind(cores()[share])
     results = []
     for job in jobs:
         part = np.array_split(np.arange(len(job.corners)), 1 if program.threads else of)[share]
@@ -130,7 +129,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=40_000, help="side of the slides in pixels")
     parser.add_argument("--tiles", type=int, nargs="+", default=[256, 512], help="side of their tiles in pixels")
     parser.add_argument("--chroma", nargs="+", default=["420", "444"])
-    parser.add_argument("--boxes", type=int, default=1500, help="boxes of a job at most")
+    parser.add_argument("--boxes", type=int, default=300, help="boxes of 448 px at most, and three times as many of 256")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -146,10 +145,10 @@ def main() -> None:
             with path.open("rb") as file:  # into the page cache
                 while file.read(1 << 20):
                     pass
-            for side, out in ((256, 256), (448, 224)):
-                jobs.append(Job(str(path), kind.name, boxes(options.side, side, options.boxes), side, out))
+            for side, out, n_boxes in ((256, 256, 3 * options.boxes), (448, 224, options.boxes)):  # the same area
+                jobs.append(Job(str(path), kind.name, boxes(options.side, side, n_boxes), side, out))
 
-    n = len(os.sched_getaffinity(0))
+    n = len(cores())
     rounds: dict[str, list[list[tuple[Result, Result]]]] = {name: [] for name in options.programs}
     for i in range(options.rounds):
         for name, of_rounds in rounds.items():
@@ -163,7 +162,7 @@ def main() -> None:
         for name, of_rounds in rounds.items():
             if job.side_px >= PROGRAMS[name].reduces * job.out_px:
                 rows.append(row_of(name, job, [results[j] for results in of_rounds], reference))
-    facts = {**machine(), **versions(p.package for p in PROGRAMS.values()), "boxes": len(jobs[0].corners)}
+    facts = {**machine(), **versions(p.package for p in PROGRAMS.values()), "boxes": f"{options.boxes} of 448 px, {3 * options.boxes} of 256"}
     if options.json:
         print(json.dumps({"facts": facts, "rows": rows}, indent=2))
         return

@@ -23,6 +23,7 @@ U8 = npt.NDArray[np.uint8]
 QUALITY, MPP, BANK, SEED = 80, 0.25, 192, 7
 #: Drawn coarser than the slide says it is, tiles have as many bytes as real ones: 0.2 a pixel, CAMELYON 0.18 to 0.27.
 DRAWN_MPP = 0.5
+VERSION = 1  # raised with every change of what is drawn: slides are kept from run to run
 TISSUE = 0.6  # of the slide's area, a disc in its middle
 STEP = 16  # from level 0 to the only other
 GLASS = (243, 242, 244)
@@ -49,7 +50,7 @@ def in_tissue(side_px: int, x: npt.NDArray[np.floating], y: npt.NDArray[np.float
 
 def cached(folder: Path, kind: SlideKind) -> Path:
     """Return the slide, which is made where it is not there yet."""
-    path = folder / f"{kind.name}.svs"
+    path = folder / f"{kind.name}-v{VERSION}.svs"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")

@@ -254,6 +254,12 @@ def best_speeds(runs: dict[int, Run], tiles: U8, threads: int, rounds: int) -> d
     return {i: failed.get(i, tiles.size / 3e6 / s) for i, s in best.items()}
 
 
+def fallbacks(tiles: U8, target: U8) -> int:
+    """Tiles that one of our methods could not measure, which costs less than a fit."""
+    wanted = {method: fit(method, target, target) for method in ("macenko", "reinhard", "vahadane")}
+    return sum(any(fit(method, tile, wanted[method]).fallback for method in wanted) for tile in tiles)
+
+
 def how_far(got: Sequence[U8], references: dict[str, Sequence[U8]]) -> dict[str, Any]:
     """Difference to the nearest of ours in grey levels, mean and largest."""
     apart = {name: np.abs(np.stack(got).astype(int) - np.stack(ref)) for name, ref in references.items()}
@@ -305,6 +311,7 @@ def main() -> None:
 
     packages = ["wsi", "numpy", "torch", "torchstain", "tiatoolbox", "torch-staintools"]
     facts = {**machine(), **versions(packages), "tiles": f"{len(tiles)} of {TILE_PX} px, {origin}"}
+    facts["of which a fit of ours fell back on"] = str(fallbacks(tiles, target))
     if options.json:
         print(json.dumps({"facts": facts, "rows": rows}, indent=2))
         return
