@@ -40,7 +40,7 @@ _SHRINKS = {"420": (8, 4, 2), "444": (8, 4, 2), "Gray": (8, 4, 2), "422": (2,)}
 #: Decoded tiles held while a region is put together.
 _AT_ONCE_BYTES = 1 << 26
 
-#: Of a progressive JPEG; encoders make about ten, and each one more costs a pass over all pixels.
+#: Of a JPEG; encoders make about ten at most, and each one more costs a pass over all pixels.
 _MAX_SCANS = 64
 
 #: Adobe's APP14 marker: the three components are RGB, not YCbCr. Aperio leaves it out.
@@ -252,8 +252,8 @@ class _Jpeg:
 
     def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
         stream = self.stream(data)
-        if b"\xff\xc2" in stream and stream.count(b"\xff\xda") > _MAX_SCANS:
-            raise ValueError(f"is a progressive JPEG of more than {_MAX_SCANS} scans")
+        if stream.count(b"\xff\xda") > _MAX_SCANS:
+            raise ValueError(f"is a JPEG of more than {_MAX_SCANS} scans")
         height, width, colours, _ = simplejpeg.decode_jpeg_header(stream)
         if (height, width, colours) != self._expected:
             raise ValueError(f"is a JPEG of {width} x {height} px in {colours}")
@@ -273,13 +273,14 @@ class _Other:
     def __init__(self, page: tifffile.TiffPage) -> None:
         self._decode = page.decode
         self._shape = page.tilelength, page.tilewidth
+        self._samples = page.samplesperpixel
         self._is_jpeg2000 = int(page.compression) in _JPEG2000
         self._raw_bytes = page.tilelength * page.tilewidth * page.samplesperpixel if page.compression == 1 else 0
 
     def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
         if len(data) < self._raw_bytes:
             raise ValueError(f"holds {len(data)} bytes, not {self._raw_bytes}")
-        if self._is_jpeg2000 and _jpeg2000_size(bytes(data)) != self._shape[::-1]:
+        if self._is_jpeg2000 and _jpeg2000_shape(bytes(data)) != (*self._shape, self._samples):
             raise ValueError("is a JPEG 2000 picture of another size")
         pixels = self._decode(bytes(data), tile, _fullsize=True)[0]
         if pixels is None or pixels.dtype != np.uint8 or pixels.shape[-3:-1] != self._shape:
@@ -287,13 +288,23 @@ class _Other:
         out[...] = pixels.reshape(*self._shape, -1)  # grey becomes three equal channels
 
 
-def _jpeg2000_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height that a codestream declares (ISO/IEC 15444-1, SIZ): asked before memory is taken for it."""
-    start = data.find(b"\xff\x4f\xff\x51")  # start of codestream, and SIZ, which must follow
-    if start < 0 or len(data) < start + 24:
+def _jpeg2000_shape(data: bytes) -> tuple[int, int, int] | None:
+    """Height, width and components that a JPEG 2000 picture declares: asked before memory is taken for it.
+
+    A codestream begins with SOC and SIZ (ISO/IEC 15444-1, A.5.1); in a JP2 file it is the first box "jp2c" (annex I).
+    """
+    at = 0
+    if data[:4] != b"\xff\x4f\xff\x51":
+        while data[at + 4 : at + 8] != b"jp2c":
+            length = int.from_bytes(data[at : at + 4], "big")
+            if length < 8 or at + length >= len(data):
+                return None
+            at += length
+        at += 16 if data[at : at + 4] == b"\0\0\0\1" else 8
+    if data[at : at + 4] != b"\xff\x4f\xff\x51" or len(data) < at + 42:
         return None
-    right, bottom, left, top = struct.unpack_from(">4I", data, start + 8)
-    return right - left, bottom - top
+    right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
+    return bottom - top, right - left, int.from_bytes(data[at + 40 : at + 42], "big")
 
 
 def jpeg_head(tables: bytes | None, colours: str) -> bytes:
@@ -394,9 +405,11 @@ def _level_pages(tiff: tifffile.TiffFile, vendor: str) -> list[tifffile.TiffPage
     if {"ndpi", "bif", "scn", "qpi", "indica", "argos", "ventana"} & {flag.lower() for flag in tiff.flags}:
         return None
     if vendor == "ome-tiff":
-        if len(tiff.series) < 1 or tiff.series[0].axes != "YXS":
+        # What lies in this file: tifffile's series would look for it in other files that the text may name.
+        if re.search(r'Size[ZT]="(?!1")', first.description):
             return None
-        pages = [first, *(level.keyframe for level in tiff.series[0].levels[1:])]
+        subs: list[Any] = list(first.pages or []) if first.subifds else []
+        pages = [first, *subs]
     elif vendor in ("generic-tiff", "philips"):
         pages = [first, *(page for page in others if page.is_tiled and page.subfiletype & 1)]
         if str(first.tags.valueof("Software", "")).startswith(("MedScan", "Huron")) or first.subifds:
