@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 
 from tests.conftest import REPOSITORY
 from tests.slide.make import halved, picture
+from wsi.errors import SlideUnreadable
 from wsi.slide import open_slide
 from wsi.units import Box
 
@@ -22,7 +24,6 @@ OPEN = {
     "jpeg2000-components.tif": "60 components are decoded before they are counted: 4 GB",
     "jpeg2000-decoy.tif": "the size is taken from the first codestream in the bytes, not from the one that is decoded",
     "scans-arithmetic.tif": "progressive scans in arithmetic coding (SOF10) are not counted",
-    "scans-sequential.tif": "scans of a sequential JPEG are not counted",
 }
 
 
@@ -44,7 +45,20 @@ def test_it_is_read_or_refused(name: str, found: dict[str, str], request: pytest
 
 
 def test_all_that_is_open_is_here() -> None:
-    assert {path.name for path in FILES} >= OPEN.keys() and len(FILES) >= 15
+    assert {path.name for path in FILES} >= OPEN.keys() and len(FILES) >= 14
+
+
+@pytest.mark.xfail(reason="only the scans of progressive JPEG are counted", strict=True)
+def test_a_sequential_jpeg_of_many_scans(tmp_path: Path) -> None:
+    """Each scan is a pass over all pixels, and takes ten bytes: a tile of a megabyte would take minutes."""
+    stream = imagecodecs.jpeg8_encode(picture(64, 64), level=50, subsampling="444")
+    first = stream.index(b"\xff\xda")
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"  # of the first component alone, and cut short
+    tile = stream[:first] + scan * 100 + b"\xff\xd9"
+    arguments = {"tile": (64, 64), "compression": "jpeg", "photometric": "ycbcr", "subsampling": (1, 1)}
+    tifffile.imwrite(tmp_path / "a.tif", iter([tile]), shape=(64, 64, 3), dtype=np.uint8, metadata=None, **arguments)
+    with open_slide(tmp_path / "a.tif", mpp=0.5) as slide, pytest.raises(SlideUnreadable, match="scans"):
+        slide.read(Box(0, 0, 64, 64), (64, 64))
 
 
 @pytest.mark.xfail(reason="levels of the other file are looked for in this one", strict=True)
