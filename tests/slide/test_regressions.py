@@ -45,7 +45,7 @@ def test_it_is_read_or_refused(name: str, found: dict[str, str], request: pytest
 
 
 def test_all_that_is_open_is_here() -> None:
-    assert {path.name for path in FILES} >= OPEN.keys() and len(FILES) >= 14
+    assert {path.name for path in FILES} >= OPEN.keys() and len(FILES) >= 15
 
 
 @pytest.mark.xfail(reason="only the scans of progressive JPEG are counted", strict=True)
