@@ -40,7 +40,7 @@ class OpenSlideReader(Slide):
                 path, "is not a format that OpenSlide reads", "Convert it to a pyramidal TIFF"
             ) from error
         except openslide.OpenSlideError as error:
-            raise SlideUnreadable(path, f"is damaged or incomplete ({error})", _AGAIN) from error
+            raise SlideUnreadable(path, f"is damaged or incomplete ({_brief(error)})", _AGAIN) from error
         properties = self._slide.properties
         self.path = path
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
@@ -57,7 +57,7 @@ class OpenSlideReader(Slide):
                 except SlideError:
                     raise
                 except Exception as error:  # tifffile raises whatever it meets in a damaged file
-                    raise SlideUnreadable(path, f"is damaged or incomplete ({error})", _AGAIN) from error
+                    raise SlideUnreadable(path, f"is damaged or incomplete ({_brief(error)})", _AGAIN) from error
             self.mpp, self.mpp_source = resolve_mpp(path, given, _mpp_of(properties), source)
             self.bounds = _bounds_of(properties, self.size)
         except BaseException:
@@ -79,7 +79,7 @@ class OpenSlideReader(Slide):
             self._slide = openslide.OpenSlide(self.path)
             raise SlideUnreadable(
                 self.path,
-                f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({error})",
+                f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({_brief(error)})",
                 _AGAIN,
             ) from error
         return compose_on_white(np.asarray(rgba)[y - y0 :, x - x0 :])
@@ -128,3 +128,8 @@ def _bounds_of(properties: Any, size: tuple[int, int]) -> Box:
     except (KeyError, ValueError):
         return whole
     return bounds if bounds.w > 0 and bounds.h > 0 else whole
+
+
+def _brief(error: BaseException) -> str:
+    """Say it in one line: what LibTIFF says may have several."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
