@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 
 from tests.conftest import REPOSITORY
 from tests.slide.make import halved, picture
+from wsi.errors import SlideUnreadable
 from wsi.slide import open_slide
 from wsi.units import Box
 
@@ -32,6 +34,18 @@ def found(request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.mark.parametrize("name", [path.name for path in FILES])
 def test_it_is_read_or_refused(name: str, found: dict[str, str]) -> None:
     assert found[name] == "ok"
+
+
+def test_a_sequential_jpeg_of_many_scans(tmp_path: Path) -> None:
+    """Each scan is a pass over all pixels, and takes ten bytes: a tile of a megabyte would take minutes."""
+    stream = imagecodecs.jpeg8_encode(picture(64, 64), level=50, subsampling="444")
+    first = stream.index(b"\xff\xda")
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"  # of the first component alone, and cut short
+    tile = stream[:first] + scan * 100 + b"\xff\xd9"
+    arguments = {"tile": (64, 64), "compression": "jpeg", "photometric": "ycbcr", "subsampling": (1, 1)}
+    tifffile.imwrite(tmp_path / "a.tif", iter([tile]), shape=(64, 64, 3), dtype=np.uint8, metadata=None, **arguments)
+    with open_slide(tmp_path / "a.tif", mpp=0.5) as slide, pytest.raises(SlideUnreadable, match="scans"):
+        slide.read(Box(0, 0, 64, 64), (64, 64))
 
 
 def test_an_ome_tiff_that_names_another_file(tmp_path: Path) -> None:
