@@ -201,9 +201,14 @@ def score_archive(
             "mil_sha256": engine.mil.sha256 if engine.mil else None,
             "precision": engine.model.precision,
             "wsi_version": __version__,
-            **asdict(config),
+            **{name: value for name, value in asdict(config).items() if name != "max_unreadable"},  # decides no number
         },
-        execution={"device": engine.model.device, "batch_size": engine.batch_size, "threads": engine.threads},
+        execution={
+            "max_unreadable": config.max_unreadable,
+            "device": engine.model.device,
+            "batch_size": engine.batch_size,
+            "threads": engine.threads,
+        },
         status="scored",
         columns=(
             "grade", "probabilities", "n_tiles", "n_unreadable", "tissue_mm2", "positive_mm2", "largest_region_um",

@@ -204,7 +204,7 @@ def save_overlay(
     bounds = slide.bounds
     shrink = min(1.0, long_side_px / max(bounds.w, bounds.h))
     size = max(1, round(bounds.w * shrink)), max(1, round(bounds.h * shrink))
-    picture = slide.read(bounds, size, damaged_is_white=True)
+    picture = slide.read(bounds, size, damage=[])
     colours = _colours()
     if heatmap is not None:
         picture = _blend(picture, heatmap, bounds, colours, vmin, vmax)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,10 @@ def score_slide(
                 progress=lambda done: report(done, len(grid)),
             )
         unreadable = store.get("unreadable")
-        lost = float(share[unreadable].sum() / share.sum()) if unreadable.any() else 0.0
+        total = float(share.sum())
+        lost = float(share[unreadable].sum()) / total if total else float(unreadable.any())
         if lost > config.max_unreadable:
+            shutil.rmtree(store.path)  # a better copy of the slide must not meet the marks of this one
             why = f" ({problem})" if problem else ""
             raise SlideUnreadable(
                 path,

@@ -238,7 +238,10 @@ def _numbers(
         warnings.append("no tile holds enough tissue; lower --min-tissue if there is some")
     if n_unreadable:
         flags.append("unreadable-tiles")
-        warnings.append(f"{n_unreadable} tiles of the slide are cut short: they read as white, and are marked")
+        warnings.append(
+            f"{n_unreadable} tiles are damaged in the slide: they read as white, and are marked; "
+            "with a better copy of it use --force"
+        )
     if max(slide.mpp) > store.grid.mpp * 1.1:
         flags.append("upsampled")
         warnings.append(

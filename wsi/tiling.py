@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     ----------
     tiles : range
     rgb : uint8 (n, tile_px, tile_px, 3)
-        Valid until the next batch is taken: the memory is used again. What cannot be decoded is white.
+        Valid until the next batch is taken: the memory is used again. White where `unreadable`.
     unreadable : bool (n,)
         Patches of which a part cannot be decoded.
     problem : str, optional
@@ -146,7 +146,9 @@ def stream(
                 submit(i + len(buffers))
             unreadable = np.array([problem is not None for problem in problems])
             why = next((problem for problem in problems if problem is not None), None)
-            yield Batch(batch, buffers[i % len(buffers)][: len(batch)], unreadable, why)
+            rgb = buffers[i % len(buffers)][: len(batch)]
+            rgb[unreadable] = 255
+            yield Batch(batch, rgb, unreadable, why)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -210,10 +210,11 @@ def find_tissue(slide: Slide, config: TissueConfig | None = None) -> TissueMask:
     Raises
     ------
     SlideUnreadable
-        The file is damaged.
+        The file cannot be read at all.
 
     Notes
     -----
+    What is damaged in the level looked at is read from finer ones; what is damaged there too counts as tissue.
     Optical density and its use to tell stain from glass: Ruifrok and Johnston, Anal Quant Cytol Histol 23
     (2001) 291. Threshold: Otsu, IEEE Trans SMC 9 (1979) 62.
 
@@ -231,10 +232,40 @@ def find_tissue(slide: Slide, config: TissueConfig | None = None) -> TissueMask:
     mpp = max(mpp, math.sqrt(size_um[0] * size_um[1] / _MAX_MASK_PX))
     # Never finer than the slide itself, along either axis.
     w, h = (max(1, min(round(side / mpp), math.floor(px))) for side, px in zip(size_um, (box.w, box.h), strict=True))
-    rgb = slide.read(box, (w, h), damaged_is_white=True)
+    rgb, unknown = _overview(slide, box, w, h)
     pixel_um = size_um[0] / w
     mask, pen = _segment(rgb, pixel_um, config)
+    mask |= unknown  # perhaps tissue: its tiles will be looked at, and counted as unreadable
     return TissueMask(mask, pen, box, slide.mpp)
+
+
+def _overview(slide: Slide, box: Box, w: int, h: int) -> tuple[U8, Bool2d]:
+    """Read a picture of `box`, (h, w, 3), and where nothing is known of it, bool (h, w).
+
+    What is damaged in the level that the picture is made of is read from finer ones.
+    """
+    damage: list[Box] = []
+    rgb, unknown = slide.read(box, (w, h), damage=damage), np.zeros((h, w), np.bool_)
+    px = box.w / w, box.h / h
+    level = slide.level_for(max(min(px), 1e-9))
+    for bad in damage:
+        left, top = max(0, math.floor((bad.x - box.x) / px[0])), max(0, math.floor((bad.y - box.y) / px[1]))
+        right, bottom = (
+            min(w, math.ceil((bad.x + bad.w - box.x) / px[0])),
+            min(h, math.ceil((bad.y + bad.h - box.y) / px[1])),
+        )
+        if left >= right or top >= bottom:
+            continue
+        part = Box(box.x + left * px[0], box.y + top * px[1], (right - left) * px[0], (bottom - top) * px[1])
+        for finer in range(level - 1, -1, -1):
+            still: list[Box] = []
+            pixels = slide.read(part, (right - left, bottom - top), damage=still, level=finer)
+            if not still:
+                rgb[top:bottom, left:right] = pixels
+                break
+        else:
+            unknown[top:bottom, left:right] = True
+    return rgb, unknown
 
 
 def mask_polygons(mask: Bool2d) -> list[shapely.Polygon]:

@@ -424,9 +424,56 @@ class TestBadInput:
         with gzip.open(tmp_path / "r/a/tiles.geojson.gz", "rt") as file:
             assert len(json.load(file)["features"]) == len(store) - touches.sum() == result["n_tiles"]
 
-        code, _, stderr = wsi("score", path, "-m", model, "-o", tmp_path / "s", "-q", "--max-unreadable", 0.001)
+        strict = ("score", path, "-m", model, "-o", tmp_path / "s", "-q")
+        code, _, stderr = wsi(*strict, "--max-unreadable", 0.001)
         failure = rows(tmp_path / "s/failures.csv")[0]
         assert code == 2 and "of its tissue cannot be decoded" in stderr and "--max-unreadable" in failure["remedy"]
+        assert wsi(*strict, "--max-unreadable", 0.02)[0] == 0  # the remedy, in the same folder
+        np.testing.assert_array_equal(PatchStore.open(tmp_path / "s/a/store.zarr").get("unreadable"), unreadable)
+
+    def test_damage_in_the_overview_hides_no_tissue(self, wsi: Run, model: Path, tmp_path: Path) -> None:
+        """The level that tissue is looked for in is damaged: a finer one is asked."""
+        full = section(2048, 1536)
+        path = write_jpeg_pyramid(tmp_path / "a.tif", [full, halved(full), halved(halved(full))], tile=64)
+        assert wsi("score", path, "-m", model, "-o", tmp_path / "whole", "-q")[0] == 0
+        raw = bytearray(path.read_bytes())
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages[2]
+            for at in range(10, 30):
+                offset, count = page.dataoffsets[at], page.databytecounts[at]
+                raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
+        path.write_bytes(raw)
+        assert wsi("score", path, "-m", model, "-o", tmp_path / "r", "-q")[0] == 0
+        good, found = (json.loads((tmp_path / name / "a/result.json").read_text()) for name in ("whole", "r"))
+        assert found["n_unreadable"] == 0 and abs(found["n_tiles"] - good["n_tiles"]) <= 3
+        assert found["tissue_mm2"] == pytest.approx(good["tissue_mm2"], rel=0.02)
+
+    def test_lost_tissue_is_counted_where_nothing_else_shows_it(self, wsi: Run, model: Path, tmp_path: Path) -> None:
+        """One level, a quarter of it damaged: that may have been tissue, and is not glass."""
+        path = write_jpeg_pyramid(tmp_path / "a.tif", [section(1024, 768)], tile=64, mpp=1.0)
+        raw = bytearray(path.read_bytes())
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages.first
+            for row in range(3, 9):
+                for column in range(4, 12):
+                    offset, count = page.dataoffsets[row * 16 + column], page.databytecounts[row * 16 + column]
+                    raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
+        path.write_bytes(raw)
+        code, _, stderr = wsi("score", path, "-m", model, "-o", tmp_path / "r", "-q")
+        assert code == 2 and "of its tissue cannot be decoded" in stderr
+
+    def test_damage_without_tissue(self, wsi: Run, model: Path, tmp_path: Path) -> None:
+        blank = np.clip(np.random.default_rng(0).normal(243, 2, (768, 1024, 3)), 0, 255).astype(np.uint8)
+        path = write_jpeg_pyramid(tmp_path / "a.tif", [blank], tile=64, mpp=1.0)
+        raw = bytearray(path.read_bytes())
+        with tifffile.TiffFile(path) as tiff:
+            offset, count = tiff.pages.first.dataoffsets[50], tiff.pages.first.databytecounts[50]
+        raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
+        path.write_bytes(raw)
+        common = ("score", path, "-m", model, "-q", "--min-tissue", 0)
+        assert wsi(*common, "-o", tmp_path / "r")[0] == 2
+        assert wsi(*common, "-o", tmp_path / "s", "--max-unreadable", 1)[0] == 0
+        json.loads((tmp_path / "s/a/result.json").read_text(), parse_constant=pytest.fail)
 
     def test_a_coarse_slide_is_flagged(self, wsi: Run, model: Path, tmp_path: Path) -> None:
         write_pyramid(tmp_path / "coarse.svs", [section(200, 150)], 4.0, svs=True)

@@ -250,6 +250,26 @@ class TestDamage:
             assert (out[0] == 255).all() and out[1].std() > 10
             assert slide.jpeg_tiles(0, [(0, 1), (1, 1)])[0] is None  # type: ignore[attr-defined]
 
+    @pytest.mark.parametrize("reader", ["tiff", "openslide"])
+    def test_pictures_of_whole_slides_say_where_they_are_damaged(self, tmp_path: Path, reader: str) -> None:
+        path, full = tmp_path / "a.tif", picture(1024, 512)
+        write_pyramid(path, [full], tile=128)
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages.first
+            offset, count = page.dataoffsets[11], page.databytecounts[11]  # column 3, row 1
+        raw = bytearray(path.read_bytes())
+        raw[offset : offset + count] = bytes(count)
+        path.write_bytes(raw)
+        with open_slide(path, reader) as slide:
+            damage: list[Box] = []
+            got = slide.read(Box(0, 0, 1024, 512), (1024, 512), damage=damage)
+            lost = np.zeros((512, 1024), bool)
+            for box in damage:
+                lost[int(box.y) : int(box.y + box.h), int(box.x) : int(box.x + box.w)] = True
+            assert lost[128:256, 384:512].all() and lost.sum() <= 4 * 256**2
+            assert (got[lost] == 255).all()
+            np.testing.assert_array_equal(got[~lost], full[~lost])
+
     def test_a_tile_of_another_size_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "a.tif"
         write_jpeg_pyramid(path, [picture(256, 128)])
@@ -274,6 +294,27 @@ class TestVerbatim:
         tifffile.imwrite(path, pixels, tile=(128, 128), metadata=None, **LAYOUTS[layout])
         with open_slide(path, "tiff", mpp=1) as slide:
             for column, stream in enumerate(slide.jpeg_tiles(0, [(0, 0), (1, 0)])):  # type: ignore[attr-defined]
+                expected = slide.read(Box(column * 128, 0, 128, 128), (128, 128))
+                np.testing.assert_array_equal(simplejpeg.decode_jpeg(stream), expected)
+
+    def test_lengths_that_a_writer_rounded_up(self, tmp_path: Path) -> None:
+        """A zero after the end of the picture, counted in the tile's length: nothing is missing."""
+        path = tmp_path / "a.tif"
+        write_jpeg_pyramid(path, [picture(256, 128)])
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages.first
+            whole = [tiff.filehandle.read(n) for at, n in zip(page.dataoffsets, page.databytecounts, strict=True)
+                     if tiff.filehandle.seek(at) is not None]  # fmt: skip
+        end = path.stat().st_size
+        with path.open("ab") as file:
+            file.write(b"".join(tile + b"\0" for tile in whole))
+        with tifffile.TiffFile(path, mode="r+") as tiff:
+            tags = tiff.pages.first.tags
+            lengths = [len(tile) + 1 for tile in whole]
+            tags["TileByteCounts"].overwrite(lengths)
+            tags["TileOffsets"].overwrite([end + sum(lengths[:i]) for i in range(len(lengths))])
+        with open_slide(path, "tiff") as slide:
+            for column, stream in enumerate(slide.jpeg_tiles(0, [(0, 0), (1, 0)])):
                 expected = slide.read(Box(column * 128, 0, 128, 128), (128, 128))
                 np.testing.assert_array_equal(simplejpeg.decode_jpeg(stream), expected)
 

@@ -155,7 +155,7 @@ class TestDamage:
             list(file.chunks([(2, 0)]))
 
     def test_a_missing_shard_says_so(self, tmp_path: Path) -> None:
-        with pytest.raises(StoreError, match=r"c/3/0/0: this shard is missing.*resumes"):
+        with pytest.raises(StoreError, match=r"c/3/0/0: this shard is missing.*--force"):
             list(ShardReader(tmp_path, 3, 4).chunks([13]))
 
 

@@ -289,5 +289,8 @@ def test_damage_inside_a_tile_is_met_when_it_is_read(tmp_path: Path) -> None:
     store = copied(slide, whole_tiles(slide, 0), tmp_path / "s.zarr")
     with pytest.raises(StoreError, match="patch 2 is damaged"):
         store.read([1, 2])
+    marked = copied(slide, whole_tiles(slide, 0), tmp_path / "marked.zarr")
+    marked.write(0, {"unreadable": np.arange(16) == 2})
+    assert (marked.read([2]) == 255).all()
     stream = slide.jpeg_tiles(0, [(1, 0)])[0]
     np.testing.assert_array_equal(store.read([1])[0], np.asarray(Image.open(io.BytesIO(stream or b""))))

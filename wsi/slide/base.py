@@ -32,6 +32,9 @@ _BLOCK_PX = 4_000_000
 #: How pixels coarser than a level are made of it, see ``open_slide``.
 DECODES = ("auto", "full", "fast")
 
+#: Of a damaged region, parts down to this side are tried on their own.
+_LEAST_PX = 256
+
 _ONE_PX = 1 << native.FIXED_POINT_BITS
 
 
@@ -109,7 +112,15 @@ class Slide(ABC):
         """Width and height at level 0."""
         return self.level_sizes[0]
 
-    def read(self, box: Box, out_px: tuple[int, int], out: U8 | None = None, *, damaged_is_white: bool = False) -> U8:
+    def read(
+        self,
+        box: Box,
+        out_px: tuple[int, int],
+        out: U8 | None = None,
+        *,
+        damage: list[Box] | None = None,
+        level: int | None = None,
+    ) -> U8:
         """Read `box` resampled to exactly `out_px`.
 
         The coarsest level that is at least as fine as asked is read, and every output pixel is the
@@ -124,8 +135,11 @@ class Slide(ABC):
             Output width and height.
         out : uint8 (height, width, 3), optional
             Written in place, and returned.
-        damaged_is_white : bool
-            Where the file is damaged is white: for pictures and masks of whole slides.
+        damage : list of Box, optional
+            Where the file is damaged is white, and added to this list: for pictures and masks of whole slides. Without
+            it, damage is an error.
+        level : int, optional
+            The level to read from; default the best.
 
         Returns
         -------
@@ -135,27 +149,28 @@ class Slide(ABC):
         Raises
         ------
         SlideUnreadable
-            The file is damaged there, and that was not allowed.
+            The file is damaged there, and no list was given.
         ValueError
             A side is not positive, or a pixel would span more than 1024 pixels of the level.
         """
         out_w, out_h = out_px
         if out_w < 1 or out_h < 1 or not (box.w > 0 and box.h > 0):
             raise ValueError(f"cannot read {box} into {out_w} x {out_h} px: all sides must be positive")
-        level, x, y = self.cells(box, out_px)
+        level, x, y = self.cells(box, out_px, level)
         if out is None:
             out = np.empty((out_h, out_w, 3), np.uint8)
         for rows in _blocks(y, _BLOCK_PX // min(_BLOCK_PX, x.last - x.first)):
             part_y = _part(y, rows)
             for columns in _blocks(x, _BLOCK_PX // min(_BLOCK_PX, part_y.last - part_y.first)):
                 part_x = _part(x, columns)
-                source = self._read_padded(level, part_x, part_y, damaged_is_white)
+                source = self._read_padded(level, part_x, part_y, damage)
                 resample(source, part_x, part_y, out[rows, columns])
         return out
 
-    def cells(self, box: Box, out_px: tuple[int, int]) -> tuple[int, Cells, Cells]:
+    def cells(self, box: Box, out_px: tuple[int, int], level: int | None = None) -> tuple[int, Cells, Cells]:
         """Choose the level to read `box` from, and find where its output pixels lie there, along x and along y."""
-        level = self.level_for(max(min(box.w / out_px[0], box.h / out_px[1]), 1e-9))
+        if level is None:
+            level = self.level_for(max(min(box.w / out_px[0], box.h / out_px[1]), 1e-9))
         scale = self.scale(level)
         x, y = _cell_edges(box.x, box.w, out_px[0], scale[0]), _cell_edges(box.y, box.h, out_px[1], scale[1])
         shrink = min(self.shrink_along(level, 0, x), self.shrink_along(level, 1, y))
@@ -245,19 +260,24 @@ class Slide(ABC):
         ]
         return max(fine_enough, default=0, key=lambda level: self.size[0] / self.level_sizes[level][0])
 
-    def _read_padded(self, level: int, across: Cells, down: Cells, damaged_is_white: bool) -> U8:
+    def _read_padded(self, level: int, across: Cells, down: Cells, damage: list[Box] | None) -> U8:
         """Read a region of a level, white where it lies outside the level."""
         x, y, w, h, shrink = across.first, down.first, across.last - across.first, down.last - down.first, across.shrink
         level_w, level_h = (side // shrink for side in self.level_sizes[level])
-        read = self._read_sound if damaged_is_white else self._read_level
         left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, level_w), min(y + h, level_h)
-        if (left, top, right, bottom) == (x, y, x + w, y + h):
-            return read(level, shrink, x, y, w, h)
+        inside = (left, top, right, bottom) == (x, y, x + w, y + h)
+        if inside and damage is None:
+            return self._read_level(level, shrink, x, y, w, h)
         region = np.full((h, w, 3), 255, np.uint8)
         if left < right and top < bottom:
-            region[top - y : bottom - y, left - x : right - x] = read(
-                level, shrink, left, top, right - left, bottom - top
-            )
+            part = level, shrink, left, top, right - left, bottom - top
+            if damage is None:
+                pixels = self._read_level(*part)
+            else:
+                pixels, places = self._read_sound(*part)
+                px = [shrink / scale for scale in self.scale(level)]  # level-0 pixels a pixel
+                damage += [Box(i * px[0], j * px[1], m * px[0], n * px[1]) for i, j, m, n in places]
+            region[top - y : bottom - y, left - x : right - x] = pixels
         return region
 
     @abstractmethod
@@ -267,12 +287,21 @@ class Slide(ABC):
         `shrink` is 1 or one of ``shrinks``; pixels are then those of the reduced level.
         """
 
-    def _read_sound(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
-        """Read like ``_read_level``, white where the file is damaged: of this reader, all of the region."""
+    def _read_sound(
+        self, level: int, shrink: int, x: int, y: int, w: int, h: int
+    ) -> tuple[U8, list[tuple[int, int, int, int]]]:
+        """Read like ``_read_level``, white where the file is damaged; say where (x, y, w, h) that is."""
         try:
-            return self._read_level(level, shrink, x, y, w, h)
+            return self._read_level(level, shrink, x, y, w, h), []
         except SlideUnreadable:
-            return np.full((h, w, 3), 255, np.uint8)
+            if max(w, h) <= _LEAST_PX:
+                return np.full((h, w, 3), 255, np.uint8), [(x, y, w, h)]
+        if w >= h:
+            one, two = (x, y, w // 2, h), (x + w // 2, y, w - w // 2, h)
+        else:
+            one, two = (x, y, w, h // 2), (x, y + h // 2, w, h - h // 2)
+        (first, lost), (second, lost_too) = self._read_sound(level, shrink, *one), self._read_sound(level, shrink, *two)
+        return np.concatenate([first, second], axis=1 if w >= h else 0), lost + lost_too
 
     @abstractmethod
     def close(self) -> None:

@@ -68,7 +68,7 @@ class Source:
 
     def ranges(self, offsets: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
         """Read many ranges, neighbours in one go, and remote ones all at the same time."""
-        order = sorted(range(len(offsets)), key=offsets.__getitem__)
+        order = sorted((i for i in range(len(offsets)) if lengths[i]), key=offsets.__getitem__)
         gap = _GAP["local" if self._fs is None else "remote"]
         spans: list[tuple[int, int, list[int]]] = []  # start, end, which ranges
         for i in order:

@@ -153,13 +153,8 @@ class TiffReader(Slide):
     ) -> list[str | None]:
         """Decode whole tiles; see ``Slide.read_tiles``."""
         stored = self._levels[level]
-        numbers = [row * stored.columns + column for column, row in tiles]
-        counts = [int(stored.counts[i]) for i in numbers]
+        numbers, counts, blobs = self._blobs(level, tiles)
         problems: list[str | None] = []
-        try:
-            blobs = self._source.ranges([int(stored.offsets[i]) for i in numbers], counts)
-        except OSError as error:
-            raise SlideUnreadable(self.path, f"cannot be read ({error})", "Try again, or copy it nearer") from error
         for number, count, data, target in zip(numbers, counts, blobs, out, strict=True):
             problem = None
             if count == 0:
@@ -185,25 +180,44 @@ class TiffReader(Slide):
         stored = self._levels[level]
         if not isinstance(stored.codec, _Jpeg):
             raise SlideUnreadable(self.path, f"level {level} is not stored as JPEG", "Keep its pixels as zstd or jpeg")
+        streams: list[bytes | None] = []
+        for count, data in zip(*self._blobs(level, tiles)[1:], strict=True):
+            whole = bytes(data).rstrip(b"\0")  # writers may round lengths up
+            is_whole = 0 < count == len(data) and whole.endswith(b"\xff\xd9")
+            streams.append(stored.codec.stream(memoryview(whole)) if is_whole else None)
+        return streams
+
+    def _blobs(self, level: int, tiles: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], list[memoryview]]:
+        """Read stored tiles: their numbers, the lengths they should have, and what is there of them."""
+        stored = self._levels[level]
         numbers = [row * stored.columns + column for column, row in tiles]
         counts = [int(stored.counts[i]) for i in numbers]
-        blobs = self._source.ranges([int(stored.offsets[i]) for i in numbers], counts)
-        return [
-            stored.codec.stream(data) if count and len(data) == count and data[-2:].tobytes() == b"\xff\xd9" else None
-            for count, data in zip(counts, blobs, strict=True)
-        ]
+        try:
+            return numbers, counts, self._source.ranges([int(stored.offsets[i]) for i in numbers], counts)
+        except OSError as error:
+            raise SlideUnreadable(self.path, f"cannot be read ({error})", "Try again, or copy it nearer") from error
 
     def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
-        region, damage = self._assemble(level, shrink, x, y, w, h)
-        if damage:
-            raise SlideUnreadable(self.path, f"is damaged at level {level}, {damage}", _AGAIN)
+        region, problems = self._assemble(level, shrink, x, y, w, h)
+        if problems:
+            (column, row), why = next(iter(problems.items()))
+            at = f"x {column * self._levels[level].tile_px[0]}, y {row * self._levels[level].tile_px[1]}"
+            raise SlideUnreadable(self.path, f"is damaged at level {level}, {at} ({why})", _AGAIN)
         return region
 
-    def _read_sound(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
-        return self._assemble(level, shrink, x, y, w, h)[0]
+    def _read_sound(
+        self, level: int, shrink: int, x: int, y: int, w: int, h: int
+    ) -> tuple[U8, list[tuple[int, int, int, int]]]:
+        region, problems = self._assemble(level, shrink, x, y, w, h)
+        if problems and any(self._turn):
+            return region, [(x, y, w, h)]
+        tile_w, tile_h = (side // shrink for side in self._levels[level].tile_px)
+        return region, [(column * tile_w, row * tile_h, tile_w, tile_h) for column, row in problems]
 
-    def _assemble(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> tuple[U8, str]:
-        """Put a region together of stored tiles, white where one is damaged; say where and how the first is."""
+    def _assemble(
+        self, level: int, shrink: int, x: int, y: int, w: int, h: int
+    ) -> tuple[U8, dict[tuple[int, int], str]]:
+        """Put a region together of stored tiles, white where one is damaged; say which (column, row) are, and why."""
         swap, flip_y, flip_x = self._turn
         shown_w, shown_h = (side // shrink for side in self.level_sizes[level])
         if flip_x:
@@ -214,18 +228,18 @@ class TiffReader(Slide):
             x, y, w, h = y, x, h, w
         tile_w, tile_h = (side // shrink for side in self._levels[level].tile_px)
         columns, rows = range(x // tile_w, -(-(x + w) // tile_w)), range(y // tile_h, -(-(y + h) // tile_h))
-        region, damage = np.empty((h, w, 3), np.uint8), ""
+        region, damaged = np.empty((h, w, 3), np.uint8), dict[tuple[int, int], str]()
         at_once = max(1, _AT_ONCE_BYTES // (tile_w * tile_h * 3))
         runs = [(columns[i : i + at_once], row) for row in rows for i in range(0, len(columns), at_once)]
         for run, row in runs:
             decoded = np.empty((len(run), tile_h, tile_w, 3), np.uint8)
             problems = self.read_tiles(level, shrink, [(column, row) for column in run], list(decoded))
             for column, tile, problem in zip(run, decoded, problems, strict=True):
-                if problem is not None and not damage:
-                    damage = f"x {column * tile_w * shrink}, y {row * tile_h * shrink} ({problem})"
+                if problem is not None:
+                    damaged[column, row] = problem
                 put(tile, column * tile_w, row * tile_h, region, x, y)
         region = region.swapaxes(0, 1) if swap else region
-        return np.ascontiguousarray(region[:: -1 if flip_y else 1, :: -1 if flip_x else 1]), damage
+        return np.ascontiguousarray(region[:: -1 if flip_y else 1, :: -1 if flip_x else 1]), damaged
 
     def close(self) -> None:
         """Close the file."""

@@ -77,7 +77,7 @@ def sample_slide(slide: Slide, config: FitConfig, tissue: TissueMask | None = No
     tiles = np.empty((len(rows), tile_px, tile_px, 3), np.uint8)
 
     def read(tile: U8, row: int) -> None:
-        slide.read(grid.box(row), (tile_px, tile_px), out=tile, damaged_is_white=True)
+        slide.read(grid.box(row), (tile_px, tile_px), out=tile, damage=[])
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="wsi-stain") as pool:  # reading takes most of a fit's time
         for _ in pool.map(read, tiles, rows.tolist()):

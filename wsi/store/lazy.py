@@ -39,7 +39,10 @@ def _cutter(slide: Slide, grid: TileGrid) -> Callable[[range], U8]:
         out = np.empty((len(tiles), side, side, 3), np.uint8)
         with reopen(*arguments) as opened:
             for box, patch in zip(boxes[tiles.start : tiles.stop].tolist(), out, strict=True):
-                opened.read(Box(*box), (side, side), patch)
+                damage: list[Box] = []
+                opened.read(Box(*box), (side, side), patch, damage=damage)
+                if damage:
+                    patch[...] = 255
         return out
 
     return cut

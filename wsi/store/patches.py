@@ -7,6 +7,7 @@ is missing is what has no file.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -137,6 +138,11 @@ class PatchStore:
                     compressors=ZstdCodec(level=1),
                 )
             draft.rename(path)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise StoreError(path, "was made by another run just now", "Let that run end first") from error
+            raise
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
@@ -301,7 +307,9 @@ class PatchStore:
         missing = self.missing(name)
         if missing:
             raise StoreError(
-                f"{self.path}/{name}", f"shards {missing[:5]} are missing", "Run the same command again: it resumes"
+                f"{self.path}/{name}",
+                f"shards {missing[:5]} are missing",
+                "Run the same command again; where the slide is done already, with --force",
             )
         if name == "pixels":
             return self.read(range(len(self)))
@@ -360,7 +368,7 @@ class PatchStore:
         """
         if self.pixels == "none":
             raise StoreError(self.path, "keeps no pixels", "Use dask(), which cuts them from the slide")
-        return self._pixels.read(rows, out)
+        return self._pixels.read(rows, out, lambda row: bool(self._array("unreadable")[row]))
 
     def batches(self, size: int) -> Iterator[U8]:
         """Give the kept patches in order, uint8 (up to `size`, h, w, 3) a time."""

@@ -75,7 +75,7 @@ class Pixels:
         )
 
     def is_whole(self, shard: int) -> bool:
-        """Whether a shard is there, and its index says that nothing of it is missing."""
+        """Whether a shard is there, and its index fits its checksum and the file."""
         return self._shards.is_whole(shard)
 
     def encode(self, rgb: U8, threads: int = 1) -> list[bytes]:
@@ -95,8 +95,13 @@ class Pixels:
         write_shard(self._shards.path(shard), chunks, SHARD_TILES)
         self._shards.forget()
 
-    def read(self, rows: Sequence[int] | npt.NDArray[np.integer], out: U8 | None = None) -> U8:
-        """See ``PatchStore.read``."""
+    def read(
+        self,
+        rows: Sequence[int] | npt.NDArray[np.integer],
+        out: U8 | None,
+        is_unreadable: Callable[[int], bool],
+    ) -> U8:
+        """See ``PatchStore.read``; `is_unreadable` is asked of patches that cannot be decoded."""
         wanted = np.asarray(rows)
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
             raise StoreError(self._where, f"rows are whole numbers in one dimension, not {wanted.dtype} {wanted.shape}")
@@ -116,6 +121,9 @@ class Pixels:
             try:
                 self._decode(chunk, out[i])
             except (ValueError, RuntimeError) as error:
+                if is_unreadable(numbers[i]):
+                    out[i] = _WHITE
+                    continue
                 remedy = "Delete the store and run again; if it stays, the slide is damaged there"
                 raise StoreError(self._where, f"patch {numbers[i]} is damaged ({error})", remedy) from error
         return out

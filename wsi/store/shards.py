@@ -78,7 +78,11 @@ class ShardFile:
         try:
             self._file = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise StoreError(path, "this shard is missing", "Run the same command again: it resumes") from error
+            raise StoreError(
+                path,
+                "this shard is missing",
+                "Run the same command again; where the slide is done already, with --force",
+            ) from error
         tail = n_chunks * 16 + _CRC_BYTES
         start = os.fstat(self._file).st_size - tail
         raw = os.pread(self._file, tail, start) if start >= 0 else b""
