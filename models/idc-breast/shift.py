@@ -52,32 +52,34 @@ training = load_program(HERE / "train.py")
 
 
 class Row(NamedTuple):
-    """A row of the table: which networks, and how what they see is normalised."""
+    """A row of the table: how what the networks see is normalised, and which networks."""
 
-    nets: str  # an arm's name, or "shipped"
     method: str | None = None
     target: str = "training"  # or a name in wsi.stain.TARGETS
-    colour: float = 0.0  # strength of the colour augmentation that the arm is trained with
+    colour: float = 0.0  # of an arm: strength of the colour augmentation that it is trained with
+    member: int | None = None  # of the shipped network: that member alone
 
 
 # Each arm is trained as it is tested. The target of their normalisation is how the training patients look as a whole.
 ARMS = {
-    "plain": Row("plain"),
-    "augmented": Row("augmented", colour=1.0),
-    "augmented-3x": Row("augmented-3x", colour=3.0),
-    "macenko": Row("macenko", "macenko"),
-    "macenko-augmented": Row("macenko-augmented", "macenko", colour=1.0),
-    "reinhard": Row("reinhard", "reinhard"),
-    "reinhard-augmented": Row("reinhard-augmented", "reinhard", colour=1.0),
+    "plain": Row(),
+    "augmented": Row(colour=1.0),
+    "augmented-3x": Row(colour=3.0),
+    "macenko": Row("macenko"),
+    "macenko-augmented": Row("macenko", colour=1.0),
+    "reinhard": Row("reinhard"),
+    "reinhard-augmented": Row("reinhard", colour=1.0),
 }
-# The shipped network, trained without normalisation: as it is, as `wsi score --stain METHOD` runs it, and to its own
-# training colours.
+# The shipped network, trained without normalisation: as it is, its members alone, as `wsi score --stain METHOD` runs
+# it, and normalised to its training colours.
 SHIPPED = {
-    "shipped": Row("shipped"),
-    "shipped, macenko to veta": Row("shipped", "macenko", "veta"),
-    "shipped, reinhard to veta": Row("shipped", "reinhard", "veta"),
-    "shipped, macenko to training": Row("shipped", "macenko"),
-    "shipped, reinhard to training": Row("shipped", "reinhard"),
+    "shipped": Row(),
+    "shipped, augmented member": Row(member=0),
+    "shipped, plain member": Row(member=1),
+    "shipped --stain macenko": Row("macenko", "veta"),
+    "shipped --stain reinhard": Row("reinhard", "veta"),
+    "shipped, macenko to training": Row("macenko"),
+    "shipped, reinhard to training": Row("reinhard"),
 }
 ROWS = ARMS | SHIPPED
 
@@ -164,13 +166,24 @@ def arm_networks(name: str, images: np.ndarray, labels: np.ndarray, out: Path) -
                 seed, planes(images).numpy(), labels, mean, std, epochs=EPOCHS, augmented=True, colour=ARMS[name].colour
             )
             save_file({key: torch.from_numpy(value.copy()) for key, value in fitted.items()}, weights)
-        nets.append(loaded({**training.NET, "members": 1, "mean": mean, "std": std}, weights))
+        nets.append(loaded({**training.NET, "members": 1, "mean": mean, "std": std}, load_file(weights)))
     return nets
 
 
-def loaded(arguments: dict, weights: Path) -> P4MNet:
+def shipped_network(member: int | None) -> P4MNet:
+    """The network that ships, or one of its members."""
+    arguments = json.loads((HERE / "config.json").read_text(encoding="utf-8"))["architecture_args"]
+    weights = load_file(HERE / "weights.safetensors")
+    if member is None:
+        return loaded(arguments, weights)
+    parts = [(name.split(".", 2), value) for name, value in weights.items()]  # "trunks.1.stem.weight"
+    alone = {f"{kind}.0.{rest}": value for (kind, i, rest), value in parts if int(i) == member}
+    return loaded({**arguments, "members": 1}, alone)
+
+
+def loaded(arguments: dict, weights: dict[str, torch.Tensor]) -> P4MNet:
     net = P4MNet(**arguments).eval()
-    net.load_state_dict(load_file(weights))
+    net.load_state_dict(weights)
     net.transform = training.Normalise(arguments["mean"], arguments["std"])
     return net.to(memory_format=torch.channels_last)
 
@@ -237,7 +250,7 @@ def measure(
             cells |= {f"{kind} mean": np.mean([cells[column] for column in of], axis=0), f"{kind} worst": cells[worst]}
             called[f"{kind} mean"] = float(np.mean([called[column] for column in of]))
         samples[name] = {column: values.mean(0) for column, values in cells.items()}
-        reference = samples["shipped" if row.nets == "shipped" else "plain"]
+        reference = samples["shipped" if name in SHIPPED else "plain"]
         summaries = ["own", *(f"{kind} mean" for kind in KINDS)]
         figures["rows"][name] = {
             "auroc": {column: with_interval(values) for column, values in samples[name].items()},
@@ -254,18 +267,31 @@ def measure(
 
 
 def tables(figures: dict) -> str:
-    """Two tables in Markdown for one part: the summary with intervals, and centre by centre."""
-    lines = ["| | own colours | Macenko shifts | worst | Reinhard shifts | worst |", "|---|---|---|---|---|---|"]
-    centre_lines: list[str] = []
+    """Two tables in Markdown for one part: the summary with intervals, and centre by centre, the worst in bold."""
+
+    def cell(interval: list[float], sign: str = "") -> str:
+        value, low, high = (f"{v:{sign}.3f}" for v in interval)
+        return f"{value} ({low} to {high})"
+
+    by_kind = "".join(f" {kind.capitalize()} shifts | gain |" for kind in KINDS)
+    summary = [f"| | own colours |{by_kind}", "|---" * (2 + 2 * len(KINDS)) + "|"]
+    centre_by_centre: list[str] = []
     for name, row in figures["rows"].items():
-        cells = {column: f"{v:.3f} ({low:.3f}-{high:.3f})" for column, (v, low, high) in row["auroc"].items()}
-        shown = ["own", *(f"{kind} {what}" for kind in KINDS for what in ("mean", "worst"))]
-        lines.append(f"| {name} | {' | '.join(cells[column] for column in shown)} |")
-        centres = [column for column in row["auroc"] if column.split()[-1].isdigit()]
-        if not centre_lines:
-            centre_lines += [f"| | {' | '.join(centres)} |", "|---" * (len(centres) + 1) + "|"]
-        centre_lines.append(f"| {name} | {' | '.join(f'{row["auroc"][column][0]:.3f}' for column in centres)} |")
-    return "\n".join([*lines, "", *centre_lines])
+        values = [cell(row["auroc"]["own"])]
+        for kind in KINDS:
+            itself = name in ("plain", "shipped")
+            values += [cell(row["auroc"][f"{kind} mean"]), "" if itself else cell(row["gain"][f"{kind} mean"], "+")]
+        summary.append(f"| {name} | {' | '.join(values)} |")
+
+        shown = [column for column in row["auroc"] if column.split()[-1].isdigit()]
+        if not centre_by_centre:
+            header = " | ".join(column.capitalize() for column in shown)
+            centre_by_centre += [f"| | {header} |", "|---" * (1 + len(shown)) + "|"]
+        worst = [row["auroc"][f"{kind} worst"] for kind in KINDS]
+        cells = [f"{'**' * (row['auroc'][c] in worst)}{row['auroc'][c][0]:.3f}" for c in shown]
+        cells = [text + "**" * text.startswith("*") for text in cells]
+        centre_by_centre.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*summary, "", *centre_by_centre])
 
 
 def compact(value: dict, depth: int = 3) -> str:
@@ -304,11 +330,10 @@ def main() -> None:
             seen, fallbacks = normalised(train, patients[parts == "train"], arm.method, targets[arm.method])
             figures["training"]["fallbacks"][arm.method] = dict(fallbacks)
         rows[name] = arm_networks(name, seen, labels[parts == "train"], args.out)
-    config = json.loads((HERE / "config.json").read_text(encoding="utf-8"))
-    shipped = loaded(config["architecture_args"], HERE / "weights.safetensors")
-    rows |= {name: [shipped] for name in SHIPPED}
+    rows |= {name: [shipped_network(row.member)] for name, row in SHIPPED.items()}
 
-    thresholds = {name: [config["threshold"]] for name in SHIPPED}
+    threshold = json.loads((HERE / "config.json").read_text(encoding="utf-8"))["threshold"]
+    thresholds = {name: [threshold] for name, row in SHIPPED.items() if row.member is None}
     for part in ("validation", "test") if args.open_test else ("validation",):
         of = parts == part
         figures[part] = measure(rows, columns(shifts, images[of]), labels[of], patients[of], targets, thresholds)
