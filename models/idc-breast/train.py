@@ -103,10 +103,11 @@ def uniform(n: int, low: float, high: float) -> Tensor:
     return torch.rand(n) * (high - low) + low
 
 
-def augment(rgb: Tensor) -> Tensor:
+def augment(rgb: Tensor, colour: float = 1.0) -> Tensor:
     """uint8 (b, 3, h, w) -> float (b, 3, h, w) in 0..1, each patch moved and restained by its own draw.
 
-    No quarter turns and no mirroring: the network is blind to them.
+    No quarter turns and no mirroring: the network is blind to them. `colour` multiplies how far stains and scanner
+    are shaken; 0 leaves colours as they are (for shift.py).
     """
     b = len(rgb)
     x = rgb.float() / 255
@@ -122,16 +123,16 @@ def augment(rgb: Tensor) -> Tensor:
 
     # Stain: scale and shift the three concentrations in optical density (Tellez et al. 2018), not on glass.
     od = -torch.log(x.clamp(1 / 255, 1))
-    scale = torch.exp(STAIN_SCALE * torch.randn(b, 3))
+    scale = torch.exp(colour * STAIN_SCALE * torch.randn(b, 3))
     restain = torch.einsum("js,bs,si->bij", torch.linalg.inv(STAINS), scale, STAINS)  # (b, 3, 3)
     tissue = (od.mean(1, keepdim=True) > 0.1).float()  # (b, 1, h, w)
-    offset = (STAIN_SHIFT * torch.randn(b, 3)) @ STAINS  # (b, 3)
+    offset = (colour * STAIN_SHIFT * torch.randn(b, 3)) @ STAINS  # (b, 3)
     od = torch.einsum("bij,bjhw->bihw", restain, od) + tissue * offset[:, :, None, None]
     x = torch.exp(-od.clamp(0, 5.5))
 
     # Scanner: white balance, brightness, gamma.
-    gain = 1 + BRIGHTNESS / 2 * (torch.randn(b, 3, 1, 1) + torch.randn(b, 1, 1, 1))
-    gamma = torch.exp(BRIGHTNESS * torch.randn(b, 1, 1, 1))
+    gain = 1 + colour * BRIGHTNESS / 2 * (torch.randn(b, 3, 1, 1) + torch.randn(b, 1, 1, 1))
+    gamma = torch.exp(colour * BRIGHTNESS * torch.randn(b, 1, 1, 1))
     return (x * gain).clamp(0, 1) ** gamma
 
 
@@ -185,6 +186,7 @@ def fit(
     *,
     epochs: int,
     augmented: bool,
+    colour: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Train one member on one core, and return the moving average of its weights.
 
@@ -210,7 +212,7 @@ def fit(
         for rows in torch.randperm(len(rgb)).split(BATCH):
             if len(rows) < BATCH:
                 continue
-            x = recompress(augment(rgb[rows])) if augmented else rgb[rows].float() / 255
+            x = recompress(augment(rgb[rows], colour)) if augmented else rgb[rows].float() / 255
             x = transform(x)  # (b, 3, 50, 50)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = net(x)  # (b, 2)
