@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=40_000, help="side of the slides in pixels")
     parser.add_argument("--tiles", type=int, nargs="+", default=[256, 512], help="side of their tiles in pixels")
     parser.add_argument("--chroma", nargs="+", default=["420", "444"])
-    parser.add_argument("--boxes", type=int, default=300, help="boxes of 448 px at most, and three times as many of 256")
+    parser.add_argument(
+        "--boxes", type=int, default=300, help="boxes of 448 px at most, and three times as many of 256"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -162,7 +164,11 @@ def main() -> None:
         for name, of_rounds in rounds.items():
             if job.side_px >= PROGRAMS[name].reduces * job.out_px:
                 rows.append(row_of(name, job, [results[j] for results in of_rounds], reference))
-    facts = {**machine(), **versions(p.package for p in PROGRAMS.values()), "boxes": f"{options.boxes} of 448 px, {3 * options.boxes} of 256"}
+    facts = {
+        **machine(),
+        **versions(p.package for p in PROGRAMS.values()),
+        "boxes": f"{options.boxes} of 448 px, {3 * options.boxes} of 256",
+    }
     if options.json:
         print(json.dumps({"facts": facts, "rows": rows}, indent=2))
         return
