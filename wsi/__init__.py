@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Box": "units",
     "Engine": "run",
+    "EngineConfig": "run",
     "Heatmap": "heatmap",
     "MilModel": "nn.grade",
     "Mpp": "units",

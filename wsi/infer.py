@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi.nn.patch import PatchModel
+from wsi.result import Laps
 from wsi.slide import Slide
 from wsi.stain import StainTransform
 from wsi.stain.device import place
@@ -26,6 +27,7 @@ def score_tiles(
     threads: int,
     stain: StainTransform | None = None,
     progress: Callable[[int], None] | None = None,
+    spent: dict[str, float] | None = None,
 ) -> str | None:
     """Compute what is missing of ``probabilities``, ``features`` and, where kept as zstd or JPEG, ``pixels``.
 
@@ -45,6 +47,9 @@ def score_tiles(
         Applied to the patches that the model sees; kept pixels stay as they were read.
     progress : callable, optional
         Called with the number of tiles done in all.
+    spent : dict, optional
+        Seconds of this thread are added under ``tiles_waiting`` (for patches), ``tiles_stain``, ``tiles_forward`` and
+        ``tiles_write``.
 
     Returns
     -------
@@ -73,15 +78,19 @@ def score_tiles(
     mean, std = model.config.mean, model.config.std
     x = model.empty_input(batch_size, placed.device)
     patches = stream(slide, store.grid, shards, batch_size=batch_size, threads=threads, empty=model.empty_patches)
+    lap = Laps({} if spent is None else spent)
     with closing(patches) as batches:
         for tiles, rgb, unreadable, problem in batches:
+            lap("tiles_waiting")
             first_problem = first_problem or problem
             if progress is not None:
                 progress(done)
             tiles_rgb: Any = model.upload(rgb) if placed.device == "cuda" else rgb
             placed.tensor(tiles_rgb, mean, std, x[: len(rgb)], dtype=model.input_dtype)
             x[len(rgb) :] = 0
+            lap("tiles_stain")
             scores = model.score(x)
+            lap("tiles_forward")
             parts["unreadable"].append(unreadable)
             parts["probabilities"].append(_null(scores.probabilities[: len(rgb)], unreadable))
             if "features" in parts:
@@ -94,6 +103,7 @@ def score_tiles(
                 store.write(shard, {name: np.concatenate(part) for name, part in parts.items()})
                 parts = {name: [] for name in wanted}
                 missing.pop(0)
+            lap("tiles_write")
     if progress is not None:
         progress(done)
     return first_problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,47 @@ def rounded(value: float) -> float:
     0.333333
     """
     return float(f"{value:.6g}")
+
+
+class Stopwatch:
+    """Seconds by name, added up over all threads that measure something.
+
+    Examples
+    --------
+    >>> spent = Stopwatch()
+    >>> with spent("decode"):
+    ...     pass
+    >>> list(spent.seconds)
+    ['decode']
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Measure a block."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - begun
+            with self._lock:
+                self.seconds[name] = self.seconds.get(name, 0.0) + took
+
+
+class Laps:
+    """Where the time of a loop goes: each call adds what has passed since the last one to a name."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._last = seconds, time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        """End a lap."""
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
 
 
 class Clock:

@@ -24,13 +24,13 @@ from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
-from wsi.nn.grade import MilModel, SlideGrade, pick_class
-from wsi.nn.patch import PatchModel
+from wsi.nn.grade import MilModel, SlideGrade, load_mil_model, pick_class
+from wsi.nn.patch import PatchModel, load_patch_model
 from wsi.result import Clock, Progress, SlideResult, rounded, write_result
 from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
 from wsi.stain import METHODS, TARGETS, StainTransform, fit
 from wsi.store import KINDS, PatchStore, copy_tiles, stored_tiles
-from wsi.tissue import TissueConfig, TissueMask, find_tissue
+from wsi.tissue import TissueConfig, TissueMask, find_tissue, read_mask
 
 #: Colours of classes in QuPath: the positive ones as its built-in Tumor, the others apart from them.
 _POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
@@ -117,6 +117,53 @@ class Engine:
     threads: int = 4
 
 
+@dataclass(frozen=True)
+class EngineConfig:
+    """Which models, and how hard they may work: what ``load`` makes an ``Engine`` of, here or in another process.
+
+    Attributes
+    ----------
+    model : str
+        A name, a folder, or "hf-hub:OWNER/NAME".
+    mil : str, optional
+        MIL head: a name, a folder, or "none"; default: the one inside the model's folder, if there is one.
+    device : {"auto", "cpu", "cuda"}
+    precision : {"auto", "float32", "bfloat16"}
+    torchscript : bool
+        Allow TorchScript weights: they run code.
+    batch_size : int
+        Patches a forward pass.
+    threads : int
+        Reader threads.
+
+    Examples
+    --------
+    >>> engine = EngineConfig("idc-breast", device="cpu").load()             # doctest: +SKIP
+    """
+
+    model: str
+    mil: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    torchscript: bool = False
+    batch_size: int = 64
+    threads: int = 4
+
+    def load(self) -> Engine:
+        """Load the models.
+
+        Raises
+        ------
+        ModelError
+            There is no such model, it is damaged, or the head is of another one.
+        """
+        model = load_patch_model(self.model, device=self.device, precision=self.precision, torchscript=self.torchscript)
+        inside = model.config.folder / "mil"
+        mil = str(inside) if self.mil is None and (inside / "config.json").is_file() else self.mil
+        head = None if mil in (None, "none") else load_mil_model(str(mil), model)
+        return Engine(model, head, batch_size=self.batch_size, threads=self.threads)
+
+
 def score_slide(
     path: str,
     folder: str | os.PathLike[str],
@@ -125,6 +172,7 @@ def score_slide(
     *,
     mpp: float | None = None,
     mpp_source: str = "user",
+    mask: str | None = None,
     slide_id: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
@@ -142,6 +190,8 @@ def score_slide(
         Microns per level-0 pixel, where the file's own are missing or wrong.
     mpp_source : str
         Who gave `mpp`.
+    mask : str, optional
+        An image that says where tissue is, see ``read_mask``; default: it is looked for.
     slide_id : str, optional
         Default: the folder's name.
     progress : callable
@@ -162,7 +212,7 @@ def score_slide(
     folder.mkdir(parents=True, exist_ok=True)
     with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode) as slide:
         with clock.stage("tissue"):
-            tissue = find_tissue(slide, config.tissue)
+            tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
         with clock.stage("stain"):
             stain = fit(config.stain, slide, config.stain_target, tissue=tissue) if config.stain else None
         with clock.stage("grid"):
@@ -186,7 +236,9 @@ def score_slide(
                 threads=engine.threads,
                 stain=stain,
                 progress=lambda done: report(done, len(grid)),
+                spent=clock.seconds,
             )
+            clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
         unreadable = store.get("unreadable")
         total = float(share.sum())
         lost = float(share[unreadable].sum()) / total if total else float(unreadable.any())
@@ -219,6 +271,7 @@ def score_slide(
                     "`unreadable` in store.zarr marks them"
                 )
             numbers["mpp_given"] = mpp
+            numbers["mask"] = mask and absolute(mask)
             if doubts is not None:
                 numbers["uncertainty"] = doubts.as_json()
                 if doubts.abstain:
@@ -230,6 +283,7 @@ def score_slide(
                     numbers["flags"].append("stain-fallback")
                     numbers["warnings"].append(f"stains could not be measured ({stain.fallback}): tiles are as scanned")
     result = SlideResult(numbers, clock.seconds)
+    progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)
     return result
 

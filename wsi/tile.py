@@ -19,7 +19,7 @@ from wsi.result import Clock, Progress, SlideResult, rounded, write_result
 from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
 from wsi.store import KINDS, PatchStore, copy_tiles, stored_tiles
 from wsi.tiling import stream
-from wsi.tissue import TissueConfig, TissueMask, find_tissue
+from wsi.tissue import TissueConfig, TissueMask, find_tissue, read_mask
 
 #: Where neither a resolution nor a level is asked for, and a slide has no tiles of its own to go by.
 DEFAULT_MPP, DEFAULT_TILE_PX = 0.5, 256
@@ -87,6 +87,7 @@ def tile_slide(
     threads: int = 4,
     mpp: float | None = None,
     mpp_source: str = "user",
+    mask: str | None = None,
     slide_id: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
@@ -105,6 +106,8 @@ def tile_slide(
         Microns per level-0 pixel of the slide, where the file's own are missing or wrong.
     mpp_source : str
         Who gave `mpp`.
+    mask : str, optional
+        An image that says where tissue is, see ``read_mask``; default: it is looked for.
     slide_id : str, optional
         Default: the folder's name.
     progress : callable
@@ -126,7 +129,7 @@ def tile_slide(
         with clock.stage("grid"):
             grid = lay_grid(slide, config)
         with clock.stage("tissue"):
-            tissue = find_tissue(slide, config.tissue)
+            tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
             grid = grid.keep(tissue.fraction(grid.boxes()) >= config.min_tissue)
         with clock.stage("tiles") as report:
             identity = {
@@ -142,7 +145,9 @@ def tile_slide(
             store = PatchStore.resume(folder / "store.zarr", grid, {}, pixels=config.pixels, attributes=identity)
             keep_tiles(slide, store, threads=threads, progress=lambda done: report(done, len(grid)))
         numbers = _numbers(slide, slide_id or folder.name, tissue, store, mpp)
+        numbers["mask"] = mask and absolute(mask)
     result = SlideResult(numbers, clock.seconds)
+    progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)
     return result
 

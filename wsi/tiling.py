@@ -173,7 +173,8 @@ class _Whole:
     def _read(self, tile: int, out: U8) -> None:
         side = self._grid.tile_px
         try:
-            self._slide.read(self._grid.box(tile), (side, side), out)
+            with self._slide.spent("decode"):
+                self._slide.read(self._grid.box(tile), (side, side), out)
         except SlideUnreadable as error:
             out[...] = 255
             self._problems[tile] = error.what
@@ -268,7 +269,7 @@ class _Cut:
                 (patches[j], [self._decoded[tile] for tile in patches[j].touched], out[j])
                 for j in to_cut[start : start + _RUN]
             ]
-            jobs.append(self._pool.submit(self._cut, part))
+            jobs.append(self._pool.submit(self._cut_all, part))
         return jobs
 
     def finish(self, step: int) -> list[str | None]:
@@ -300,7 +301,14 @@ class _Cut:
             problems = self._slide.read_tiles(self._level, shrink, at, [targets[i] for i in chosen])
             self._problems.update({tiles[i]: why for i, why in zip(chosen, problems, strict=True) if why is not None})
 
-    def _cut(self, patches: list[tuple[_Patch, list[tuple[U8, Future[Any]]], U8]]) -> None:
+    def _cut_all(self, patches: list[tuple[_Patch, list[tuple[U8, Future[Any]]], U8]]) -> None:
+        for _, decoded, _ in patches:
+            for _, job in decoded:
+                job.result()  # handed out before this one, so some thread is at it or has done it
+        with self._slide.spent("cut"):
+            self._cut([(patch, [pixels for pixels, _ in decoded], out) for patch, decoded, out in patches])
+
+    def _cut(self, patches: list[tuple[_Patch, list[U8], U8]]) -> None:
         for patch, decoded, out in patches:
             x, y = patch.x.cells, patch.y.cells
             is_copy = x.are_pixels and y.are_pixels
@@ -308,8 +316,7 @@ class _Cut:
             level_w, level_h = (side // x.shrink for side in self._slide.level_sizes[self._level])
             if x.first < 0 or y.first < 0 or x.last > level_w or y.last > level_h:
                 region[...] = 255
-            for (_, row, column), (pixels, job) in zip(patch.touched, decoded, strict=True):
-                job.result()  # handed out before this one, so some thread is at it or has done it
+            for (_, row, column), pixels in zip(patch.touched, decoded, strict=True):
                 h, w, _ = pixels.shape
                 left, top = column * w, row * h
                 put(pixels[: level_h - top, : level_w - left], left, top, region, x.first, y.first)

@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import shapely
+from PIL import Image
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
@@ -191,6 +192,34 @@ class TissueMask:
         top = s[i, j] * (1 - u) + s[i, j + 1] * u
         bottom = s[i + 1, j] * (1 - u) + s[i + 1, j + 1] * u
         return np.asarray(top * (1 - v) + bottom * v, np.float64)
+
+
+def read_mask(path: str, slide: Slide) -> TissueMask:
+    """Take the tissue from an image of the whole slide instead of looking for it.
+
+    Parameters
+    ----------
+    path : str
+        PNG, TIFF or the like, of any size but the slide's shape: where it is not black is tissue.
+    slide : Slide
+
+    Raises
+    ------
+    SlideError
+        It is no image, or of another shape than the slide: more than a pixel of it, or 1 %, apart.
+    """
+    try:
+        with Image.open(path) as image:
+            mask = np.asarray(image.convert("RGB"), np.uint8).max(axis=2) > 0
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise SlideError(
+            path, f"is no mask that can be read ({error})", "Give a PNG or TIFF of a few megapixels"
+        ) from error
+    (h, w), (width, height) = mask.shape, slide.size
+    if abs(w * height / width - h) > max(1.0, 0.01 * h):
+        what = f"is {w} x {h} px, and the slide {width} x {height}: not the same shape"
+        raise SlideError(path, what, "A mask covers the whole level-0 plane of its slide")
+    return TissueMask(mask, np.zeros_like(mask), Box(0, 0, width, height), slide.mpp)
 
 
 def find_tissue(slide: Slide, config: TissueConfig | None = None) -> TissueMask:

@@ -27,10 +27,9 @@ def demo(
     import shapely
 
     from wsi.archive import SlideRef, default_threads, score_archive
-    from wsi.cli.score import load_engine
     from wsi.export.qupath import read_geojson
     from wsi.phantom import PhantomConfig, write_phantom
-    from wsi.run import ScoreConfig
+    from wsi.run import EngineConfig
 
     slide = out / f"phantom-{size}-{seed}.tif"
     try:
@@ -38,15 +37,10 @@ def demo(
     except OSError as error:
         raise OutputError.of(error, out) from error
     truth = write_phantom(slide, PhantomConfig(size=(size, size), seed=seed))
-    engine = load_engine(
-        "phantom", None, device="auto", precision="auto", torchscript=False, batch_size=64, threads=default_threads()
-    )
+    engine = EngineConfig("phantom", threads=default_threads())
     results = out / "results"
-    with watching(1, quiet=quiet) as watcher:
-        summary = score_archive(
-            [SlideRef(str(slide))], results, engine, ScoreConfig(),
-            command=sys.argv, started=watcher.started, progress=watcher.progress,
-        )  # fmt: skip
+    with watching(1, quiet=quiet) as tell:
+        summary = score_archive([SlideRef(str(slide))], results, engine, command=sys.argv, tell=tell)
     if summary.failed:
         say(f"wsi: {summary.failed[0]['error']}")
         raise typer.Exit(2)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from wsi.cli.archive import LogJson, MaxMemory, Order, Scheduler, Slides, SlideTimeout, Workers, limits
 from wsi.cli.display import conclude, watching
-
-if TYPE_CHECKING:
-    from wsi.run import Engine
 
 
 def score(
-    slides: Annotated[list[str], typer.Argument(help="Slides, folders, URLs, or CSV manifests (columns slide[,mpp]).")],
+    slides: Slides,
     model: Annotated[str, typer.Option("--model", "-m", help="Patch model: a name, a folder, or hf-hub:OWNER/NAME.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Results folder; the same command again resumes.")],
     mil: Annotated[
@@ -63,6 +61,12 @@ def score(
     batch_size: Annotated[int, typer.Option(min=1, max=256, help="Patches a forward pass.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")] = None,
     torchscript: Annotated[bool, typer.Option(help="Allow TorchScript weights: they run code.")] = False,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    order: Order = "given",
+    slide_timeout: SlideTimeout = None,
+    max_memory: MaxMemory = None,
+    log_json: LogJson = None,
     force: Annotated[bool, typer.Option(help="Throw away earlier results of these slides and start over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
@@ -75,12 +79,14 @@ def score(
       wsi score archive/ extra.csv --model idc-breast --mpp 0.25 -o results
 
       wsi score slide.svs --model hf-hub:OWNER/NAME --positive tumor -o results
+
+      wsi score "archive/**/*.svs" --model idc-breast -o results --slide-timeout 3600 --max-memory 8GB
     """
     from wsi.archive import default_threads, find_slides, score_archive
-    from wsi.run import ScoreConfig
+    from wsi.run import EngineConfig, ScoreConfig
 
     refs = find_slides(slides, mpp)
-    engine = load_engine(
+    engine = EngineConfig(
         model, mil, device=device, precision=precision, torchscript=torchscript, batch_size=batch_size,
         threads=threads or default_threads(),
     )  # fmt: skip
@@ -96,25 +102,9 @@ def score(
         stain=stain,
         stain_target=stain_target,
     )
-    with watching(len(refs), quiet=quiet) as watcher:
+    with watching(len(refs), quiet=quiet, log=log_json) as tell:
         summary = score_archive(
-            refs, out, engine, config,
-            force=force, command=sys.argv, started=watcher.started, progress=watcher.progress,
+            refs, out, engine, config, workers=workers, scheduler=scheduler, limits=limits(slide_timeout, max_memory),
+            order=order, force=force, command=sys.argv, tell=tell,
         )  # fmt: skip
     conclude(summary, len(refs), out, as_json=as_json, quiet=quiet, verb="scored")
-
-
-def load_engine(
-    model: str, mil: str | None, *, device: str, precision: str, torchscript: bool, batch_size: int, threads: int
-) -> Engine:
-    """Load the models; the MIL head inside the patch model's folder unless told otherwise."""
-    from wsi.nn.grade import load_mil_model
-    from wsi.nn.patch import load_patch_model
-    from wsi.run import Engine
-
-    patch_model = load_patch_model(model, device=device, precision=precision, torchscript=torchscript)
-    inside = patch_model.config.folder / "mil"
-    if mil is None and (inside / "config.json").is_file():
-        mil = str(inside)
-    head = None if mil in (None, "none") else load_mil_model(str(mil), patch_model)
-    return Engine(patch_model, head, batch_size=batch_size, threads=threads)

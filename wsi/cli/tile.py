@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from wsi.cli.archive import LogJson, MaxMemory, Order, Scheduler, Slides, SlideTimeout, Workers, limits
 from wsi.cli.display import conclude, watching
 
 
 def tile(
-    slides: Annotated[list[str], typer.Argument(help="Slides, folders, URLs, or CSV manifests (columns slide[,mpp]).")],
+    slides: Slides,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the stores; the same command again resumes.")],
     mpp: Annotated[
         float | None,
@@ -47,6 +48,12 @@ def tile(
         str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    order: Order = "given",
+    slide_timeout: SlideTimeout = None,
+    max_memory: MaxMemory = None,
+    log_json: LogJson = None,
     force: Annotated[bool, typer.Option(help="Throw away earlier stores of these slides and start over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
@@ -60,7 +67,7 @@ def tile(
 
       wsi tile slide.svs --level 1 --min-tissue 0.5 --pixels zstd -o stores
     """
-    from wsi.archive import default_threads, find_slides, tile_archive
+    from wsi.archive import find_slides, tile_archive
     from wsi.tile import TileConfig
 
     refs = find_slides(slides, slide_mpp)
@@ -74,9 +81,9 @@ def tile(
         reader=reader,
         decode=decode,
     )
-    with watching(len(refs), quiet=quiet) as watcher:
+    with watching(len(refs), quiet=quiet, log=log_json) as tell:
         summary = tile_archive(
-            refs, out, config, threads=threads or default_threads(),
-            force=force, command=sys.argv, started=watcher.started, progress=watcher.progress,
+            refs, out, config, threads=threads, workers=workers, scheduler=scheduler,
+            limits=limits(slide_timeout, max_memory), order=order, force=force, command=sys.argv, tell=tell,
         )  # fmt: skip
     conclude(summary, len(refs), out, as_json=as_json, quiet=quiet, verb="tiled")

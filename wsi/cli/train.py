@@ -76,6 +76,7 @@ def mil(
 
       wsi score slide.svs --model idc-breast --mil grader -o results
     """  # fmt: skip
+    from wsi.archive import Event
     from wsi.train.bags import find_bags
     from wsi.train.cohort import k_fold, match, read_labels, read_splits
     from wsi.train.ensemble import train_mil
@@ -96,10 +97,10 @@ def mil(
     config.check()
     divided = read_splits(splits) if splits else k_fold(cohort, folds, seed)
     table = Bags({slide_id: found[slide_id] for slide_id in cohort.cases})
-    with watching(len(divided) * seeds, quiet=quiet) as watcher:
+    with watching(len(divided) * seeds, quiet=quiet) as tell:
         figures = train_mil(
             cohort, table, divided, out, config, seeds=seeds, coverage=coverage, positive=positive or (), device=device,
-            progress=lambda member, epoch, of: watcher.progress(f"member {member}", epoch, of),
+            progress=lambda member, epoch, of: tell(Event("stage", "epochs", f"member {member}", epoch, of)),
         )  # fmt: skip
     if as_json:
         print(json.dumps(figures, indent=2))

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +16,7 @@ import tifffile
 
 from wsi import native
 from wsi.errors import MppError, SlideUnreadable
+from wsi.result import Stopwatch
 from wsi.units import Box, Mpp
 
 U8 = npt.NDArray[np.uint8]
@@ -106,6 +108,11 @@ class Slide(ABC):
     mpp_source: str
     bounds: Box
     decode: str = "full"
+
+    @cached_property
+    def spent(self) -> Stopwatch:
+        """Seconds of all threads: "read" (bytes) and "decode" apart where the reader does both, "cut"."""
+        return Stopwatch()
 
     @property
     def size(self) -> tuple[int, int]:

@@ -155,20 +155,21 @@ class TiffReader(Slide):
         stored = self._levels[level]
         numbers, counts, blobs = self._blobs(level, tiles)
         problems: list[str | None] = []
-        for number, count, data, target in zip(numbers, counts, blobs, out, strict=True):
-            problem = None
-            if count == 0:
-                target[...] = 255
-            elif len(data) < count:
-                problem = "the file ends before the tile does"
-            else:
-                try:
-                    stored.codec.decode(data, number, shrink, target)
-                except Exception as error:  # noqa: BLE001  every codec has errors of its own
-                    problem = _brief(error)
-            if problem is not None:
-                target[...] = 255
-            problems.append(problem)
+        with self.spent("decode"):
+            for number, count, data, target in zip(numbers, counts, blobs, out, strict=True):
+                problem = None
+                if count == 0:
+                    target[...] = 255
+                elif len(data) < count:
+                    problem = "the file ends before the tile does"
+                else:
+                    try:
+                        stored.codec.decode(data, number, shrink, target)
+                    except Exception as error:  # noqa: BLE001  every codec has errors of its own
+                        problem = _brief(error)
+                if problem is not None:
+                    target[...] = 255
+                problems.append(problem)
         return problems
 
     def holds_jpeg(self, level: int) -> bool:
@@ -193,7 +194,8 @@ class TiffReader(Slide):
         numbers = [row * stored.columns + column for column, row in tiles]
         counts = [int(stored.counts[i]) for i in numbers]
         try:
-            return numbers, counts, self._source.ranges([int(stored.offsets[i]) for i in numbers], counts)
+            with self.spent("read"):
+                return numbers, counts, self._source.ranges([int(stored.offsets[i]) for i in numbers], counts)
         except OSError as error:
             raise SlideUnreadable(self.path, f"cannot be read ({error})", "Try again, or copy it nearer") from error
 

@@ -1,0 +1,250 @@
+"""Many slides into one results folder: one broken slide is a row in failures.csv, not the end of the run.
+
+``run`` is the walk: order the slides, bind the folder, then claim a slide, hand it to the staff, and write down what
+became of it, until there is none. `folder` says what lies in the results folder, `claims` how several runs share it,
+`jobs` what is done to a slide, `workers` and `cluster` by whom.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wsi.archive.claims import Claim, Claims
+from wsi.archive.folder import CLAIMS, Row, Tables, bind, read_failure, slide_ids, sweep, write_failure
+from wsi.archive.jobs import Job, ScoreJob, Task, TileJob
+from wsi.archive.slides import ORDERS, SUFFIXES, SlideRef, find_slides, in_order
+from wsi.archive.workers import Event, Here, Limits, Staff, Tell, Workers, default_threads
+from wsi.errors import OutputError, WsiError
+from wsi.result import read_result
+from wsi.run import EngineConfig, ScoreConfig
+from wsi.tile import TileConfig
+
+__all__ = [
+    "ORDERS", "SUFFIXES", "Event", "Limits", "SlideRef", "Summary", "default_threads", "find_slides", "score_archive",
+    "tile_archive",
+]  # fmt: skip
+
+
+@dataclass
+class Summary:
+    """What became of a run's slides: rows of slides.csv and of failures.csv, in the order given."""
+
+    done: list[Row] = field(default_factory=list)
+    failed: list[Row] = field(default_factory=list)
+
+
+def _nobody(event: Event) -> None:
+    pass
+
+
+def score_archive(
+    refs: Sequence[SlideRef],
+    folder: str | os.PathLike[str],
+    engine: EngineConfig,
+    config: ScoreConfig | None = None,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008
+    order: str = "given",
+    force: bool = False,
+    command: Sequence[str] = (),
+    tell: Tell = _nobody,
+) -> Summary:
+    """Score slides; the same call again does only what is missing, and several at once share the work.
+
+    Parameters
+    ----------
+    refs : sequence of SlideRef
+    folder : path
+        The results folder; made where it is not there.
+    engine : EngineConfig
+    config : ScoreConfig, optional
+    workers : int, optional
+        Processes of this machine that do slides; default: one a GPU, or one. 0: this process itself, without limits,
+        and a crash of a decoder ends it.
+    scheduler : str, optional
+        Use Dask instead (extra ``cluster``): an address such as "tcp://host:8786", or "local" for a cluster of
+        `workers` on this machine.
+    limits : Limits
+        What one slide may take; not with `workers` 0 or `scheduler`.
+    order : {"given", "size"}
+        Largest first, or as given.
+    force : bool
+        Throw earlier results of these slides away; those of other slides stay.
+    command : sequence of str
+        Recorded in run.json.
+    tell : callable
+        Is told what happens, see ``Event``.
+
+    Returns
+    -------
+    Summary
+        Of these slides, whoever did them.
+
+    Raises
+    ------
+    ConfigMismatch
+        The folder holds results of another configuration; the difference is named, and nothing is touched.
+    OutputError
+        The folder cannot be written to (full, read-only): going on would be of no use.
+    ModelError
+        The models cannot be loaded.
+
+    Examples
+    --------
+    >>> from wsi import EngineConfig, find_slides, score_archive
+    >>> summary = score_archive(find_slides(["archive/"]), "results", EngineConfig("idc-breast"))     # doctest: +SKIP
+    >>> [row["slide"] for row in summary.failed]                                                    # doctest: +SKIP
+    []
+    """
+    job = ScoreJob(engine, config or ScoreConfig())
+    staff = _staff(job, workers, scheduler, limits)
+    return run(in_order(refs, order), Path(folder), job, staff, force=force, command=command, tell=tell)
+
+
+def tile_archive(
+    refs: Sequence[SlideRef],
+    folder: str | os.PathLike[str],
+    config: TileConfig | None = None,
+    *,
+    threads: int | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008
+    order: str = "given",
+    force: bool = False,
+    command: Sequence[str] = (),
+    tell: Tell = _nobody,
+) -> Summary:
+    """Cut slides into patch stores, ``<folder>/<slide_id>/store.zarr``; the same call again does only what is missing.
+
+    Parameters and errors are those of ``score_archive``, with what ``tile_slide`` takes in place of the engine.
+    """
+    job = TileJob(config or TileConfig(), threads or default_threads())
+    staff = _staff(job, workers, scheduler, limits)
+    return run(in_order(refs, order), Path(folder), job, staff, force=force, command=command, tell=tell)
+
+
+def _staff(job: Job, workers: int | None, scheduler: str | None, limits: Limits) -> Staff:
+    if workers is not None and workers < 0:
+        raise WsiError(f"workers={workers}", "cannot be fewer than none", "0 is this process itself")
+    if scheduler is not None:
+        from wsi.archive.cluster import Cluster
+
+        return Cluster(job, scheduler, workers)
+    return Here(job) if workers == 0 else Workers(job, workers, limits)
+
+
+def run(
+    refs: Sequence[SlideRef],
+    folder: Path,
+    job: Job,
+    staff: Staff,
+    *,
+    force: bool = False,
+    command: Sequence[str] = (),
+    tell: Tell = _nobody,
+    claims: Claims | None = None,
+) -> Summary:
+    """Do `job` to slides, by `staff`, into a results folder that other runs may be working on too."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ids = slide_ids(refs, folder)
+        configuration, execution = staff.start()
+        bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
+        tables = Tables(folder, job.columns, job.status, dict(zip(ids, refs, strict=True)))
+        with claims or Claims(folder / CLAIMS) as claims:
+            try:
+                rows = _Run(folder, dict(zip(ids, refs, strict=True)), staff, claims, tables, tell).go()
+            finally:
+                staff.stop()  # before the claims are given back
+                tables.write(last=True)
+    except OSError as error:
+        if isinstance(error, WsiError):
+            raise
+        raise OutputError.of(error, folder) from error
+    finally:
+        staff.stop()
+    summary = Summary()
+    for slide_id in ids:
+        kind, row = rows[slide_id]
+        (summary.done if kind == "done" else summary.failed).append(row)
+    return summary
+
+
+class _Run:
+    """The books of one run: which slides are to do, who is doing which, and what became of the others."""
+
+    def __init__(
+        self, folder: Path, refs: dict[str, SlideRef], staff: Staff, claims: Claims, tables: Tables, tell: Tell
+    ) -> None:
+        self._folder, self._refs, self._staff, self._claims = folder, refs, staff, claims
+        self._tables, self._tell = tables, tell
+        self._to_do = deque(refs)
+        self._doing: dict[str, Claim] = {}
+        self._rows: dict[str, tuple[str, Row]] = {}
+
+    def go(self) -> dict[str, tuple[str, Row]]:
+        """Go on until every slide is done or failed, here or in another run; return their rows."""
+        while self._to_do or self._doing:
+            for _ in range(len(self._to_do)):
+                if not self._staff.free():
+                    break
+                self._begin(self._to_do.popleft())
+            if self._to_do or self._doing:
+                self._staff.wait(self._hear)
+            self._tables.write()
+        return self._rows
+
+    def _begin(self, slide_id: str) -> None:
+        """Hand a slide out; or note what it has come to, or put it back for later while another run has it."""
+        own = self._folder / slide_id
+        if self._is_finished(slide_id):
+            return
+        claim = self._claims.take(slide_id)
+        if claim is None or self._is_finished(slide_id):  # it may have ended between the two looks
+            if claim is None:
+                self._to_do.append(slide_id)
+            else:
+                self._claims.release(claim)
+            return
+        if own.is_dir():
+            sweep(own)
+        self._doing[slide_id] = claim
+        self._tell(Event("begin", slide_id))
+        self._staff.give(Task(slide_id, self._refs[slide_id], str(own), claim))
+
+    def _is_finished(self, slide_id: str) -> bool:
+        """Whether there is a result, or another run has failed on it since this one began."""
+        own = self._folder / slide_id
+        if (result := read_result(own)) is not None:
+            self._note("done", slide_id, self._tables.row(result))
+        elif (failure := read_failure(own, since=self._claims.began)) is not None:
+            self._note("failed", slide_id, failure)
+        return slide_id in self._rows
+
+    def _hear(self, event: Event) -> None:
+        """Write down what the staff tells."""
+        slide_id = event.slide_id
+        if event.kind == "stage":
+            self._tell(event)
+            return
+        claim = self._doing.pop(slide_id)
+        if event.kind == "failed" and event.record is not None and claim.holds():
+            write_failure(self._folder / slide_id, event.record)
+        finished = self._is_finished(slide_id)
+        self._claims.release(claim)
+        if not finished and event.kind == "lost":
+            self._to_do.append(slide_id)
+        elif not finished:
+            what = "was done, and its result cannot be read back"
+            raise OutputError(self._folder / slide_id, what, "Look at the disk, and run the same command again")
+
+    def _note(self, kind: str, slide_id: str, row: Row) -> None:
+        self._rows[slide_id] = kind, row
+        self._tell(Event(kind, slide_id, record=row))

@@ -1,0 +1,231 @@
+"""Who works on which slide: leases in a folder that several processes or machines share, without a server.
+
+A claim is a file ``NAME.TOKEN``, made exclusively (``O_EXCL``: atomic on local disks and on NFS since version 3). The
+highest token of a name holds. Its owner writes a new beat into it every few seconds. Whoever wants the name takes
+the next token when the owner is dead: at once where its process is known to have ended on this machine, else after the
+file has stayed the same for a while *on the contender's own monotonic clock*. No two clocks are ever compared, so none
+can be wrong. A slow owner that wakes up finds a higher token, or its file gone, and gives up before it writes a result:
+the token is what Kleppmann calls a fencing token (2016, "How to do distributed locking").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Self
+
+#: Seconds between two beats, and of silence after which an owner elsewhere counts as dead: several lost beats, and
+#: more than NFS keeps attributes for (60).
+BEAT_S, SILENCE_S = 10.0, 90.0
+
+_BYTES = 512  # of a claim file, so that a beat is one write in place
+
+
+class ClaimLost(Exception):
+    """Another process has taken the slide over: what was done stays, and nothing more is to be written."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A name that is ours, until ``holds`` says otherwise.
+
+    Attributes
+    ----------
+    path : str
+        Its file.
+    nonce : str
+        What only its owner writes into it.
+    """
+
+    path: str
+    nonce: str
+
+    def holds(self) -> bool:
+        """Whether nobody has taken over."""
+        path = Path(self.path)
+        name, token = _parts(path.name)
+        if _read(path).get("nonce") != self.nonce:
+            return False
+        return max(_tokens(path.parent, name), default=0) == token
+
+    def confirm(self) -> None:
+        """Raise ``ClaimLost`` where somebody has."""
+        if not self.holds():
+            raise ClaimLost(self.path)
+
+
+class Claims:
+    """The claims of one run in one folder; while it is open a thread keeps them alive.
+
+    Parameters
+    ----------
+    folder : path
+        Made where it is not there, and removed when empty.
+    beat_s, silence_s : float
+        Seconds between beats, and of silence after which an owner is dead.
+    clock : callable
+        Monotonic seconds.
+
+    Attributes
+    ----------
+    began : float
+        When the run began, in the file system's own time.
+
+    Examples
+    --------
+    >>> with Claims("out/.claims") as claims:                            # doctest: +SKIP
+    ...     claim = claims.take("slide-1")
+    ...     if claim is not None:
+    ...         claim.confirm()
+    ...         claims.release(claim)
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        beat_s: float = BEAT_S,
+        silence_s: float = SILENCE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._beat_s, self._silence_s, self._clock = Path(folder), beat_s, silence_s, clock
+        self._held: dict[Claim, IO[bytes]] = {}
+        self._seen: dict[str, tuple[str, float]] = {}
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._keep_beating, name="wsi-claims", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mark = self._folder / f".began-{uuid.uuid4().hex}"
+        mark.touch()
+        self.began = mark.stat().st_mtime
+        mark.unlink()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        for claim in list(self._held):
+            self.release(claim)
+        with suppress(OSError):  # others' claims are in it, or it is gone
+            self._folder.rmdir()
+
+    def take(self, name: str) -> Claim | None:
+        """Claim a name; None where somebody alive has it.
+
+        Raises
+        ------
+        OSError
+            The folder cannot be written to.
+        """
+        tokens = _tokens(self._folder, name)
+        highest = max(tokens, default=0)
+        if highest and not self._is_dead(self._folder / f"{name}.{highest}"):
+            return None
+        path = self._folder / f"{name}.{highest + 1}"
+        self._folder.mkdir(exist_ok=True)  # a run that ended just now may have removed it
+        try:
+            file = path.open("xb", buffering=0)
+        except FileExistsError:
+            return None
+        claim = Claim(str(path), uuid.uuid4().hex)
+        with self._lock:
+            self._held[claim] = file
+        _write(file, claim.nonce, 0)
+        for token in tokens:
+            (self._folder / f"{name}.{token}").unlink(missing_ok=True)
+        if not claim.holds():  # someone was as quick, with a later token
+            self.release(claim)
+            return None
+        return claim
+
+    def release(self, claim: Claim) -> None:
+        """Give a name back."""
+        with self._lock:
+            file = self._held.pop(claim, None)
+        if file is not None:
+            file.close()
+        path = Path(claim.path)
+        if _read(path).get("nonce") == claim.nonce:
+            path.unlink(missing_ok=True)
+
+    def beat(self) -> None:
+        """Say that we are alive, once. Writing to a file that was taken away harms nobody."""
+        with self._lock:
+            for claim, file in self._held.items():
+                with suppress(OSError):  # a lost claim shows when it is confirmed
+                    _write(file, claim.nonce, time.monotonic_ns())
+
+    def _keep_beating(self) -> None:
+        while not self._end.wait(self._beat_s):
+            self.beat()
+
+    def _is_dead(self, path: Path) -> bool:
+        try:
+            said = path.read_text(errors="replace")
+        except FileNotFoundError:
+            return True
+        owner = _read(path)
+        if owner.get("host") == _host() and owner.get("began") is not None and owner.get("pid") is not None:
+            return _began(int(owner["pid"])) != owner["began"]
+        now = self._clock()
+        earlier, since = self._seen.get(path.name, ("", now))
+        if said != earlier:
+            since = now
+        self._seen[path.name] = said, since
+        return now - since >= self._silence_s
+
+
+def _parts(name: str) -> tuple[str, int]:
+    head, _, token = name.rpartition(".")
+    return (head, int(token)) if head and token.isdecimal() else ("", 0)
+
+
+def _tokens(folder: Path, name: str) -> list[int]:
+    try:
+        found = [_parts(file) for file in os.listdir(folder)]  # noqa: PTH208
+    except FileNotFoundError:
+        return []
+    return [token for head, token in found if head == name]
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: IO[bytes], nonce: str, beat: int) -> None:
+    owner = {"nonce": nonce, "host": _host(), "pid": os.getpid(), "began": _began(os.getpid()), "beat": beat}
+    os.pwrite(file.fileno(), json.dumps(owner).encode().ljust(_BYTES), 0)
+    os.fsync(file.fileno())  # readers on other machines see what has been synced
+
+
+def _host() -> str:
+    """Name this machine since its start, and the space that its process numbers are of (a container has its own)."""
+    known = [platform.node()]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with suppress(OSError):
+            known.append(os.readlink(path) if path.endswith("pid") else Path(path).read_text().strip())  # noqa: PTH115
+    return " ".join(known)
+
+
+def _began(pid: int) -> str | None:
+    """When a process of this machine began; None where it is not there, or the machine does not tell (no /proc)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

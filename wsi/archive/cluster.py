@@ -1,0 +1,122 @@
+"""Slides on a Dask cluster: the same tasks, in processes on other machines that see the same folders."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from dataclasses import asdict
+from typing import Any
+
+from wsi.archive.claims import ClaimLost
+from wsi.archive.jobs import Job, Ready, Task, failure_row, from_json, perform, to_json
+from wsi.archive.workers import Event, Tell
+from wsi.errors import WsiError
+
+_loaded: dict[str, Ready] = {}
+_lock = threading.Lock()  # a process does one slide at a time, whatever its number of threads
+
+
+def _prepare(job: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    with _lock:
+        if job not in _loaded:
+            _loaded.clear()
+            _loaded[job] = from_json(json.loads(job)).load()
+        return _loaded[job].configuration, _loaded[job].execution
+
+
+def _do(job: str, task: dict[str, Any]) -> dict[str, Any]:
+    """Do one slide, in a worker of the cluster. Done twice it does no harm: what is there already is not done again."""
+    _prepare(job)
+    with _lock:
+        try:
+            failed = perform(_loaded[job], Task.from_json(task), lambda stage, done, total: None)
+        except ClaimLost:
+            return {"kind": "lost"}
+    return {"kind": "failed", "record": failed} if failed else {"kind": "done"}
+
+
+class Cluster:
+    """Workers of a Dask cluster; see ``wsi.archive.workers.Staff``.
+
+    Parameters
+    ----------
+    job : Job
+    address : str
+        Of the scheduler; or "local": a cluster of `workers` on this machine, for as long as the run takes.
+    workers : int, optional
+        Of a local cluster; default 1.
+    """
+
+    def __init__(self, job: Job, address: str, workers: int | None) -> None:
+        self._job, self._address, self._n = json.dumps(to_json(job), sort_keys=True), address, workers
+        self._running: dict[Any, Task] = {}
+        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._client: Any = None
+        self._cluster: Any = None
+
+    def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """See ``Staff``."""
+        try:
+            import distributed
+        except ImportError as error:
+            remedy = "Install it with: pip install 'wsi[cluster]'"
+            raise WsiError(
+                f"scheduler={self._address!r}", "needs Dask distributed, which is not here", remedy
+            ) from error
+        if self._address == "local":
+            self._cluster = distributed.LocalCluster(
+                n_workers=self._n or 1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+            )
+        try:
+            self._client = distributed.Client(self._cluster or self._address, timeout="30s", set_as_default=False)
+        except (OSError, ValueError) as error:
+            remedy = "Start it with: dask scheduler; then dask worker on each machine"
+            raise WsiError(f"scheduler={self._address!r}", f"cannot be reached ({error})", remedy) from error
+        prepared: tuple[dict[str, Any], dict[str, Any]] = self._client.submit(_prepare, self._job, pure=False).result()
+        configuration, execution = prepared
+        return configuration, {**execution, "scheduler": self._address}
+
+    def free(self) -> bool:
+        """See ``Staff``. One more than there are workers, so that none waits for us."""
+        return len(self._running) <= len(self._client.ncores())
+
+    def give(self, task: Task) -> None:
+        """See ``Staff``."""
+        future = self._client.submit(_do, self._job, asdict(task), pure=False)
+        self._running[future] = task
+        future.add_done_callback(self._ended.put)
+
+    def wait(self, tell: Tell) -> None:
+        """See ``Staff``."""
+        try:
+            future = self._ended.get(timeout=0.25)
+        except queue.Empty:
+            return
+        task = self._running.pop(future)
+        if future.status == "finished":
+            said = future.result()
+            tell(Event(said["kind"], task.slide_id, record=said.get("record")))
+            return
+        error = future.exception() if future.status == "error" else None
+        if error is None:
+            raise WsiError(
+                self._address, f"lost the task of {task.slide_id} ({future.status})", "Run the command again"
+            )
+        if type(error).__name__ != "KilledWorker":
+            raise error
+        remedy = "A library crashed on this slide, or it needs more memory than a worker has: try another --reader"
+        tell(
+            Event(
+                "failed", task.slide_id, record=failure_row(task, "open", f"ended worker after worker: {error}", remedy)
+            )
+        )
+
+    def stop(self) -> None:
+        """See ``Staff``."""
+        client, cluster, self._client, self._cluster = self._client, self._cluster, None, None
+        if client is not None:
+            client.cancel(list(self._running))
+            client.close()
+        if cluster is not None:
+            cluster.close()

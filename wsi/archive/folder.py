@@ -1,0 +1,263 @@
+"""A results folder: whose it is, what lies in it, and its tables.
+
+::
+
+    RESULTS/
+      run.json         configuration, versions, model hashes, command line
+      slides.csv       a row a finished slide, grows as slides finish; slides.parquet: the same, at the end of a run
+      failures.csv     slide, stage, error, remedy
+      <slide_id>/      what is known of one slide: the files of its job, seconds.json, and last result.json;
+                       or failure.json
+      .claims/         who works on which slide, while somebody does
+
+The tables are made of what lies in the slides' folders, so they can be lost, edited, or written by two runs at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from wsi.archive.slides import SlideRef
+from wsi.errors import ConfigMismatch, OutputError
+from wsi.files import replacing, write_csv, write_json
+from wsi.result import SlideResult, read_result
+from wsi.slide import absolute
+
+CLAIMS = ".claims"
+_FAILURE = "failure.json"
+_TABLES = ("slides.csv", "slides.parquet", "failures.csv")
+_OUR_FILES = ("run.json", *_TABLES)
+_FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")
+
+Row = dict[str, Any]
+
+
+def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
+    """Name each slide's results: the file's stem, with a hash of its place where another slide has that name.
+
+    A slide keeps the name under which `folder` already holds its results.
+    """
+    stems = [Path(ref.path.rstrip("/")).stem for ref in refs]
+    count = Counter(stem.lower() for stem in stems)
+    ids = []
+    for ref, stem in zip(refs, stems, strict=True):
+        earlier = _earlier(folder / stem)
+        own = earlier is not None and earlier.get("slide") == absolute(ref.path)
+        if not own and (earlier is not None or count[stem.lower()] > 1 or stem in _OUR_FILES):
+            stem = f"{stem}-{hashlib.sha256(absolute(ref.path).encode()).hexdigest()[:8]}"
+        ids.append(stem)
+    return ids
+
+
+def bind(
+    folder: Path,
+    refs: Sequence[SlideRef],
+    ids: Sequence[str],
+    *,
+    configuration: Mapping[str, Any],
+    execution: Mapping[str, Any],
+    command: Sequence[str],
+    force: bool,
+) -> None:
+    """Write run.json, or refuse a folder of another configuration before anything is touched.
+
+    Raises
+    ------
+    ConfigMismatch
+        The folder holds results of another configuration; the difference is named.
+    OutputError
+        It holds what is not ours.
+    """
+    identity = json.loads(json.dumps(configuration))
+    path = folder / "run.json"
+    remedy = "Choose another folder with -o, or start these slides over with --force"
+    foreign = sorted(slide_id for slide_id in ids if (folder / slide_id).exists() and not _is_ours(folder / slide_id))
+    if foreign:  # --force would delete it
+        what = f"holds a folder {foreign[0]!r} that is not results of ours"
+        raise OutputError(folder, what, "Choose an empty folder with -o")
+    known = {*ids, *_OUR_FILES}
+    others = sorted(child.name for child in folder.iterdir() if child.name not in known and child.name[0] != ".")
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))["configuration"]
+    except FileNotFoundError:
+        earlier = identity
+        if others:
+            what = f"holds files that are not results of ours ({', '.join(others[:3])})"
+            raise OutputError(folder, what, "Choose an empty folder") from None
+    except (ValueError, KeyError, TypeError):
+        earlier = {}
+    if earlier != identity and (not force or others):
+        changed = sorted(key for key in {*identity, *earlier} if identity.get(key) != earlier.get(key))
+        what = "holds results of another configuration: " + ", ".join(
+            f"{key} was {json.dumps(earlier.get(key))}, now {json.dumps(identity.get(key))}" for key in changed
+        )
+        if others and force:
+            what = f"{what}; and of other slides ({', '.join(others[:3])})"
+            raise ConfigMismatch(folder, what, "Choose another folder")
+        raise ConfigMismatch(folder, what, remedy)
+    for ref, slide_id in zip(refs, ids, strict=True):
+        own = folder / slide_id
+        result = None if force else read_result(own)
+        if force:
+            shutil.rmtree(own, ignore_errors=True)
+        elif result is not None and result.numbers.get("mpp_given") != ref.mpp:
+            given = [value or "the file's own" for value in (result.numbers.get("mpp_given"), ref.mpp)]
+            raise ConfigMismatch(own, f"was made at {given[0]} microns per pixel, now {given[1]} is asked for", remedy)
+        elif result is not None and result.numbers.get("mask") != (masked := ref.mask and absolute(ref.mask)):
+            given = [value or "none" for value in (result.numbers.get("mask"), masked)]
+            raise ConfigMismatch(own, f"was made with the mask {given[0]}, now {given[1]} is asked for", remedy)
+    about = {"configuration": identity, "command": list(command), "execution": execution, "versions": _versions()}
+    write_json(path, {"use": "research only", **about})
+
+
+def sweep(own: Path) -> None:
+    """Remove half-written files that a killed process left in a slide's folder. Only for who has claimed the slide."""
+    for pattern in (".*.draft", "*.partial"):  # ours, and Zarr's
+        for path in own.rglob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    (own / _FAILURE).unlink(missing_ok=True)
+
+
+def write_failure(own: Path, failure: Row) -> None:
+    """Leave in a slide's folder why it has no result."""
+    own.mkdir(exist_ok=True)
+    write_json(own / _FAILURE, failure)
+
+
+def read_failure(own: Path, *, since: float = 0.0) -> Row | None:
+    """Return why a slide has no result, if it was written at `since` (in the file system's time) or later."""
+    try:
+        if (own / _FAILURE).stat().st_mtime < since:
+            return None
+    except OSError:
+        return None
+    found = _earlier(own)
+    return found if found is not None and "remedy" in found else None
+
+
+class Tables:
+    """slides.csv and failures.csv, kept in step with the slides' folders.
+
+    Parameters
+    ----------
+    folder : Path
+    columns : sequence of str
+        Of slides.csv, by names of result.json; "probabilities" stands for one column a class.
+    status : str
+        Of a finished slide.
+    refs : mapping of slide id to SlideRef
+        Whose `label` and `patient` the rows carry.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[str], status: str, refs: Mapping[str, SlideRef]) -> None:
+        self._folder, self._columns, self._status, self._refs = folder, columns, status, refs
+        self._rows: dict[str, Row] = {}
+        self._written, self._took = -1e9, 0.0
+
+    def row(self, result: SlideResult) -> Row:
+        """Make a row of a result, and keep it for the next writing."""
+        numbers = result.numbers
+        row = {"slide_id": numbers["slide_id"], "slide": numbers["slide"], "status": self._status}
+        ref = self._refs.get(row["slide_id"])
+        row |= {name: value for name in ("label", "patient") if ref and (value := getattr(ref, name))}
+        for name in self._columns:
+            if name == "probabilities":
+                row |= {f"prob_{kind}": value for kind, value in (numbers[name] or {}).items()}
+            else:
+                row[name] = " ".join(numbers[name]) if name == "flags" else numbers.get(name)
+        row |= {f"seconds_{stage}": round(value, 3) for stage, value in result.seconds.items()}
+        self._rows[row["slide_id"]] = row
+        return row
+
+    def write(self, *, last: bool = False) -> None:
+        """Write both tables; but seldom, when many slides have made that slow, unless it is the last time."""
+        now = time.monotonic()
+        if not last and now - self._written < 20 * self._took:
+            return
+        if last:
+            self._rows.clear()  # whatever else happened in the folder meanwhile
+        failures = []
+        for name in sorted(entry.name for entry in os.scandir(self._folder) if entry.is_dir()):
+            if name in self._rows or name.startswith("."):
+                continue
+            result = read_result(self._folder / name)
+            if result is not None:
+                self.row(result)
+            elif (failure := read_failure(self._folder / name)) is not None:
+                failures.append(failure)
+        rows = [self._rows[name] for name in sorted(self._rows)]
+        columns = self._all_columns(rows)
+        write_csv(self._folder / "slides.csv", columns, rows)
+        write_csv(self._folder / "failures.csv", _FAILURE_COLUMNS, failures)
+        if last and rows:
+            _write_parquet(self._folder / "slides.parquet", columns, rows)
+        self._written = time.monotonic()
+        self._took = self._written - now
+
+    def _all_columns(self, rows: Sequence[Row]) -> list[str]:
+        named = [
+            "slide_id",
+            "slide",
+            "status",
+            *(name for name in ("label", "patient") if any(name in row for row in rows)),
+        ]
+        for name in self._columns:
+            named += (
+                sorted({key for row in rows for key in row if key.startswith("prob_")})
+                if name == "probabilities"
+                else [name]
+            )
+        return named + list(dict.fromkeys(key for row in rows for key in row if key.startswith("seconds_")))
+
+
+def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink)
+    with replacing(path) as file:
+        file.write(sink.getvalue())
+
+
+def _earlier(folder: Path) -> Row | None:
+    """Return what a slide folder says of its slide: of a finished one, or of one that failed."""
+    result = read_result(folder)
+    if result is not None:
+        return result.numbers
+    try:
+        found = json.loads((folder / _FAILURE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a slide's folder holds what this package writes, or nothing yet."""
+    names = {child.name for child in folder.iterdir()} if folder.is_dir() else {folder.name}
+    return not {name for name in names if name[0] != "."} or bool({"store.zarr", "result.json", _FAILURE} & names)
+
+
+def _versions() -> dict[str, str]:
+    names = "wsi numpy torch timm zarr simplejpeg openslide-python openslide-bin tiffslide shapely distributed"
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in names.split():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,203 @@
+"""What is done to each slide of an archive, in a form that can be sent to another process as JSON."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from wsi import __version__
+from wsi.archive.claims import Claim, ClaimLost
+from wsi.archive.folder import Row
+from wsi.archive.slides import SlideRef
+from wsi.errors import OutputError, WsiError, is_output_error
+from wsi.result import Progress, SlideResult
+from wsi.run import EngineConfig, ScoreConfig, score_slide
+from wsi.slide import absolute
+from wsi.tile import TileConfig, tile_slide
+from wsi.tissue import TissueConfig
+
+#: Seconds that a process which does slides may take to end well when it is told to.
+END_S = 3.0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A job whose models are loaded.
+
+    Attributes
+    ----------
+    work : callable
+        Does a slide, given its place and what is known of it, its own folder, and whom to tell; or goes on where it was
+        stopped.
+    configuration : dict
+        What decides the results: a results folder is bound to it.
+    execution : dict
+        What does not.
+    """
+
+    work: Callable[[SlideRef, Path, Progress], SlideResult]
+    configuration: dict[str, Any]
+    execution: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """``score_slide`` for each.
+
+    Attributes
+    ----------
+    engine : EngineConfig
+    config : ScoreConfig
+    status : str
+        Of a finished slide, in the table.
+    columns : tuple of str
+        The table's columns, by names of result.json.
+    """
+
+    engine: EngineConfig
+    config: ScoreConfig
+    status: ClassVar[str] = "scored"
+    columns: ClassVar[tuple[str, ...]] = (
+        "grade", "probabilities", "n_tiles", "n_unreadable", "tissue_mm2", "positive_mm2", "largest_region_um",
+        "mpp", "mpp_source", "flags",
+    )  # fmt: skip
+
+    def load(self) -> Ready:
+        """Load the models; errors are those of ``load_patch_model`` and ``ScoreConfig.check``."""
+        engine, config = self.engine.load(), self.config
+        config.check(engine.model.config)
+        numbers = asdict(config)
+        numbers.pop("max_unreadable")  # decides no number
+        return Ready(
+            work=lambda ref, own, progress: score_slide(
+                ref.path, own, engine, config,
+                mpp=ref.mpp, mpp_source=ref.mpp_source, mask=ref.mask, progress=progress,
+            ),
+            configuration={
+                "model": engine.model.name,
+                "model_sha256": engine.model.sha256,
+                "mil_sha256": engine.mil.sha256 if engine.mil else None,
+                "precision": engine.model.precision,
+                "wsi_version": __version__,
+                **numbers,
+            },
+            execution={
+                "max_unreadable": config.max_unreadable,
+                "device": engine.model.device,
+                "batch_size": engine.batch_size,
+                "threads": engine.threads,
+            },
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TileJob:
+    """``tile_slide`` for each."""
+
+    config: TileConfig
+    threads: int
+    status: ClassVar[str] = "tiled"
+    columns: ClassVar[tuple[str, ...]] = (
+        "n_tiles", "n_unreadable", "tile_px", "tile_mpp", "pixels", "tissue_mm2", "mpp", "mpp_source", "flags",
+    )  # fmt: skip
+
+    def load(self) -> Ready:
+        """Check the configuration."""
+        self.config.check()
+        return Ready(
+            work=lambda ref, own, progress: tile_slide(
+                ref.path, own, self.config,
+                threads=self.threads, mpp=ref.mpp, mpp_source=ref.mpp_source, mask=ref.mask, progress=progress,
+            ),
+            configuration={"wsi_version": __version__, **asdict(self.config)},
+            execution={"threads": self.threads},
+        )  # fmt: skip
+
+
+Job = ScoreJob | TileJob
+
+
+def to_json(job: Job) -> dict[str, Any]:
+    """Describe a job so that ``from_json`` can make it again elsewhere."""
+    return {"job": type(job).__name__, **asdict(job)}
+
+
+def from_json(said: dict[str, Any]) -> Job:
+    """Make a job of its description."""
+    config = {**said["config"], "tissue": TissueConfig(**said["config"]["tissue"])}
+    if said["job"] == "TileJob":
+        return TileJob(TileConfig(**config), said["threads"])
+    config["positive"] = tuple(config["positive"])
+    return ScoreJob(EngineConfig(**said["engine"]), ScoreConfig(**config))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One slide, claimed, with the folder its results go to."""
+
+    slide_id: str
+    ref: SlideRef
+    own: str
+    claim: Claim
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> Self:
+        """Undo ``dataclasses.asdict``."""
+        return cls(said["slide_id"], SlideRef(**said["ref"]), said["own"], Claim(**said["claim"]))
+
+
+def perform(ready: Ready, task: Task, progress: Progress) -> Row | None:
+    """Do one slide: the one place where a slide may fail.
+
+    Returns
+    -------
+    dict or None
+        A row of failures.csv; None for success.
+
+    Raises
+    ------
+    ClaimLost
+        Somebody else has taken it over.
+    OutputError
+        Nothing can be written: going on would be of no use.
+    """
+    stage, own = "open", Path(task.own)
+
+    def watch(name: str, done: int, total: int) -> None:
+        nonlocal stage
+        if name != stage:
+            task.claim.confirm()
+        stage = name
+        progress(name, done, total)
+
+    try:
+        task.claim.confirm()
+        ready.work(task.ref, own, watch)
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, own.parent):
+            raise OutputError.of(error, own.parent) from error
+        if isinstance(error, ClaimLost):
+            raise
+        return failure(task, stage, error)
+    return None
+
+
+def failure(task: Task, stage: str, error: Exception) -> Row:
+    """Make a row of failures.csv of an exception; one that nobody foresaw shows its traceback."""
+    if isinstance(error, WsiError):
+        return failure_row(task, stage, f"{error.where}: {error.what}", error.remedy)
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or "out of memory" in said.lower():
+        return failure_row(task, stage, said, "Lower --batch-size or --threads, or use a machine with more memory")
+    traceback.print_exception(error, file=sys.stderr)  # a bug, or a library's: the table has no room for where
+    return failure_row(task, stage, said, "Please report this: it should not happen")
+
+
+def failure_row(task: Task, stage: str, error: str, remedy: str) -> Row:
+    """Make a row of failures.csv."""
+    place = {"slide_id": task.slide_id, "slide": absolute(task.ref.path)}
+    return {**place, "stage": stage, "error": error, "remedy": remedy}

@@ -1,0 +1,178 @@
+"""Which slides: files, folders, patterns and CSV manifests into one list, each slide once."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsi.errors import ManifestError, SlideNotFound, WsiError
+from wsi.slide import absolute, is_url
+
+#: What a folder is searched for. DICOM files of one series are levels and parts of one slide.
+SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".dicom")
+_DICOM = (".dcm", ".dicom")
+
+
+#: Columns of a manifest; it may have others.
+COLUMNS = ("slide", "mpp", "mask", "label", "patient")
+ORDERS = ("given", "size")
+
+
+@dataclass(frozen=True)
+class SlideRef:
+    """A slide to work on, and what a manifest says of it.
+
+    Attributes
+    ----------
+    path : str
+    mpp : float, optional
+        Microns per level-0 pixel, where somebody gave them.
+    mpp_source : str
+        Who.
+    mask : str, optional
+        An image of the whole slide, of any size: where it is not black is what counts as tissue.
+    label, patient : str
+        Copied into slides.csv.
+    """
+
+    path: str
+    mpp: float | None = None
+    mpp_source: str = "user"
+    mask: str | None = None
+    label: str = ""
+    patient: str = ""
+
+
+def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRef]:
+    """Turn files, folders, patterns and CSV manifests into a list of slides, each once, in a fixed order.
+
+    Parameters
+    ----------
+    inputs : paths
+        A slide, a URL, a folder (searched through, by suffix), a pattern such as ``"archive/**/*.svs"``, or a ``.csv``
+        with a column ``slide`` and optionally ``mpp``, ``mask``, ``label``, ``patient``; relative paths in it are
+        relative to the CSV.
+    mpp : float, optional
+        Microns per level-0 pixel of every slide that the manifest gives none for.
+
+    Raises
+    ------
+    SlideNotFound
+        Nothing is at a path, or no slide in a folder.
+    ManifestError
+        A row is wrong; its number is named.
+    """
+    found: dict[str, SlideRef] = {}
+    for name in inputs:
+        path = Path(name)
+        if is_url(name):
+            refs = [SlideRef(name, mpp)]
+        elif path.is_dir():
+            refs = [SlideRef(str(slide), mpp) for slide in _in_folder(path)]
+            if not refs:
+                raise SlideNotFound(name, "holds no slides", f"Searched for {' '.join(SUFFIXES)}")
+        elif path.suffix.lower() == ".csv" and path.exists():
+            refs = _in_manifest(path, mpp)
+        elif path.exists():
+            refs = [SlideRef(name, mpp)]
+        else:
+            refs = [SlideRef(slide, mpp) for slide in sorted(glob.glob(name, recursive=True)) if Path(slide).is_file()]  # noqa: PTH207
+            if not refs:
+                what = "no file matches" if glob.has_magic(name) else "there is no such file or folder"
+                raise SlideNotFound(name, what, "Check the path")
+        for ref in refs:
+            earlier = found.setdefault(absolute(ref.path), ref)
+            if (earlier.mpp, earlier.mask) != (ref.mpp, ref.mask):
+                differ = "mpp" if earlier.mpp != ref.mpp else "mask"
+                said = f"{getattr(earlier, differ)} and {getattr(ref, differ)}"
+                raise ManifestError(ref.path, f"is named twice, with {differ} {said}", "Keep one")
+    return list(found.values())
+
+
+def in_order(refs: Sequence[SlideRef], order: str) -> list[SlideRef]:
+    """Sort slides: as given, or by size, largest first, so that no long one is left for the end.
+
+    Raises
+    ------
+    WsiError
+        No such order.
+    """
+    if order not in ORDERS:
+        raise WsiError(f"order={order!r}", "no such order", f"Known: {', '.join(ORDERS)}")
+    if order == "given":
+        return list(refs)
+    return sorted(refs, key=lambda ref: 0 if is_url(ref.path) else -Path(ref.path).stat().st_size)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    slides, series = [], set()
+    for path in sorted(folder.rglob("*")):
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES or path.name.startswith(".") or not path.is_file():
+            continue
+        if suffix in _DICOM:
+            uid = _dicom_series(path)
+            if (path.parent, uid) in series:
+                continue
+            series.add((path.parent, uid))
+        slides.append(path)
+    return slides
+
+
+def _dicom_series(path: Path) -> bytes:
+    """Return the SeriesInstanceUID (0020,000E): files of one series are levels and parts of one slide."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    at = head.find(b"\x20\x00\x0e\x00")
+    if at < 0:
+        return path.name.encode()  # each file for itself
+    explicit = head[at + 4 : at + 6] == b"UI"
+    length = int.from_bytes(head[at + 6 : at + 8] if explicit else head[at + 4 : at + 8], "little")
+    return head[at + 8 : at + 8 + length].strip(b"\0 ")
+
+
+def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
+    refs = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            names = [name.strip().lower() for name in reader.fieldnames or ()]
+            reader.fieldnames = names
+            if "slide" not in names:
+                has = ", ".join(names) or "none"
+                raise ManifestError(path, f"has no column 'slide' (it has {has})", f"Columns: {_columns()}")
+            for row in reader:
+                refs.append(_in_row(f"{path}, line {reader.line_num}", path.parent, row, mpp))
+    except UnicodeDecodeError as error:
+        raise ManifestError(path, f"is not UTF-8 text ({error.reason})", "Save it as CSV in UTF-8") from error
+    if not refs:
+        raise ManifestError(path, "names no slides", "One row a slide below the header")
+    return refs
+
+
+def _in_row(where: str, folder: Path, row: dict[str, str | None], mpp: float | None) -> SlideRef:
+    said = {name: (row.get(name) or "").strip() for name in COLUMNS}
+    if not said["slide"]:
+        raise ManifestError(where, "names no slide", "Fill in the column 'slide'")
+    try:
+        own = (float(said["mpp"]), "manifest") if said["mpp"] else (mpp, "user")
+    except ValueError:
+        own = (math.nan, "")
+    if own[0] is not None and not own[0] > 0:
+        remedy = "Microns per pixel, such as 0.25"
+        raise ManifestError(where, f"mpp is {said['mpp']!r}, not a number above 0", remedy)
+    paths = {}
+    for kind in ("slide", "mask"):
+        name = said[kind]
+        paths[kind] = name if not name or is_url(name) else str(folder / name)
+        if name and not is_url(name) and not Path(paths[kind]).exists():
+            raise ManifestError(where, f"there is no {kind} {paths[kind]}", "Paths are relative to the manifest")
+    return SlideRef(paths["slide"], *own, mask=paths["mask"] or None, label=said["label"], patient=said["patient"])
+
+
+def _columns() -> str:
+    return f"{COLUMNS[0]}[,{','.join(COLUMNS[1:])}]"

@@ -1,0 +1,94 @@
+"""A process that does slides: ``python -m wsi.archive.worker``, started by ``wsi.archive.workers``.
+
+It reads JSON lines on stdin: the job, then one task at a time; and writes events as JSON lines to what was its stdout.
+Whatever libraries print goes to stderr. When stdin ends, it ends: nobody is left to work for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from wsi.archive.claims import ClaimLost
+from wsi.archive.jobs import END_S, Task, from_json, perform
+from wsi.errors import WsiError
+
+#: Seconds between two reports of how far a slide is.
+REPORT_S = 0.1
+
+
+def main() -> None:
+    """Do what stdin says."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started us decides
+    signal.signal(signal.SIGTERM, _stop)
+    faulthandler.enable()
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def tell(kind: str, **more: Any) -> None:
+        events.write(json.dumps({"kind": kind, **more}) + "\n")
+
+    lines = _lines()
+    try:
+        ready = from_json(json.loads(lines.get())).load()
+    except WsiError as error:
+        tell("refused", error=[type(error).__name__, error.where, error.what, error.remedy])
+        return
+    tell("ready", configuration=ready.configuration, execution=ready.execution, devices=_devices())
+    while True:
+        task = Task.from_json(json.loads(lines.get()))
+        reported, stage_then = 0.0, ""
+
+        def watch(stage: str, done: int, total: int) -> None:
+            nonlocal reported, stage_then
+            now = time.monotonic()
+            if stage != stage_then or now - reported > REPORT_S or done == total:
+                reported, stage_then = now, stage
+                tell("stage", stage=stage, done=done, total=total)
+
+        try:
+            failure = perform(ready, task, watch)
+        except ClaimLost:
+            tell("lost")
+        except WsiError as error:
+            tell("refused", error=[type(error).__name__, error.where, error.what, error.remedy])
+            return
+        else:
+            tell("failed", record=failure) if failure else tell("done")
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _lines() -> queue.SimpleQueue[str]:
+    """Read stdin in a thread, so that its end is seen in the middle of a slide."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        threading.Timer(END_S, os._exit, [1]).start()  # for native code that does not come back
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _devices() -> int:
+    """GPUs that this process could use."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.device_count() if torch else 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        main()

@@ -1,0 +1,68 @@
+"""Options of the verbs that work on many slides."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wsi.errors import WsiError
+
+if TYPE_CHECKING:
+    from wsi.archive import Limits
+
+Slides = Annotated[
+    list[str],
+    typer.Argument(
+        help="Slides, folders, URLs, quoted patterns, or CSV manifests (columns slide[,mpp,mask,label,patient])."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Processes that do slides. Default: one a GPU, or one. 0: none of their own; a crash ends the run."
+    ),
+]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Run on Dask: an address such as tcp://host:8786, or local (needs wsi[cluster]).")
+]
+Order = Annotated[str, typer.Option(help="given, or size: largest first, so that no long slide is left for the end.")]
+SlideTimeout = Annotated[
+    float | None, typer.Option(min=1, help="Seconds that a slide may take; one that takes more fails.")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory of a worker, such as 8GB; a slide that takes more fails, and not the machine."),
+]
+LogJson = Annotated[
+    Path | None, typer.Option(help="Append what happens to this file, a JSON object a line; - is stdout.")
+]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def limits(seconds: float | None, memory: str | None) -> Limits:
+    """What a slide may take."""
+    from wsi.archive import Limits
+
+    return Limits(seconds, None if memory is None else parse_bytes(memory))
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes such as 8GB, 500M or 2GiB.
+
+    Examples
+    --------
+    >>> parse_bytes("8GB"), parse_bytes("1.5 GiB"), parse_bytes("100")
+    (8000000000, 1610612736, 100)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not found:
+        raise WsiError(f"{text!r}", "is no number of bytes", "Write for example 8GB or 500MB")
+    number, unit, binary = found.groups()
+    base = _UNITS[unit.lower()]
+    if binary:
+        base = 1024 ** list(_UNITS).index(unit.lower())
+    return int(float(number) * base)
