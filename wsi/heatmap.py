@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import shapely
+from PIL import Image
 
 from wsi.files import replacing
 from wsi.grid import TileGrid
@@ -214,12 +215,16 @@ def save_overlay(
     w, h = size[0] * zoom, size[1] * zoom
     margin, bar_w, caption_h = 24, 150 if heatmap is not None else 24, 64
     full_w, full_h = max(margin + w + bar_w, 560), max(margin + h + caption_h, 320)
-    figure = Figure(figsize=(full_w / _DPI, full_h / _DPI), dpi=_DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(full_w / _DPI, full_h / _DPI), dpi=_DPI, facecolor="none")
+    canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((margin / full_w, (full_h - margin - h) / full_h, w / full_w, h / full_h))
-    extent = (bounds.x, bounds.x + bounds.w, bounds.y + bounds.h, bounds.y)
-    axes.imshow(picture, extent=extent, interpolation="nearest", aspect="auto")
-    axes.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
+    axes.set(
+        xlim=(bounds.x, bounds.x + bounds.w),
+        ylim=(bounds.y + bounds.h, bounds.y),
+        xticks=[],
+        yticks=[],
+        facecolor="none",
+    )
     for spine in axes.spines.values():
         spine.set(color="0.6", linewidth=0.8)
 
@@ -253,9 +258,16 @@ def save_overlay(
         (full_w - margin) / full_w, 30 / full_h, "Research use only", ha="right", va="center", fontsize=12, color="0.35"
     )
 
+    # The drawing is laid on the picture here: matplotlib would resample it, at several times the cost.
+    sheet = np.full((full_h, full_w, 3), 255, np.uint8)
+    sheet[margin : margin + h, margin : margin + w] = picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())
+    ink = drawn[..., 3] > 0
+    alpha = drawn[ink][:, 3:].astype(np.uint32)
+    sheet[ink] = (drawn[ink][:, :3] * alpha + sheet[ink] * (255 - alpha) + 127) // 255
     with replacing(path) as file:
-        # "Software" would write the version of matplotlib into the file.
-        figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+        Image.fromarray(sheet).save(file, format="png", compress_level=2)
 
 
 def _colours() -> npt.NDArray[np.float64]:
