@@ -19,7 +19,9 @@ from PIL import Image
 from tests.e2e.conftest import Run, digest, rows
 from tests.nn.make import write_head, write_model
 from tests.slide.make import halved, section, write_jpeg_pyramid, write_pyramid
-from wsi import archive, infer
+from wsi import infer
+from wsi.archive import jobs
+from wsi.archive.folder import Tables
 from wsi.nn.patch import load_patch_model
 from wsi.slide import open_slide
 from wsi.stain import StainTransform
@@ -187,7 +189,7 @@ class TestResume:
     ) -> None:
         assert wsi("score", slides, "-m", model, "-o", tmp_path, "-q")[0] == 0
         before, table = digest(tmp_path), (tmp_path / "slides.csv").read_bytes()
-        monkeypatch.setattr(archive, "score_slide", None)  # would fail
+        monkeypatch.setattr(jobs, "score_slide", None)  # would fail
         assert wsi("score", slides, "-m", model, "-o", tmp_path, "-q")[0] == 0
         assert digest(tmp_path) == before and (tmp_path / "slides.csv").read_bytes() == table
 
@@ -274,16 +276,16 @@ class TestResume:
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The second run starts and ends while the first is between its slide and its table."""
-        write, inside = archive._write_tables, False
+        write, inside = Tables.write, False
 
-        def other_run_first(folder: Path, job: object) -> None:
+        def other_run_first(self: Tables, **last: bool) -> None:
             nonlocal inside
             if not inside:
                 inside = True
                 wsi("score", slides / "b.svs", "-m", model, "-o", tmp_path, "-q")
-            write(folder, job)
+            write(self, **last)
 
-        monkeypatch.setattr(archive, "_write_tables", other_run_first)
+        monkeypatch.setattr(Tables, "write", other_run_first)
         wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path, "-q")
         assert [row["slide_id"] for row in rows(tmp_path / "slides.csv")] == ["a", "b"]
 
@@ -516,14 +518,14 @@ class TestBadInput:
     def test_a_bug_shows_its_traceback_and_the_rest_go_on(
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        score_slide = archive.score_slide
+        score_slide = jobs.score_slide
 
         def sometimes(path: str, *arguments: object, **more: object) -> object:
             if path.endswith("a.svs"):
                 raise ZeroDivisionError("oops")
             return score_slide(path, *arguments, **more)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(archive, "score_slide", sometimes)
+        monkeypatch.setattr(jobs, "score_slide", sometimes)
         code, _, stderr = wsi("score", slides, "-m", model, "-o", tmp_path, "-q")
         assert code == 3 and "Traceback" in stderr
         assert rows(tmp_path / "failures.csv")[0]["error"] == "ZeroDivisionError: oops"

@@ -14,7 +14,7 @@ import zarr
 
 from tests.e2e.conftest import Run, digest, rows
 from tests.slide.make import halved, section, tiff_slide, write_jpeg_pyramid, write_pyramid
-from wsi import archive
+from wsi.archive import jobs
 from wsi.slide import open_slide
 from wsi.store import PatchStore
 
@@ -71,7 +71,7 @@ def test_the_same_again_does_nothing(wsi: Run, slides: Path, tmp_path: Path, mon
     arguments = ("tile", slides, "--mpp", 1, "--tile", 32, "-o", tmp_path, "-q")
     assert wsi(*arguments)[0] == 0
     before, table = digest(tmp_path), (tmp_path / "slides.csv").read_bytes()
-    monkeypatch.setattr(archive, "tile_slide", None)  # would fail
+    monkeypatch.setattr(jobs, "tile_slide", None)  # would fail
     assert wsi(*arguments)[0] == 0
     assert digest(tmp_path) == before and (tmp_path / "slides.csv").read_bytes() == table
 

@@ -153,9 +153,9 @@ def run(
 ) -> Summary:
     """Do `job` to slides, by `staff`, into a results folder that other runs may be working on too."""
     try:
+        configuration, execution = staff.start()
         folder.mkdir(parents=True, exist_ok=True)
         ids = slide_ids(refs, folder)
-        configuration, execution = staff.start()
         bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
         tables = Tables(folder, job.columns, job.status, dict(zip(ids, refs, strict=True)))
         with claims or Claims(folder / CLAIMS) as claims:

@@ -203,6 +203,7 @@ class Workers:
             tell(Event("stage", worker.slide_id, said["stage"], said["done"], said["total"]))
         elif kind == "died":
             self._workers.remove(worker)
+            worker.stop()
             if task is None:
                 raise WsiError("a worker process", f"ended without a slide ({said['how']})", "See above")
             self._begin(worker.number)
@@ -230,7 +231,8 @@ class _Worker:
             env=_environment(number, of),
         )
         self._send(to_json(job))
-        threading.Thread(target=self._listen, args=(said,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
+        self._listener.start()
 
     @property
     def slide_id(self) -> str:
@@ -276,6 +278,7 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._listener.join()
 
     def _kill(self, what: str, remedy: str) -> None:
         self._reason = what, remedy
@@ -289,9 +292,10 @@ class _Worker:
 
     def _listen(self, said: queue.SimpleQueue[tuple[_Worker, dict[str, Any]]]) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with suppress(ValueError):  # cut short by its death
-                said.put((self, json.loads(line)))
+        with self._process.stdout as lines:
+            for line in lines:
+                with suppress(ValueError):  # cut short by its death
+                    said.put((self, json.loads(line)))
         code = self._process.wait()
         said.put((self, {"kind": "died", "how": _how(code)}))
 

@@ -1,0 +1,45 @@
+"""Slides and jobs that behave badly, for processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.slide.make import halved, section, write_pyramid
+
+
+def write_slides(folder: Path, n: int) -> list[str]:
+    """Write small slides, each another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(n):
+        full = section(seed=seed)
+        write_pyramid(folder / f"s{seed}.svs", [full, halved(full)], 0.5, svs=True)
+    return sorted(map(str, folder.iterdir()))
+
+
+#: Put on the path of a worker, as sitecustomize: what a bad decoder does, told by the slide's name.
+SABOTAGE = """
+import builtins, os, signal, sys, time
+
+def spoil():
+    import wsi.archive.jobs as jobs
+    tile_slide = jobs.tile_slide
+    def spoilt(path, *arguments, **more):
+        name = os.path.basename(path)
+        if "segfault" in name:
+            import ctypes
+            ctypes.string_at(0)
+        if "kill" in name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "exit" in name:
+            os._exit(7)
+        if "hang" in name:
+            time.sleep(3600)
+        if "greedy" in name:
+            hoard = [b"x" * (1 << 20) for _ in range(1 << 11)]
+            time.sleep(3600)
+        return tile_slide(path, *arguments, **more)
+    jobs.tile_slide = spoilt
+
+if "-m" in sys.orig_argv and "wsi.archive.worker" in sys.orig_argv or "distributed" in " ".join(sys.orig_argv):
+    spoil()
+"""

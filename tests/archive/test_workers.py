@@ -1,0 +1,180 @@
+"""Slides in processes of their own: whatever one does to its process, the others are done, and it is a row."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.archive.make import SABOTAGE, write_slides
+from tests.e2e.conftest import digest, rows
+from wsi.archive import Event, Limits, SlideRef, find_slides, tile_archive
+from wsi.errors import OutputError, StoreError, WsiError
+from wsi.tile import TileConfig
+
+CONFIG = TileConfig(mpp=1.0, tile_px=32, pixels="zstd")
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workers") / "slides"
+    write_slides(folder, 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The slides tiled without any process but this."""
+    out = tmp_path_factory.mktemp("whole")
+    tile_archive(find_slides([str(slides)]), out, CONFIG, workers=0)
+    return out
+
+
+@pytest.fixture
+def saboteur(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/sitecustomize.py").write_text(SABOTAGE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+
+
+def bad(slides: Path, folder: Path, *names: str) -> list[SlideRef]:
+    """Copies of a slide under names that the saboteur knows, between two that are well."""
+    folder.mkdir()
+    for name in names:
+        shutil.copy(slides / "s0.svs", folder / f"{name}.svs")
+    good = find_slides([str(slides)])
+    return [good[0], *(SlideRef(str(folder / f"{name}.svs")) for name in names), good[1]]
+
+
+def test_other_processes_give_the_same_bytes(slides: Path, whole: Path, tmp_path: Path) -> None:
+    told: list[Event] = []
+    summary = tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=2, tell=told.append)
+    assert [row["slide_id"] for row in summary.done] == ["s0", "s1"] and not summary.failed
+    assert digest(tmp_path / "r") == digest(whole) != {}
+    assert not (tmp_path / "r/.claims").exists()
+    for name in ("s0", "s1"):
+        kinds = [event.kind for event in told if event.slide_id == name]
+        assert kinds[0] == "begin" and kinds[-1] == "done" and "stage" in kinds
+    table = rows(tmp_path / "r/slides.csv")
+    assert [row["n_tiles"] for row in table] == [str(row["n_tiles"]) for row in summary.done]
+
+
+def test_what_kills_a_worker_is_a_row_and_the_rest_go_on(
+    slides: Path, whole: Path, tmp_path: Path, saboteur: None
+) -> None:
+    refs = bad(slides, tmp_path / "bad", "segfault", "kill", "exit")
+    summary = tile_archive(refs, tmp_path / "r", CONFIG)
+    assert [row["slide_id"] for row in summary.done] == ["s0", "s1"]
+    said = {row["slide_id"]: row for row in rows(tmp_path / "r/failures.csv")}
+    assert set(said) == {"segfault", "kill", "exit"} == {row["slide_id"] for row in summary.failed}
+    assert "SIGSEGV" in said["segfault"]["error"] and "another --reader" in said["segfault"]["remedy"]
+    assert "SIGKILL" in said["kill"]["error"] and "memory" in said["kill"]["remedy"]
+    assert "exit code 7" in said["exit"]["error"]
+    kept = {name: hashed for name, hashed in digest(tmp_path / "r").items() if name[:2] in ("s0", "s1")}
+    assert kept == digest(whole)
+
+
+def test_limits(slides: Path, tmp_path: Path, saboteur: None) -> None:
+    refs = bad(slides, tmp_path / "bad", "hang", "greedy")
+    summary = tile_archive(refs, tmp_path / "r", CONFIG, limits=Limits(seconds=8, memory_bytes=1 << 30))
+    assert [row["slide_id"] for row in summary.done] == ["s0", "s1"]
+    said = {row["slide_id"]: row for row in summary.failed}
+    assert "took more than 8 s" in said["hang"]["error"] and "--slide-timeout" in said["hang"]["remedy"]
+    assert "1.00 are allowed" in said["greedy"]["error"] and "--max-memory" in said["greedy"]["remedy"]
+
+
+def test_a_slide_that_failed_is_tried_again_by_the_next_run(slides: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "s0.svs"
+    broken.write_bytes((slides / "s0.svs").read_bytes()[:5000])
+    refs = [SlideRef(str(broken))]
+    assert tile_archive(refs, tmp_path / "r", CONFIG).failed[0]["slide_id"] == "s0"
+    shutil.copy(slides / "s0.svs", broken)
+    assert tile_archive(refs, tmp_path / "r", CONFIG).done[0]["slide_id"] == "s0"
+    assert rows(tmp_path / "r/failures.csv") == [] and not (tmp_path / "r/s0/failure.json").exists()
+
+
+def test_errors_of_the_job_come_back_as_they_are(slides: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="Known: none"):
+        tile_archive(find_slides([str(slides)]), tmp_path / "r", TileConfig(pixels="gif"))
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="file"):
+        tile_archive(find_slides([str(slides)]), tmp_path / "file", CONFIG)
+    with pytest.raises(WsiError, match="fewer than none"):
+        tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=-1)
+
+
+def test_a_worker_that_cannot_start_ends_the_run(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/sitecustomize.py").write_text("import os, sys\nif 'wsi.archive.worker' in sys.orig_argv: os._exit(9)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    with pytest.raises(WsiError, match="exit code 9"):
+        tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG)
+
+
+def run_apart(slides: Path, out: Path) -> subprocess.Popen[bytes]:
+    """The command line in a process group of its own, with a worker."""
+    words = ["tile", str(slides), "--mpp", "1", "--tile", "32", "--pixels", "zstd", "-o", str(out), "-q"]
+    command = [sys.executable, "-c", "from wsi.cli import main; main()", *words]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[bytes]) -> int:
+    _, stderr = process.communicate()
+    print(stderr.decode())
+    return process.returncode
+
+
+def test_a_killed_run_leaves_no_worker_and_goes_on_at_once(slides: Path, whole: Path, tmp_path: Path) -> None:
+    process = run_apart(slides, tmp_path)
+    while process.poll() is None and not list(tmp_path.glob("*/store.zarr")):
+        os.sched_yield()
+    process.kill()
+    process.communicate()
+    assert finish(run_apart(slides, tmp_path)) == 0
+    assert digest(tmp_path) == digest(whole) and not (tmp_path / ".claims").exists()
+    with pytest.raises(ProcessLookupError):  # the first worker saw its stdin end
+        while True:
+            os.killpg(process.pid, 0)
+            os.sched_yield()
+
+
+def test_ctrl_c_ends_well(slides: Path, whole: Path, tmp_path: Path) -> None:
+    process = run_apart(slides, tmp_path)
+    while process.poll() is None and not list(tmp_path.glob("*/store.zarr")):
+        os.sched_yield()
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode in (130, 0)  # 0: it was done just then
+    if process.returncode:
+        assert stderr.decode() == "wsi: stopped; the same command goes on from here\n"
+    assert not (tmp_path / ".claims").exists()
+    assert finish(run_apart(slides, tmp_path)) == 0
+    assert digest(tmp_path) == digest(whole)
+
+
+def test_two_runs_at_once_share_the_slides(slides: Path, whole: Path, tmp_path: Path) -> None:
+    runs = [run_apart(slides, tmp_path) for _ in range(2)]
+    assert [finish(run) for run in runs] == [0, 0]
+    assert digest(tmp_path) == digest(whole) and not (tmp_path / ".claims").exists()
+    assert [row["slide_id"] for row in rows(tmp_path / "slides.csv")] == ["s0", "s1"]
+
+
+def test_the_job_survives_the_journey() -> None:
+    from wsi.archive.jobs import ScoreJob, TileJob, from_json, to_json
+    from wsi.run import EngineConfig, ScoreConfig
+    from wsi.tissue import TissueConfig
+
+    for job in (
+        ScoreJob(EngineConfig("m", batch_size=7), ScoreConfig(positive=("a", "b"), tissue=TissueConfig(mpp=4.0))),
+        TileJob(CONFIG, 3),
+    ):
+        assert from_json(json.loads(json.dumps(to_json(job)))) == job
