@@ -12,35 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.archive.make import SABOTAGE, write_slides
+from tests.archive.make import CONFIG
 from tests.e2e.conftest import digest, rows
 from wsi.archive import Event, Limits, SlideRef, find_slides, tile_archive
 from wsi.errors import OutputError, StoreError, WsiError
 from wsi.tile import TileConfig
-
-CONFIG = TileConfig(mpp=1.0, tile_px=32, pixels="zstd")
-
-
-@pytest.fixture(scope="session")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workers") / "slides"
-    write_slides(folder, 2)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def whole(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The slides tiled without any process but this."""
-    out = tmp_path_factory.mktemp("whole")
-    tile_archive(find_slides([str(slides)]), out, CONFIG, workers=0)
-    return out
-
-
-@pytest.fixture
-def saboteur(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path/sitecustomize.py").write_text(SABOTAGE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
 
 
 def bad(slides: Path, folder: Path, *names: str) -> list[SlideRef]:
@@ -110,11 +86,11 @@ def test_errors_of_the_job_come_back_as_they_are(slides: Path, tmp_path: Path) -
         tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=-1)
 
 
-def test_a_worker_that_cannot_start_ends_the_run(
-    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_cannot_start_ends_the_run(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "path").mkdir()
-    (tmp_path / "path/sitecustomize.py").write_text("import os, sys\nif 'wsi.archive.worker' in sys.orig_argv: os._exit(9)")
+    (tmp_path / "path/sitecustomize.py").write_text(
+        "import os, sys\nif 'wsi.archive.worker' in sys.orig_argv: os._exit(9)"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     with pytest.raises(WsiError, match="exit code 9"):
         tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG)

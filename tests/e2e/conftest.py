@@ -21,7 +21,11 @@ def wsi(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*arguments: object) -> tuple[int, str, str]:
         if arguments[:1] in (("score",), ("tile",)) and len(arguments) > 1 and "--workers" not in arguments:
-            arguments = (*arguments, "--workers", 0)  # patches of a test reach no other process; tests/archive has those
+            arguments = (
+                *arguments,
+                "--workers",
+                0,
+            )  # patches of a test reach no other process; tests/archive has those
         monkeypatch.setattr(sys, "argv", ["wsi", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import threading
 from dataclasses import asdict
@@ -58,6 +59,7 @@ class Cluster:
     def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """See ``Staff``."""
         try:
+            import dask
             import distributed
         except ImportError as error:
             remedy = "Install it with: pip install 'wsi[cluster]'"
@@ -65,9 +67,12 @@ class Cluster:
                 f"scheduler={self._address!r}", "needs Dask distributed, which is not here", remedy
             ) from error
         if self._address == "local":
-            self._cluster = distributed.LocalCluster(
-                n_workers=self._n or 1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
-            )
+            # A slide that has ended two workers would end the next one too.
+            with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+                self._cluster = distributed.LocalCluster(
+                    n_workers=self._n or 1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,
+                    silence_logs=logging.CRITICAL,
+                )  # fmt: skip
         try:
             self._client = distributed.Client(self._cluster or self._address, timeout="30s", set_as_default=False)
         except (OSError, ValueError) as error:

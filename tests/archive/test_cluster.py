@@ -1,0 +1,44 @@
+"""The same slides on a Dask cluster of two workers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.archive.make import CONFIG
+from tests.e2e.conftest import digest, rows
+from wsi.archive import find_slides, tile_archive
+from wsi.errors import StoreError, WsiError
+from wsi.tile import TileConfig
+
+pytest.importorskip("distributed", reason="needs the extra 'cluster'")
+
+
+def test_two_workers_give_the_same_bytes_and_a_crash_is_a_row(
+    slides: Path, whole: Path, tmp_path: Path, saboteur: None
+) -> None:
+    folder = tmp_path / "slides"
+    shutil.copytree(slides, folder)
+    shutil.copy(slides / "s0.svs", folder / "segfault.svs")
+    (folder / "cut.svs").write_bytes((slides / "s0.svs").read_bytes()[:3000])
+    summary = tile_archive(find_slides([str(folder)]), tmp_path / "r", CONFIG, scheduler="local", workers=2)
+    assert [row["slide_id"] for row in summary.done] == ["s0", "s1"]
+    failed = {row["slide_id"]: row["error"] for row in rows(tmp_path / "r/failures.csv")}
+    assert set(failed) == {"segfault", "cut"} and "worker after worker" in failed["segfault"]
+    for name in ("s0", "s1"):
+        mine, theirs = digest(tmp_path / "r" / name), digest(whole / name)
+        assert len(mine) > 5
+        assert {path: mine[path] for path in mine if "json" not in path} == {
+            path: theirs[path] for path in theirs if "json" not in path
+        }  # the JSON files name the copy of the slide
+    assert not (tmp_path / "r/.claims").exists()
+
+
+def test_what_cannot_be_is_said_at_once(slides: Path, tmp_path: Path) -> None:
+    refs = find_slides([str(slides)])
+    with pytest.raises(StoreError, match="Known: none"):
+        tile_archive(refs, tmp_path / "r", TileConfig(pixels="gif"), scheduler="local")
+    with pytest.raises(WsiError, match="cannot be reached"):
+        tile_archive(refs, tmp_path / "r", CONFIG, scheduler="nonsense://nowhere")
