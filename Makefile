@@ -1,12 +1,13 @@
 # make demo   install into .venv and score a synthetic slide
 # make test   install if needed and run the tests
 # make camelyon-phantom   40 synthetic slides in the files of CAMELYON: train, score, evaluate, compare with the truth
+# make soak   kill runs at 200 random moments and compare what they leave (half an hour)
 # make lint   what CI asks of the code's form
 # make bench-peers   other programs into .venv-peers, and wsi beside them
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench-peers camelyon-phantom clean
+.PHONY: demo test soak lint bench-peers camelyon-phantom clean
 PHANTOM := camelyon-phantom
 
 demo: .venv/installed
@@ -27,6 +28,9 @@ camelyon-phantom: .venv/installed
 	$(BIN)/wsi evaluate segmentation $(PHANTOM)/test/results --annotations $(PHANTOM)/test/annotations \
 		-o $(PHANTOM)/segmentation
 	$(BIN)/python benchmarks/camelyon_phantom.py $(PHANTOM) --check
+
+soak: .venv/installed
+	$(BIN)/python -m tests.archive.soak --kills 200
 
 lint: .venv/installed
 	$(BIN)/ruff check .

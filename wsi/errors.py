@@ -126,6 +126,7 @@ class OutputError(WsiError, OSError):
             errno.EPERM: "Choose a folder you may write to with -o",
             errno.EROFS: "The file system is read-only; choose another folder with -o",
             errno.ENOTDIR: "A file stands where a folder is needed; choose another folder with -o",
+            errno.EIO: "The disk fails, or the network to it; the same command goes on when it is well again",
             errno.EEXIST: "A file stands where a folder is needed; choose another folder with -o",
         }
         what = f"cannot be written ({error.strerror or error})"
@@ -139,4 +140,4 @@ def is_output_error(error: OSError, folder: str | os.PathLike[str]) -> bool:
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
         return True
     inside = os.path.abspath(os.fsdecode(error.filename or "")).startswith(os.path.abspath(folder))  # noqa: PTH100
-    return inside and error.errno in {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+    return inside and error.errno in {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ESTALE}

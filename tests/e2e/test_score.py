@@ -19,8 +19,7 @@ from PIL import Image
 from tests.e2e.conftest import Run, digest, rows
 from tests.nn.make import write_head, write_model
 from tests.slide.make import halved, section, write_jpeg_pyramid, write_pyramid
-from wsi import infer
-from wsi.archive import jobs
+from wsi import infer, run
 from wsi.archive.folder import Tables
 from wsi.nn.patch import load_patch_model
 from wsi.slide import open_slide
@@ -189,7 +188,7 @@ class TestResume:
     ) -> None:
         assert wsi("score", slides, "-m", model, "-o", tmp_path, "-q")[0] == 0
         before, table = digest(tmp_path), (tmp_path / "slides.csv").read_bytes()
-        monkeypatch.setattr(jobs, "score_slide", None)  # would fail
+        monkeypatch.setattr(run, "score_slide", None)  # would fail
         assert wsi("score", slides, "-m", model, "-o", tmp_path, "-q")[0] == 0
         assert digest(tmp_path) == before and (tmp_path / "slides.csv").read_bytes() == table
 
@@ -518,14 +517,14 @@ class TestBadInput:
     def test_a_bug_shows_its_traceback_and_the_rest_go_on(
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        score_slide = jobs.score_slide
+        score_slide = run.score_slide
 
         def sometimes(path: str, *arguments: object, **more: object) -> object:
             if path.endswith("a.svs"):
                 raise ZeroDivisionError("oops")
             return score_slide(path, *arguments, **more)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(jobs, "score_slide", sometimes)
+        monkeypatch.setattr(run, "score_slide", sometimes)
         code, _, stderr = wsi("score", slides, "-m", model, "-o", tmp_path, "-q")
         assert code == 3 and "Traceback" in stderr
         assert rows(tmp_path / "failures.csv")[0]["error"] == "ZeroDivisionError: oops"

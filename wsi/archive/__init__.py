@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wsi.archive.claims import Claim, Claims
 from wsi.archive.folder import CLAIMS, Row, Tables, bind, read_failure, slide_ids, sweep, write_failure
@@ -20,8 +21,10 @@ from wsi.archive.slides import ORDERS, SUFFIXES, SlideRef, find_slides, in_order
 from wsi.archive.workers import Event, Here, Limits, Staff, Tell, Workers, default_threads
 from wsi.errors import OutputError, WsiError
 from wsi.result import read_result
-from wsi.run import EngineConfig, ScoreConfig
 from wsi.tile import TileConfig
+
+if TYPE_CHECKING:
+    from wsi.run import EngineConfig, ScoreConfig
 
 __all__ = [
     "ORDERS", "SUFFIXES", "Event", "Limits", "SlideRef", "Summary", "default_threads", "find_slides", "score_archive",
@@ -102,6 +105,8 @@ def score_archive(
     >>> [row["slide"] for row in summary.failed]                                                    # doctest: +SKIP
     []
     """
+    from wsi.run import ScoreConfig
+
     job = ScoreJob(engine, config or ScoreConfig())
     staff = _staff(job, workers, scheduler, limits)
     return run(in_order(refs, order), Path(folder), job, staff, force=force, command=command, tell=tell)

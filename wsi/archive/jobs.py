@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from wsi import __version__
 from wsi.archive.claims import Claim, ClaimLost
@@ -15,10 +15,12 @@ from wsi.archive.folder import Row
 from wsi.archive.slides import SlideRef
 from wsi.errors import OutputError, WsiError, is_output_error
 from wsi.result import Progress, SlideResult
-from wsi.run import EngineConfig, ScoreConfig, score_slide
 from wsi.slide import absolute
 from wsi.tile import TileConfig, tile_slide
 from wsi.tissue import TissueConfig
+
+if TYPE_CHECKING:
+    from wsi.run import EngineConfig, ScoreConfig  # torch, of which patch stores know nothing
 
 #: Seconds that a process which does slides may take to end well when it is told to.
 END_S = 3.0
@@ -68,6 +70,8 @@ class ScoreJob:
 
     def load(self) -> Ready:
         """Load the models; errors are those of ``load_patch_model`` and ``ScoreConfig.check``."""
+        from wsi.run import score_slide
+
         engine, config = self.engine.load(), self.config
         config.check(engine.model.config)
         numbers = asdict(config)
@@ -131,6 +135,8 @@ def from_json(said: dict[str, Any]) -> Job:
     config = {**said["config"], "tissue": TissueConfig(**said["config"]["tissue"])}
     if said["job"] == "TileJob":
         return TileJob(TileConfig(**config), said["threads"])
+    from wsi.run import EngineConfig, ScoreConfig
+
     config["positive"] = tuple(config["positive"])
     return ScoreJob(EngineConfig(**said["engine"]), ScoreConfig(**config))
 
@@ -193,6 +199,8 @@ def failure(task: Task, stage: str, error: Exception) -> Row:
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or "out of memory" in said.lower():
         return failure_row(task, stage, said, "Lower --batch-size or --threads, or use a machine with more memory")
+    if isinstance(error, OSError):
+        return failure_row(task, stage, said, "The file system failed: try again, or copy the slide nearer")
     traceback.print_exception(error, file=sys.stderr)  # a bug, or a library's: the table has no room for where
     return failure_row(task, stage, said, "Please report this: it should not happen")
 

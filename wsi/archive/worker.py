@@ -6,7 +6,6 @@ Whatever libraries print goes to stderr. When stdin ends, it ends: nobody is lef
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
@@ -90,5 +89,7 @@ def _devices() -> int:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+    try:
         main()
+    except (KeyboardInterrupt, BrokenPipeError):
+        os._exit(1)  # at once: Zarr's threads would complain of being left in the middle

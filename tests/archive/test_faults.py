@@ -1,0 +1,88 @@
+"""Kills at random moments (short form of ``make soak``), and a file system that fails."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.archive.make import CONFIG
+from tests.archive.soak import soak
+from tests.e2e.conftest import digest, rows
+from wsi import files
+from wsi.archive import find_slides, tile_archive
+from wsi.archive.claims import Claim
+from wsi.errors import OutputError
+from wsi.store import PatchStore
+
+
+def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
+    done = soak(4, seed=1, folder=tmp_path)
+    assert sum(done.values()) >= 4
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.EACCES])
+@pytest.mark.parametrize("place", ["result.json", "slides.csv", "shard"])
+def test_a_failing_disk_ends_the_run_and_loses_nothing(
+    slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, place: str
+) -> None:
+    def fail(path: object) -> None:
+        raise OSError(number, "planted", str(path))
+
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *arguments: Any, **more: Any) -> Any:
+            if Path(path).name == place:
+                fail(path)
+            return function(path, *arguments, **more)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        if place == "shard":
+            patched.setattr(PatchStore, "keep", lambda self, shard, chunks: fail(self.path))
+        else:
+            for module in ("wsi.archive.folder", "wsi.result"):
+                for name in ("write_csv", "write_json"):
+                    patched.setattr(f"{module}.{name}", failing(getattr(files, name)), raising=False)
+        with pytest.raises(OutputError, match="planted"):
+            tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0)
+    assert not (tmp_path / "r/.claims").exists()
+    tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0)
+    assert digest(tmp_path / "r") == digest(whole)
+    assert len(rows(tmp_path / "r/slides.csv")) == 2
+
+
+def test_who_was_overtaken_writes_no_result(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run takes the slide over and finishes it while we sleep just before the result is written."""
+    asked: list[str] = []
+
+    def holds(self: Claim) -> bool:
+        asked.append(self.path)
+        if len(asked) < 5:
+            return Path(self.path).exists()
+        patched.undo()
+        Path(self.path).rename(Path(self.path).with_suffix(".9"))  # another's now, as far as we can see
+        tile_archive(find_slides([str(slides / "s0.svs")]), tmp_path / "other", CONFIG, workers=0)
+        (tmp_path / "r/s0/result.json").write_bytes((tmp_path / "other/s0/result.json").read_bytes())
+        (tmp_path / "r/s0/seconds.json").write_text('{"tiles": 12345.0}')
+        Path(self.path).with_suffix(".9").unlink()
+        return False
+
+    patched = monkeypatch
+    patched.setattr(Claim, "holds", holds)
+    summary = tile_archive(find_slides([str(slides / "s0.svs")]), tmp_path / "r", CONFIG, workers=0)
+    assert summary.done[0]["seconds_tiles"] == 12345.0  # theirs, not ours
+    assert not summary.failed
+
+
+def test_half_written_files_of_a_killed_run_are_swept(slides: Path, tmp_path: Path) -> None:
+    own = tmp_path / "r/s0"
+    own.mkdir(parents=True)
+    (own / ".result.json.0123.draft").write_text("{")
+    (own / ".store.zarr.77.draft").mkdir()
+    (own / ".store.zarr.77.draft/zarr.json").write_text("{")
+    tile_archive(find_slides([str(slides / "s0.svs")]), tmp_path / "r", CONFIG, workers=0)
+    assert sorted(path.name for path in own.iterdir()) == ["result.json", "seconds.json", "store.zarr"]
