@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import queue
 import signal
@@ -29,6 +30,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started us decides
     signal.signal(signal.SIGTERM, _stop)
     faulthandler.enable()
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # as in the command line
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 

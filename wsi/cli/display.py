@@ -116,7 +116,7 @@ def conclude(summary: Summary, n_slides: int, out: Path, *, as_json: bool, quiet
     if as_json:
         print(json.dumps({verb: summary.done, "failed": summary.failed}, indent=2))
     for row in summary.failed:
-        where = "" if row["slide"] in row["error"] else f"{row['slide']}: "
+        where = "" if Path(row["slide"]).name in row["error"] else f"{row['slide']}: "
         say(f"wsi: {where}{row['error']} [{row['stage']}]. {row['remedy']}")
     say(f"{len(summary.done)} of {n_slides} slides {verb}: {out / 'slides.csv'}", quiet=quiet)
     if flagged := [row["slide_id"] for row in summary.done if row["flags"]]:
