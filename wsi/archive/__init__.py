@@ -201,9 +201,9 @@ class _Run:
                 if not self._staff.free():
                     break
                 self._begin(self._to_do.popleft())
+            self._tables.write()  # while the staff is at work
             if self._to_do or self._doing:
                 self._staff.wait(self._hear)
-            self._tables.write()
         return self._rows
 
     def _begin(self, slide_id: str) -> None:

@@ -7,6 +7,7 @@ Whatever libraries print goes to stderr. When stdin ends, it ends: nobody is lef
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -43,6 +44,8 @@ def main() -> None:
     except WsiError as error:
         tell("refused", error=[type(error).__name__, error.where, error.what, error.remedy])
         return
+    gc.collect()
+    gc.freeze()  # models and libraries need not be looked through after each slide
     tell("ready", configuration=ready.configuration, execution=ready.execution, devices=_devices())
     while True:
         task = Task.from_json(json.loads(lines.get()))
