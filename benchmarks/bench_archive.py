@@ -118,9 +118,7 @@ def main() -> None:
         stages = [sum(row[name] for name in parts if "threads" not in name) for row in summary.done]
         tiles = sum(row["n_tiles"] for row in summary.done)
         gaps = np.diff(at) - np.array(stages)
-        print(
-            f"{len(refs)} slides of {chosen.size} px, {tiles} tiles, model {model if model == 'phantom' else chosen.network}"
-        )
+        print(f"{len(refs)} slides of {chosen.size} px, {tiles} tiles, model {chosen.network or model}")
         print(f"wall {wall:.1f} s, {wall / len(refs) * 1000:.1f} ms a slide, {tiles / wall:.0f} tiles/s")
         print(f"outside slides: mean {gaps.mean() * 1000:.1f} ms, median {np.median(gaps) * 1000:.1f} ms a slide")
         for i, who in enumerate(("run", "worker")):

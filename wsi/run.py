@@ -29,13 +29,18 @@ from wsi.nn.patch import PatchModel, load_patch_model
 from wsi.result import Clock, Progress, SlideResult, rounded, write_result
 from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
 from wsi.stain import METHODS, TARGETS, StainTransform, fit
-from wsi.store import KINDS, PatchStore, copy_tiles, stored_tiles
+from wsi.store import KINDS, PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tissue import TissueConfig, TissueMask, find_tissue, read_mask
 
 #: Colours of classes in QuPath: the positive ones as its built-in Tumor, the others apart from them.
 _POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
 _OTHER_RGB = ((120, 170, 220), (150, 200, 150), (160, 90, 160), (255, 200, 0), (50, 50, 50), (90, 140, 90))
 _TISSUE_RGB = (150, 200, 150)
+
+#: What a slide's overlay takes, and a tile in GeoJSON: about what was seen.
+_PICTURE_BYTES, _OUTLINE_BYTES = 4_000_000, 60
+#: Tiles that a slide is judged by before it is scored.
+_TRIAGE_TILES = 64
 
 
 @dataclass(frozen=True)
@@ -216,12 +221,7 @@ def score_slide(
         with clock.stage("stain"):
             stain = fit(config.stain, slide, config.stain_target, tissue=tissue) if config.stain else None
         with clock.stage("grid"):
-            model = engine.model.config
-            grid = TileGrid.cover(
-                slide.size, slide_mpp=slide.mpp, mpp=model.mpp, tile_px=model.tile_px, stride_px=config.stride_px
-            )
-            share = tissue.fraction(grid.boxes())
-            grid, share = grid.keep(share >= config.min_tissue), share[share >= config.min_tissue]
+            grid, share = _lay_grid(slide, tissue, engine.model.config, config)
             if config.pixels == "verbatim":
                 stored_tiles(slide, grid)  # refuses a grid that is not the slide's own, before there is a store
             store = _store(folder / "store.zarr", grid, slide, stain, engine, config)
@@ -286,6 +286,57 @@ def score_slide(
     progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)
     return result
+
+
+def estimate_bytes(
+    path: str, engine: Engine, config: ScoreConfig, *, mpp: float | None = None, mask: str | None = None
+) -> int:
+    """Say about how many bytes `score_slide` will write for a slide; errors are its own."""
+    with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
+        tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+        n = len(_lay_grid(slide, tissue, engine.model.config, config)[0])
+    numbers = 4 * len(engine.model.config.class_names) + 2 * (engine.model.num_features or 0) + 4
+    return _PICTURE_BYTES + n * (numbers + _OUTLINE_BYTES) + pixel_bytes(config.pixels, n, engine.model.config.tile_px)
+
+
+def triage(
+    path: str, engine: Engine, config: ScoreConfig, *, mpp: float | None = None, mask: str | None = None
+) -> float:
+    """Look at a few tiles all over the tissue: the mean probability of the positive classes in the likeliest eighth.
+
+    A model knows its own microns per pixel alone, so that a look at lower magnification would be a guess; this is a sample at
+    its own. For sorting slides, and nothing else.
+
+    Raises
+    ------
+    ModelError
+        The model names no positive classes, and the configuration neither.
+    """
+    positive = config.positive or engine.model.config.positive_classes
+    if not positive:
+        raise ModelError(engine.model.name, "names no positive classes to look for", "Name them with --positive")
+    with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
+        tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+        grid, _ = _lay_grid(slide, tissue, engine.model.config, config)
+        chosen = np.unique(np.linspace(0, len(grid) - 1, _TRIAGE_TILES).round().astype(int)) if len(grid) else []
+        side = engine.model.config.tile_px
+        patches = [slide.read(grid.box(int(tile)), (side, side)) for tile in chosen]
+    if not patches:
+        return 0.0
+    names = engine.model.config.class_names
+    scores = engine.model(np.stack(patches)).probabilities[:, [names.index(name) for name in positive]].sum(axis=1)
+    return float(np.sort(scores)[-max(1, len(scores) // 8) :].mean())
+
+
+def _lay_grid(
+    slide: Slide, tissue: TissueMask, model: ModelConfig, config: ScoreConfig
+) -> tuple[TileGrid, npt.NDArray[np.float64]]:
+    """Tiles that hold enough tissue, and the share of each that is."""
+    grid = TileGrid.cover(
+        slide.size, slide_mpp=slide.mpp, mpp=model.mpp, tile_px=model.tile_px, stride_px=config.stride_px
+    )
+    share = tissue.fraction(grid.boxes())
+    return grid.keep(share >= config.min_tissue), share[share >= config.min_tissue]
 
 
 def _store(

@@ -17,7 +17,7 @@ from wsi.errors import GridError, SlideError, StoreError
 from wsi.grid import TileGrid
 from wsi.result import Clock, Progress, SlideResult, rounded, write_result
 from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
-from wsi.store import KINDS, PatchStore, copy_tiles, stored_tiles
+from wsi.store import KINDS, PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tiling import stream
 from wsi.tissue import TissueConfig, TissueMask, find_tissue, read_mask
 
@@ -150,6 +150,15 @@ def tile_slide(
     progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)
     return result
+
+
+def estimate_tiled_bytes(path: str, config: TileConfig, *, mpp: float | None = None, mask: str | None = None) -> int:
+    """Say about how many bytes `tile_slide` will write for a slide; errors are its own."""
+    with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
+        tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+        grid = lay_grid(slide, config)
+        n = int((tissue.fraction(grid.boxes()) >= config.min_tissue).sum())
+    return pixel_bytes(config.pixels, n, grid.tile_px) + 10 * n
 
 
 def lay_grid(slide: Slide, config: TileConfig) -> TileGrid:

@@ -8,6 +8,7 @@ became of it, until there is none. `folder` says what lies in the results folder
 from __future__ import annotations
 
 import os
+import shutil
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING
 from wsi.archive.claims import Claim, Claims
 from wsi.archive.folder import CLAIMS, Row, Tables, bind, read_failure, slide_ids, sweep, write_failure
 from wsi.archive.jobs import Job, ScoreJob, Task, TileJob
-from wsi.archive.slides import ORDERS, SUFFIXES, SlideRef, find_slides, in_order
+from wsi.archive.slides import SUFFIXES, SlideRef, find_slides
 from wsi.archive.workers import Event, Here, Limits, Staff, Tell, Workers, default_threads
 from wsi.errors import OutputError, WsiError
 from wsi.result import read_result
+from wsi.slide import is_url
 from wsi.tile import TileConfig
 
 if TYPE_CHECKING:
@@ -30,6 +32,14 @@ __all__ = [
     "ORDERS", "SUFFIXES", "Event", "Limits", "SlideRef", "Summary", "default_threads", "find_slides", "score_archive",
     "tile_archive",
 ]  # fmt: skip
+
+
+#: Ways to order slides.
+ORDERS = ("given", "size", "triage")
+#: Slides that the space needed for results is judged by.
+_SAMPLE = 8
+#: Free space, in sizes of the slides themselves, that holds the results of any job.
+_PLENTY = 20
 
 
 @dataclass
@@ -75,8 +85,9 @@ def score_archive(
         `workers` on this machine.
     limits : Limits
         What one slide may take; not with `workers` 0 or `scheduler`.
-    order : {"given", "size"}
-        Largest first, or as given.
+    order : {"given", "size", "triage"}
+        As given; largest first, so that no long slide is left for the end; or (scoring) likely positive ones first, by a
+        look at a few tiles of each (see ``wsi.run.triage``).
     force : bool
         Throw earlier results of these slides away; those of other slides stay.
     command : sequence of str
@@ -109,7 +120,7 @@ def score_archive(
 
     job = ScoreJob(engine, config or ScoreConfig())
     staff = _staff(job, workers, scheduler, limits)
-    return run(in_order(refs, order), Path(folder), job, staff, force=force, command=command, tell=tell)
+    return run(refs, Path(folder), job, staff, order=order, force=force, command=command, tell=tell)
 
 
 def tile_archive(
@@ -130,9 +141,11 @@ def tile_archive(
 
     Parameters and errors are those of ``score_archive``, with what ``tile_slide`` takes in place of the engine.
     """
+    if order == "triage":
+        raise WsiError("order='triage'", "needs a model, and patches are cut without one", "Use given or size")
     job = TileJob(config or TileConfig(), threads or default_threads())
     staff = _staff(job, workers, scheduler, limits)
-    return run(in_order(refs, order), Path(folder), job, staff, force=force, command=command, tell=tell)
+    return run(refs, Path(folder), job, staff, order=order, force=force, command=command, tell=tell)
 
 
 def _staff(job: Job, workers: int | None, scheduler: str | None, limits: Limits) -> Staff:
@@ -151,21 +164,26 @@ def run(
     job: Job,
     staff: Staff,
     *,
+    order: str = "given",
     force: bool = False,
     command: Sequence[str] = (),
     tell: Tell = _nobody,
-    claims: Claims | None = None,
 ) -> Summary:
     """Do `job` to slides, by `staff`, into a results folder that other runs may be working on too."""
+    if order not in ORDERS:
+        raise WsiError(f"order={order!r}", "no such order", f"Known: {', '.join(ORDERS)}")
     try:
         configuration, execution = staff.start()
         folder.mkdir(parents=True, exist_ok=True)
         ids = slide_ids(refs, folder)
         bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
         tables = Tables(folder, job.columns, job.status, dict(zip(ids, refs, strict=True)))
-        with claims or Claims(folder / CLAIMS) as claims:
+        with Claims(folder / CLAIMS) as claims:
             try:
-                rows = _Run(folder, dict(zip(ids, refs, strict=True)), staff, claims, tables, tell).go()
+                work = _Run(folder, dict(zip(ids, refs, strict=True)), staff, claims, tables, tell)
+                work.sort(order)
+                work.weigh()
+                rows = work.go()
             finally:
                 staff.stop()  # before the claims are given back
                 tables.write(last=True)
@@ -182,6 +200,10 @@ def run(
     return summary
 
 
+def _file_bytes(ref: SlideRef) -> int:
+    return 0 if is_url(ref.path) else Path(ref.path).stat().st_size
+
+
 class _Run:
     """The books of one run: which slides are to do, who is doing which, and what became of the others."""
 
@@ -193,6 +215,58 @@ class _Run:
         self._to_do = deque(refs)
         self._doing: dict[str, Claim] = {}
         self._rows: dict[str, tuple[str, Row]] = {}
+
+    def sort(self, order: str) -> None:
+        """Put the slides in order; one that cannot be asked comes last."""
+        if order == "size":
+            sizes = {name: _file_bytes(ref) for name, ref in self._refs.items()}
+            self._to_do = deque(sorted(self._to_do, key=lambda name: -sizes[name]))
+        elif order == "triage":
+            found = self._ask("triage", [name for name in self._to_do if not self._is_finished(name)])
+            self._to_do = deque(sorted(found, key=lambda name: -(found[name] or 0.0)))
+
+    def weigh(self) -> None:
+        """Refuse to begin where the disk cannot hold the results, judged by a few slides.
+
+        Raises
+        ------
+        OutputError
+            With the numbers.
+        """
+        missing = [name for name in self._to_do if read_result(self._folder / name) is None]
+        free = shutil.disk_usage(self._folder).free
+        sizes = [_file_bytes(self._refs[name]) for name in missing]
+        if all(sizes) and free > _PLENTY * sum(sizes):
+            return
+        sample = missing[:: -(-len(missing) // _SAMPLE) or 1]
+        answers = [value for value in self._ask("bytes", sample).values() if value is not None]
+        needed = sum(answers) / len(answers) * len(missing) if answers else 0.0
+        if needed > free:
+            what = f"has {free / 1e9:.3g} GB free, and {len(missing)} slides need about {needed / 1e9:.3g} GB"
+            raise OutputError(self._folder, what, "Make room, choose another folder with -o, or keep less (--pixels)")
+
+    def _ask(self, question: str, names: Sequence[str]) -> dict[str, float | None]:
+        """Ask something of slides that is not to be written down; None where that fails, as doing it will too."""
+        waiting, found = deque(names), dict.fromkeys(names, None)
+        failed: Row | None = None
+
+        def hear(event: Event) -> None:
+            nonlocal failed
+            if event.kind != "stage":
+                found[event.slide_id] = event.value
+                failed = event.record or failed
+                asked.remove(event.slide_id)
+
+        asked: set[str] = set()
+        while waiting or asked:
+            while waiting and self._staff.free():
+                name = waiting.popleft()
+                asked.add(name)
+                self._staff.give(Task(name, self._refs[name], str(self._folder / name), question=question))
+            self._staff.wait(hear)
+        if failed is not None and all(value is None for value in found.values()) and question == "triage":
+            raise WsiError(failed["slide"], f"no slide can be judged beforehand: {failed['error']}", failed["remedy"])
+        return found
 
     def go(self) -> dict[str, tuple[str, Row]]:
         """Go on until every slide is done or failed, here or in another run; return their rows."""

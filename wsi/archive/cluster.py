@@ -31,10 +31,9 @@ def _do(job: str, task: dict[str, Any]) -> dict[str, Any]:
     _prepare(job)
     with _lock:
         try:
-            failed = perform(_loaded[job], Task.from_json(task), lambda stage, done, total: None)
+            return perform(_loaded[job], Task.from_json(task), lambda stage, done, total: None)
         except ClaimLost:
             return {"kind": "lost"}
-    return {"kind": "failed", "record": failed} if failed else {"kind": "done"}
 
 
 class Cluster:
@@ -101,7 +100,7 @@ class Cluster:
         task = self._running.pop(future)
         if future.status == "finished":
             said = future.result()
-            tell(Event(said["kind"], task.slide_id, record=said.get("record")))
+            tell(Event(slide_id=task.slide_id, **said))
             return
         error = future.exception() if future.status == "error" else None
         if error is None:

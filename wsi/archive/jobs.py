@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -17,7 +17,7 @@ from wsi.archive.slides import SlideRef
 from wsi.errors import OutputError, WsiError, is_output_error
 from wsi.result import Progress, SlideResult
 from wsi.slide import absolute
-from wsi.tile import TileConfig, tile_slide
+from wsi.tile import TileConfig, estimate_tiled_bytes, tile_slide
 from wsi.tissue import TissueConfig
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class Ready:
     work : callable
         Does a slide, given its place and what is known of it, its own folder, and whom to tell; or goes on where it was
         stopped.
+    answers : mapping
+        What can be asked of a slide before: "bytes" that its results will take, and for some jobs "triage", how
+        urgent it seems.
     configuration : dict
         What decides the results: a results folder is bound to it.
     execution : dict
@@ -43,6 +46,7 @@ class Ready:
     """
 
     work: Callable[[SlideRef, Path, Progress], SlideResult]
+    answers: Mapping[str, Callable[[SlideRef], float]]
     configuration: dict[str, Any]
     execution: dict[str, Any]
 
@@ -71,7 +75,7 @@ class ScoreJob:
 
     def load(self) -> Ready:
         """Load the models; errors are those of ``load_patch_model`` and ``ScoreConfig.check``."""
-        from wsi.run import score_slide
+        from wsi.run import estimate_bytes, score_slide, triage
 
         engine, config = self.engine.load(), self.config
         config.check(engine.model.config)
@@ -82,6 +86,10 @@ class ScoreJob:
                 ref.path, own, engine, config,
                 mpp=ref.mpp, mpp_source=ref.mpp_source, mask=ref.mask, progress=progress,
             ),
+            answers={
+                "bytes": lambda ref: estimate_bytes(ref.path, engine, config, mpp=ref.mpp, mask=ref.mask),
+                "triage": lambda ref: triage(ref.path, engine, config, mpp=ref.mpp, mask=ref.mask),
+            },
             configuration={
                 "model": engine.model.name,
                 "model_sha256": engine.model.sha256,
@@ -118,6 +126,7 @@ class TileJob:
                 ref.path, own, self.config,
                 threads=self.threads, mpp=ref.mpp, mpp_source=ref.mpp_source, mask=ref.mask, progress=progress,
             ),
+            answers={"bytes": lambda ref: estimate_tiled_bytes(ref.path, self.config, mpp=ref.mpp, mask=ref.mask)},
             configuration={"wsi_version": __version__, **asdict(self.config)},
             execution={"threads": self.threads},
         )  # fmt: skip
@@ -144,26 +153,40 @@ def from_json(said: dict[str, Any]) -> Job:
 
 @dataclass(frozen=True)
 class Task:
-    """One slide, claimed, with the folder its results go to."""
+    """One slide: to be done, claimed, with the folder its results go to; or to be asked about.
+
+    Attributes
+    ----------
+    slide_id : str
+    ref : SlideRef
+    own : str
+        Its folder.
+    claim : Claim, optional
+        Needed to do it.
+    question : str
+        What is asked (see ``Ready.answers``); empty where it is to be done.
+    """
 
     slide_id: str
     ref: SlideRef
     own: str
-    claim: Claim
+    claim: Claim | None = None
+    question: str = ""
 
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> Self:
         """Undo ``dataclasses.asdict``."""
-        return cls(said["slide_id"], SlideRef(**said["ref"]), said["own"], Claim(**said["claim"]))
+        claim = Claim(**said["claim"]) if said["claim"] else None
+        return cls(said["slide_id"], SlideRef(**said["ref"]), said["own"], claim, said["question"])
 
 
-def perform(ready: Ready, task: Task, progress: Progress) -> Row | None:
-    """Do one slide: the one place where a slide may fail.
+def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
+    """Do one slide, or answer about it: the one place where a slide may fail.
 
     Returns
     -------
-    dict or None
-        A row of failures.csv; None for success.
+    dict
+        ``kind`` "done", with the answer as ``value``; or "failed", with ``record``, a row of failures.csv.
 
     Raises
     ------
@@ -172,27 +195,29 @@ def perform(ready: Ready, task: Task, progress: Progress) -> Row | None:
     OutputError
         Nothing can be written: going on would be of no use.
     """
-    stage, own = "open", Path(task.own)
+    stage, own = "", Path(task.own)
 
     def watch(name: str, done: int, total: int) -> None:
         nonlocal stage
-        if name != stage:
+        if name != stage and task.claim is not None:
             task.claim.confirm()
         stage = name
         progress(name, done, total)
 
     try:
-        task.claim.confirm()
+        if task.question:
+            return {"kind": "done", "value": float(ready.answers[task.question](task.ref))}
+        watch("open", 0, 0)
         ready.work(task.ref, own, watch)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, own.parent):
             raise OutputError.of(error, own.parent) from error
         if isinstance(error, ClaimLost):
             raise
-        return failure(task, stage, error)
+        return {"kind": "failed", "record": failure(task, stage or "open", error)}
     finally:
         gc.collect()  # matplotlib leaves 6 MB a slide in cycles, of too few objects to be collected soon
-    return None
+    return {"kind": "done"}
 
 
 def failure(task: Task, stage: str, error: Exception) -> Row:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import glob
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsi.errors import ManifestError, SlideNotFound, WsiError
+from wsi.errors import ManifestError, SlideNotFound
 from wsi.slide import absolute, is_url
 
 #: What a folder is searched for. DICOM files of one series are levels and parts of one slide.
@@ -19,7 +19,6 @@ _DICOM = (".dcm", ".dicom")
 
 #: Columns of a manifest; it may have others.
 COLUMNS = ("slide", "mpp", "mask", "label", "patient")
-ORDERS = ("given", "size")
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,6 @@ def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRe
                 said = f"{getattr(earlier, differ)} and {getattr(ref, differ)}"
                 raise ManifestError(ref.path, f"is named twice, with {differ} {said}", "Keep one")
     return list(found.values())
-
-
-def in_order(refs: Sequence[SlideRef], order: str) -> list[SlideRef]:
-    """Sort slides: as given, or by size, largest first, so that no long one is left for the end.
-
-    Raises
-    ------
-    WsiError
-        No such order.
-    """
-    if order not in ORDERS:
-        raise WsiError(f"order={order!r}", "no such order", f"Known: {', '.join(ORDERS)}")
-    if order == "given":
-        return list(refs)
-    return sorted(refs, key=lambda ref: 0 if is_url(ref.path) else -Path(ref.path).stat().st_size)
 
 
 def _in_folder(folder: Path) -> list[Path]:

@@ -59,14 +59,12 @@ def main() -> None:
                 tell("stage", stage=stage, done=done, total=total)
 
         try:
-            failure = perform(ready, task, watch)
+            tell(**perform(ready, task, watch))
         except ClaimLost:
             tell("lost")
         except WsiError as error:
             tell("refused", error=[type(error).__name__, error.where, error.what, error.remedy])
             return
-        else:
-            tell("failed", record=failure) if failure else tell("done")
 
 
 def _stop(*_: object) -> None:

@@ -40,6 +40,8 @@ class Event:
         How much of the stage, for "stage".
     record : dict, optional
         The row of slides.csv or failures.csv, for "done" and "failed".
+    value : float, optional
+        The answer, where something was asked.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Event:
     done: int = 0
     total: int = 0
     record: Row | None = None
+    value: float | None = None
 
 
 #: Who is told.
@@ -117,11 +120,10 @@ class Here:
             return
         slide_id = task.slide_id
         try:
-            failed = perform(self._ready, task, lambda *what: tell(Event("stage", slide_id, *what)))
+            said = perform(self._ready, task, lambda *what: tell(Event("stage", slide_id, *what)))
         except ClaimLost:
-            tell(Event("lost", slide_id))
-        else:
-            tell(Event("failed", slide_id, record=failed) if failed else Event("done", slide_id))
+            said = {"kind": "lost"}
+        tell(Event(slide_id=slide_id, **said))
 
     def stop(self) -> None:
         """See ``Staff``."""
@@ -210,7 +212,7 @@ class Workers:
             tell(Event("failed", task.slide_id, record=worker.failure(said["how"])))
         elif task is not None:  # done, failed, lost
             worker.task = None
-            tell(Event(kind, task.slide_id, record=said.get("record")))
+            tell(Event(slide_id=task.slide_id, **said))
 
 
 class _Worker:

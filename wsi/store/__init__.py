@@ -22,7 +22,7 @@
 from __future__ import annotations
 
 from wsi.store.patches import PatchStore
-from wsi.store.pixels import KINDS, SHARD_TILES
+from wsi.store.pixels import KINDS, SHARD_TILES, pixel_bytes
 from wsi.store.verbatim import copy_tiles, stored_tiles
 
-__all__ = ["KINDS", "SHARD_TILES", "PatchStore", "copy_tiles", "stored_tiles"]
+__all__ = ["KINDS", "SHARD_TILES", "PatchStore", "copy_tiles", "pixel_bytes", "stored_tiles"]

@@ -25,6 +25,8 @@ U8 = npt.NDArray[np.uint8]
 
 #: How patches are kept: not at all; without loss; as JPEG; as the slide's own JPEG tiles.
 KINDS = ("none", "zstd", "jpeg", "verbatim")
+#: Bytes a pixel takes, about, of H&E tissue.
+_BYTES_A_PIXEL = {"none": 0.0, "zstd": 2.4, "jpeg": 0.45, "verbatim": 0.45}
 
 SHARD_TILES = 256
 
@@ -32,6 +34,17 @@ SHARD_TILES = 256
 _WHITE = 255
 
 _ZSTD_LEVEL = 1
+
+
+def pixel_bytes(kind: str, n: int, tile_px: int) -> int:
+    """Say about how many bytes `n` patches of tissue take.
+
+    Examples
+    --------
+    >>> pixel_bytes("zstd", 1000, 256)
+    157286400
+    """
+    return int(_BYTES_A_PIXEL[kind] * n * tile_px**2)
 
 
 class Pixels:
