@@ -4,8 +4,8 @@
     python benchmarks/bench_archive.py --slides 40 --size 4096 --network resnet18 --pure
 
 Slides are phantoms: a few different ones under many names. Printed are the seconds that slides took inside (the sum of
-their stages) and outside (between them: claims, hand-over, tables) a slide, resident memory of run and worker over the slides, and with
-`--pure` the wall against the forward passes of the same tiles, held in memory, in batches as full.
+their stages) and outside (between them: claims, hand-over, tables) a slide, resident memory of run and worker over the
+slides, and with `--pure` the wall against the forward passes of as many tiles, held in memory, in batches as full.
 `--network` is any of timm's, with random weights; default is the model `phantom`.
 """
 

@@ -304,8 +304,8 @@ def triage(
 ) -> float:
     """Look at a few tiles all over the tissue: the mean probability of the positive classes in the likeliest eighth.
 
-    A model knows its own microns per pixel alone, so that a look at lower magnification would be a guess; this is a sample at
-    its own. For sorting slides, and nothing else.
+    A model knows its own microns per pixel alone: a look at lower magnification would be a guess, and this is a sample
+    at its own. For sorting slides, and nothing else.
 
     Raises
     ------
@@ -318,11 +318,11 @@ def triage(
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
         tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
         grid, _ = _lay_grid(slide, tissue, engine.model.config, config)
-        chosen = np.unique(np.linspace(0, len(grid) - 1, _TRIAGE_TILES).round().astype(int)) if len(grid) else []
+        if not len(grid):
+            return 0.0
         side = engine.model.config.tile_px
-        patches = [slide.read(grid.box(int(tile)), (side, side)) for tile in chosen]
-    if not patches:
-        return 0.0
+        chosen = np.unique(np.linspace(0, len(grid) - 1, _TRIAGE_TILES).round().astype(int)).tolist()
+        patches = [slide.read(grid.box(tile), (side, side)) for tile in chosen]
     names = engine.model.config.class_names
     scores = engine.model(np.stack(patches)).probabilities[:, [names.index(name) for name in positive]].sum(axis=1)
     return float(np.sort(scores)[-max(1, len(scores) // 8) :].mean())

@@ -86,8 +86,8 @@ def score_archive(
     limits : Limits
         What one slide may take; not with `workers` 0 or `scheduler`.
     order : {"given", "size", "triage"}
-        As given; largest first, so that no long slide is left for the end; or (scoring) likely positive ones first, by a
-        look at a few tiles of each (see ``wsi.run.triage``).
+        As given; largest first, so that no long slide is left for the end; or (scoring) likely positive ones first,
+        by a look at a few tiles of each (see ``wsi.run.triage``).
     force : bool
         Throw earlier results of these slides away; those of other slides stay.
     command : sequence of str

@@ -29,7 +29,7 @@ Scheduler = Annotated[
     str | None, typer.Option(help="Run on Dask: an address such as tcp://host:8786, or local (needs wsi[cluster]).")
 ]
 Order = Annotated[
-    str, typer.Option(help="given; size: largest first; or (wsi score) triage: likely positive ones first.")
+    str, typer.Option(help="given; size: largest first; triage: likely positive ones first (wsi score alone).")
 ]
 SlideTimeout = Annotated[
     float | None, typer.Option(min=1, help="Seconds that a slide may take; one that takes more fails.")
