@@ -178,6 +178,7 @@ def score_slide(
     mpp: float | None = None,
     mpp_source: str = "user",
     mask: str | None = None,
+    local: str | None = None,
     slide_id: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
@@ -197,6 +198,8 @@ def score_slide(
         Who gave `mpp`.
     mask : str, optional
         An image that says where tissue is, see ``read_mask``; default: it is looked for.
+    local : str, optional
+        A copy of the slide, nearer by, to read from.
     slide_id : str, optional
         Default: the folder's name.
     progress : callable
@@ -215,7 +218,7 @@ def score_slide(
     slide_id = slide_id or folder.name
     clock = Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode) as slide:
+    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode, local=local) as slide:
         with clock.stage("tissue"):
             tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
         with clock.stage("stain"):

@@ -88,6 +88,7 @@ def tile_slide(
     mpp: float | None = None,
     mpp_source: str = "user",
     mask: str | None = None,
+    local: str | None = None,
     slide_id: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
@@ -108,6 +109,8 @@ def tile_slide(
         Who gave `mpp`.
     mask : str, optional
         An image that says where tissue is, see ``read_mask``; default: it is looked for.
+    local : str, optional
+        A copy of the slide, nearer by, to read from.
     slide_id : str, optional
         Default: the folder's name.
     progress : callable
@@ -125,7 +128,7 @@ def tile_slide(
     folder = Path(folder)
     clock = Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode) as slide:
+    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode, local=local) as slide:
         with clock.stage("grid"):
             grid = lay_grid(slide, config)
         with clock.stage("tissue"):

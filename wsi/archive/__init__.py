@@ -11,10 +11,13 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wsi.archive.cache import Cache
 from wsi.archive.claims import Claim, Claims
 from wsi.archive.folder import CLAIMS, Row, Tables, bind, read_failure, slide_ids, sweep, write_failure
 from wsi.archive.jobs import Job, ScoreJob, Task, TileJob
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
     from wsi.run import EngineConfig, ScoreConfig
 
 __all__ = [
-    "ORDERS", "SUFFIXES", "Event", "Limits", "SlideRef", "Summary", "default_threads", "find_slides", "score_archive",
-    "tile_archive",
+    "ORDERS", "SUFFIXES", "Cache", "Event", "Limits", "SlideRef", "Summary", "default_threads", "find_slides",
+    "score_archive", "tile_archive",
 ]  # fmt: skip
 
 
@@ -40,6 +43,8 @@ ORDERS = ("given", "size", "triage")
 _SAMPLE = 8
 #: Free space, in sizes of the slides themselves, that holds the results of any job.
 _PLENTY = 20
+#: Slides that are copied ahead.
+_AHEAD = 2
 
 
 @dataclass
@@ -64,6 +69,7 @@ def score_archive(
     scheduler: str | None = None,
     limits: Limits = Limits(),  # noqa: B008
     order: str = "given",
+    cache: Cache | None = None,
     force: bool = False,
     command: Sequence[str] = (),
     tell: Tell = _nobody,
@@ -88,6 +94,8 @@ def score_archive(
     order : {"given", "size", "triage"}
         As given; largest first, so that no long slide is left for the end; or (scoring) likely positive ones first,
         by a look at a few tiles of each (see ``wsi.run.triage``).
+    cache : Cache, optional
+        Where slides are copied to before they are worked on, on this machine (not with `scheduler`): for slow storage.
     force : bool
         Throw earlier results of these slides away; those of other slides stay.
     command : sequence of str
@@ -120,7 +128,7 @@ def score_archive(
 
     job = ScoreJob(engine, config or ScoreConfig())
     staff = _staff(job, workers, scheduler, limits)
-    return run(refs, Path(folder), job, staff, order=order, force=force, command=command, tell=tell)
+    return run(refs, Path(folder), job, staff, order=order, cache=cache, force=force, command=command, tell=tell)
 
 
 def tile_archive(
@@ -133,6 +141,7 @@ def tile_archive(
     scheduler: str | None = None,
     limits: Limits = Limits(),  # noqa: B008
     order: str = "given",
+    cache: Cache | None = None,
     force: bool = False,
     command: Sequence[str] = (),
     tell: Tell = _nobody,
@@ -145,7 +154,7 @@ def tile_archive(
         raise WsiError("order='triage'", "needs a model, and patches are cut without one", "Use given or size")
     job = TileJob(config or TileConfig(), threads or default_threads())
     staff = _staff(job, workers, scheduler, limits)
-    return run(refs, Path(folder), job, staff, order=order, force=force, command=command, tell=tell)
+    return run(refs, Path(folder), job, staff, order=order, cache=cache, force=force, command=command, tell=tell)
 
 
 def _staff(job: Job, workers: int | None, scheduler: str | None, limits: Limits) -> Staff:
@@ -165,6 +174,7 @@ def run(
     staff: Staff,
     *,
     order: str = "given",
+    cache: Cache | None = None,
     force: bool = False,
     command: Sequence[str] = (),
     tell: Tell = _nobody,
@@ -178,9 +188,9 @@ def run(
         ids = slide_ids(refs, folder)
         bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
         tables = Tables(folder, job.columns, job.status, dict(zip(ids, refs, strict=True)))
-        with Claims(folder / CLAIMS) as claims:
+        with Claims(folder / CLAIMS) as claims, cache or nullcontext():
             try:
-                work = _Run(folder, dict(zip(ids, refs, strict=True)), staff, claims, tables, tell)
+                work = _Run(folder, dict(zip(ids, refs, strict=True)), staff, claims, tables, cache, tell)
                 work.sort(order)
                 work.weigh()
                 rows = work.go()
@@ -201,18 +211,27 @@ def run(
 
 
 def _file_bytes(ref: SlideRef) -> int:
-    return 0 if is_url(ref.path) else Path(ref.path).stat().st_size
+    """Size of a slide's file; 0 where that is not known."""
+    return 0 if is_url(ref.path) or not Path(ref.path).exists() else Path(ref.path).stat().st_size
 
 
 class _Run:
     """The books of one run: which slides are to do, who is doing which, and what became of the others."""
 
     def __init__(
-        self, folder: Path, refs: dict[str, SlideRef], staff: Staff, claims: Claims, tables: Tables, tell: Tell
+        self,
+        folder: Path,
+        refs: dict[str, SlideRef],
+        staff: Staff,
+        claims: Claims,
+        tables: Tables,
+        cache: Cache | None,
+        tell: Tell,
     ) -> None:
         self._folder, self._refs, self._staff, self._claims = folder, refs, staff, claims
-        self._tables, self._tell = tables, tell
+        self._tables, self._cache, self._tell = tables, cache, tell
         self._to_do = deque(refs)
+        self._coming: dict[str, Future[str | None]] = {}  # claimed, and being copied
         self._doing: dict[str, Claim] = {}
         self._rows: dict[str, tuple[str, Row]] = {}
 
@@ -271,32 +290,47 @@ class _Run:
     def go(self) -> dict[str, tuple[str, Row]]:
         """Go on until every slide is done or failed, here or in another run; return their rows."""
         while self._to_do or self._doing:
+            self._give()
             for _ in range(len(self._to_do)):
-                if not self._staff.free():
+                if not self._may_claim(self._to_do[0]):
                     break
-                self._begin(self._to_do.popleft())
+                self._claim(self._to_do.popleft())
+                self._give()
             self._tables.write()  # while the staff is at work
             if self._to_do or self._doing:
                 self._staff.wait(self._hear)
         return self._rows
 
-    def _begin(self, slide_id: str) -> None:
-        """Hand a slide out; or note what it has come to, or put it back for later while another run has it."""
-        own = self._folder / slide_id
+    def _may_claim(self, slide_id: str) -> bool:
+        """Whether a slide can be handed out at once; or, with a cache, be copied meanwhile."""
+        if self._cache is None:
+            return self._staff.free()
+        return len(self._coming) < _AHEAD and self._cache.has_room(self._refs[slide_id].path)
+
+    def _claim(self, slide_id: str) -> None:
+        """Claim a slide; or note what it has come to, or put it back for later while another run has it."""
         if self._is_finished(slide_id):
             return
         claim = self._claims.take(slide_id)
-        if claim is None or self._is_finished(slide_id):  # it may have ended between the two looks
-            if claim is None:
-                self._to_do.append(slide_id)
-            else:
-                self._claims.release(claim)
-            return
-        if own.is_dir():
-            sweep(own)
-        self._doing[slide_id] = claim
-        self._tell(Event("begin", slide_id))
-        self._staff.give(Task(slide_id, self._refs[slide_id], str(own), claim))
+        if claim is None:
+            self._to_do.append(slide_id)
+        elif self._is_finished(slide_id):  # it has ended between the two looks
+            self._claims.release(claim)
+        else:
+            sweep(self._folder / slide_id)
+            self._doing[slide_id] = claim
+            near: Future[str | None] = Future()
+            near.set_result(None)
+            self._coming[slide_id] = self._cache.fetch(self._refs[slide_id].path) if self._cache else near
+
+    def _give(self) -> None:
+        """Hand out what is claimed and near."""
+        for slide_id, copy in list(self._coming.items()):
+            if copy.done() and self._staff.free():
+                del self._coming[slide_id]
+                self._tell(Event("begin", slide_id))
+                ref = replace(self._refs[slide_id], local=copy.result())
+                self._staff.give(Task(slide_id, ref, str(self._folder / slide_id), self._doing[slide_id]))
 
     def _is_finished(self, slide_id: str) -> bool:
         """Whether there is a result, or another run has failed on it since this one began."""
@@ -314,11 +348,14 @@ class _Run:
             self._tell(event)
             return
         claim = self._doing.pop(slide_id)
-        if event.kind == "failed" and event.record is not None and claim.holds():
+        if self._cache is not None:
+            self._cache.drop(self._refs[slide_id].path)
+        lost = event.kind == "lost" or not claim.holds()
+        if event.record is not None and not lost:
             write_failure(self._folder / slide_id, event.record)
         finished = self._is_finished(slide_id)
         self._claims.release(claim)
-        if not finished and event.kind == "lost":
+        if not finished and lost:
             self._to_do.append(slide_id)
         elif not finished:
             what = "was done, and its result cannot be read back"

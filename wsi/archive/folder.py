@@ -124,6 +124,8 @@ def bind(
 
 def sweep(own: Path) -> None:
     """Remove half-written files that a killed process left in a slide's folder. Only for who has claimed the slide."""
+    if not own.is_dir():
+        return
     for pattern in (".*.draft", "*.partial"):  # ours, and Zarr's
         for path in own.rglob(pattern):
             if path.is_dir():

@@ -84,7 +84,7 @@ class ScoreJob:
         return Ready(
             work=lambda ref, own, progress: score_slide(
                 ref.path, own, engine, config,
-                mpp=ref.mpp, mpp_source=ref.mpp_source, mask=ref.mask, progress=progress,
+                mpp=ref.mpp, mpp_source=ref.mpp_source, mask=ref.mask, local=ref.local, progress=progress,
             ),
             answers={
                 "bytes": lambda ref: estimate_bytes(ref.path, engine, config, mpp=ref.mpp, mask=ref.mask),
@@ -124,7 +124,8 @@ class TileJob:
         return Ready(
             work=lambda ref, own, progress: tile_slide(
                 ref.path, own, self.config,
-                threads=self.threads, mpp=ref.mpp, mpp_source=ref.mpp_source, mask=ref.mask, progress=progress,
+                threads=self.threads, mpp=ref.mpp, mpp_source=ref.mpp_source, mask=ref.mask, local=ref.local,
+                progress=progress,
             ),
             answers={"bytes": lambda ref: estimate_tiled_bytes(ref.path, self.config, mpp=ref.mpp, mask=ref.mask)},
             configuration={"wsi_version": __version__, **asdict(self.config)},

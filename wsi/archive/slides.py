@@ -36,6 +36,8 @@ class SlideRef:
         An image of the whole slide, of any size: where it is not black is what counts as tissue.
     label, patient : str
         Copied into slides.csv.
+    local : str, optional
+        A copy of the slide, nearer by, to read from.
     """
 
     path: str
@@ -44,6 +46,7 @@ class SlideRef:
     mask: str | None = None
     label: str = ""
     patient: str = ""
+    local: str | None = None
 
 
 def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRef]:

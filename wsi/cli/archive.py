@@ -11,7 +11,7 @@ import typer
 from wsi.errors import WsiError
 
 if TYPE_CHECKING:
-    from wsi.archive import Limits
+    from wsi.archive import Cache, Limits
 
 Slides = Annotated[
     list[str],
@@ -38,6 +38,10 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(help="Memory of a worker, such as 8GB; a slide that takes more fails, and not the machine."),
 ]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Copy slides here before they are worked on, two ahead: for slow storage.")
+]
+CacheSize = Annotated[str, typer.Option(help="What the copies in --cache-dir may take together, such as 100GB.")]
 LogJson = Annotated[
     Path | None, typer.Option(help="Append what happens to this file, a JSON object a line; - is stdout.")
 ]
@@ -50,6 +54,13 @@ def limits(seconds: float | None, memory: str | None) -> Limits:
     from wsi.archive import Limits
 
     return Limits(seconds, None if memory is None else parse_bytes(memory))
+
+
+def cache(folder: Path | None, size: str) -> Cache | None:
+    """Where slides are copied to."""
+    from wsi.archive import Cache
+
+    return None if folder is None else Cache(folder, parse_bytes(size))
 
 
 def parse_bytes(text: str) -> int:

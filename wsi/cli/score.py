@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from wsi.cli.archive import LogJson, MaxMemory, Order, Scheduler, Slides, SlideTimeout, Workers, limits
+from wsi.cli.archive import (
+    CacheDir,
+    CacheSize,
+    LogJson,
+    MaxMemory,
+    Order,
+    Scheduler,
+    Slides,
+    SlideTimeout,
+    Workers,
+    cache,
+    limits,
+)  # fmt: skip
 from wsi.cli.display import conclude, watching
 
 
@@ -66,6 +78,8 @@ def score(
     order: Order = "given",
     slide_timeout: SlideTimeout = None,
     max_memory: MaxMemory = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = "100GB",
     log_json: LogJson = None,
     force: Annotated[bool, typer.Option(help="Throw away earlier results of these slides and start over.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
@@ -105,6 +119,6 @@ def score(
     with watching(len(refs), quiet=quiet, log=log_json) as tell:
         summary = score_archive(
             refs, out, engine, config, workers=workers, scheduler=scheduler, limits=limits(slide_timeout, max_memory),
-            order=order, force=force, command=sys.argv, tell=tell,
+            order=order, cache=cache(cache_dir, cache_size), force=force, command=sys.argv, tell=tell,
         )  # fmt: skip
     conclude(summary, len(refs), out, as_json=as_json, quiet=quiet, verb="scored")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat
+from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat, WsiError
 from wsi.slide.base import DECODES, GivenMpp, Slide
 
 __all__ = ["DECODES", "READERS", "Slide", "absolute", "is_url", "open_slide"]
@@ -29,6 +29,7 @@ def open_slide(
     mpp: float | None = None,
     mpp_source: str = "user",
     decode: str = "auto",
+    local: str | None = None,
 ) -> Slide:
     """Open a slide.
 
@@ -46,11 +47,20 @@ def open_slide(
         for is made of whole reduced ones (over 45 dB from the area average on H&E), else decoded in full and averaged.
         "full": always the latter. "fast": always reduced (27 to 43 dB where pixels do not coincide). Other readers
         decode in full.
+    local : str, optional
+        A copy of it, nearer by, that is read in its place; it is still known as `path`.
 
     Raises
     ------
     SlideNotFound, SlideUnreadable, MppError
     """
+    if local is not None:
+        try:
+            slide = open_slide(local, reader, mpp=mpp, mpp_source=mpp_source, decode=decode)
+        except WsiError as error:
+            raise type(error)(path, error.what.replace(local, os.fspath(path)), error.remedy) from error
+        slide.path = os.fspath(path)
+        return slide
     name = os.fspath(path)
     given = None if mpp is None else GivenMpp(mpp, mpp_source)
     if reader not in READERS:
