@@ -37,6 +37,9 @@ def spoil():
             os._exit(7)
         if "hang" in name:
             time.sleep(3600)
+        if "busy" in name:
+            for i in range(1 << 40):
+                more["progress"]("tiles", i, 1 << 40)
         if "greedy" in name:
             hoard = [b"x" * (1 << 20) for _ in range(1 << 11)]
             time.sleep(3600)

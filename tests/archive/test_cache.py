@@ -51,7 +51,12 @@ def test_a_slide_that_cannot_be_copied_is_a_row(tmp_path: Path) -> None:
     refs = [*find_slides([str(tmp_path / "a.svs")]), archive.SlideRef(str(tmp_path / "gone.svs"))]
     summary = tile_archive(refs, tmp_path / "r", CONFIG, workers=0, cache=Cache(tmp_path / "c", 10**9))
     said = [row["error"] for row in summary.failed]
-    assert str(tmp_path / "a.svs") in said[0] and "/c/run-" not in said[0] and "/c/run-" not in said[1] and "no such file" in said[1]
+    assert (
+        str(tmp_path / "a.svs") in said[0]
+        and "/c/run-" not in said[0]
+        and "/c/run-" not in said[1]
+        and "no such file" in said[1]
+    )
 
 
 def test_what_a_killed_run_left_is_deleted_by_the_next(slides: Path, tmp_path: Path) -> None:

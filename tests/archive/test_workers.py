@@ -57,11 +57,12 @@ def test_what_kills_a_worker_is_a_row_and_the_rest_go_on(
 
 
 def test_limits(slides: Path, tmp_path: Path, saboteur: None) -> None:
-    refs = bad(slides, tmp_path / "bad", "hang", "greedy")
+    refs = bad(slides, tmp_path / "bad", "hang", "busy", "greedy")
     summary = tile_archive(refs, tmp_path / "r", CONFIG, limits=Limits(seconds=8, memory_bytes=1 << 30))
     assert [row["slide_id"] for row in summary.done] == ["s0", "s1"]
     said = {row["slide_id"]: row for row in summary.failed}
     assert "took more than 8 s" in said["hang"]["error"] and "--slide-timeout" in said["hang"]["remedy"]
+    assert "took more than 8 s" in said["busy"]["error"] and said["busy"]["stage"] == "tiles"
     assert "1.00 are allowed" in said["greedy"]["error"] and "--max-memory" in said["greedy"]["remedy"]
 
 

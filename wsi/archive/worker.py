@@ -46,7 +46,7 @@ def main() -> None:
         return
     gc.collect()
     gc.freeze()  # models and libraries need not be looked through after each slide
-    tell("ready", configuration=ready.configuration, execution=ready.execution, devices=_devices())
+    tell("ready", configuration=ready.configuration, execution=ready.execution, devices=_devices(ready.execution))
     while True:
         task = Task.from_json(json.loads(lines.get()))
         reported, stage_then = 0.0, ""
@@ -85,10 +85,9 @@ def _lines() -> queue.SimpleQueue[str]:
     return lines
 
 
-def _devices() -> int:
-    """GPUs that this process could use."""
-    torch = sys.modules.get("torch")
-    return torch.cuda.device_count() if torch else 0
+def _devices(execution: dict[str, Any]) -> int:
+    """GPUs that others like this process could use."""
+    return int(sys.modules["torch"].cuda.device_count()) if execution.get("device") == "cuda" else 0
 
 
 if __name__ == "__main__":

@@ -148,10 +148,7 @@ class Workers:
     def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """See ``Staff``. The first tells how many GPUs there are; the others load while it works."""
         first = self._begin(0)
-        while True:
-            _, said = self._said.get()
-            if said["kind"] != "log":
-                break
+        _, said = self._said.get()
         if said["kind"] == "died":
             raise WsiError("the worker process", f"ended while the models were loaded ({said['how']})", "See above")
         if said["kind"] == "refused":
@@ -171,14 +168,12 @@ class Workers:
 
     def wait(self, tell: Tell) -> None:
         """See ``Staff``."""
-        try:
-            while True:
-                worker, said = self._said.get(timeout=_LOOK_S)
+        until, kind = time.monotonic() + _LOOK_S, "stage"
+        with suppress(queue.Empty):
+            while kind == "stage" and (left := until - time.monotonic()) > 0:
+                worker, said = self._said.get(timeout=left)
+                kind = said["kind"]
                 self._hear(worker, said, tell)
-                if said["kind"] != "stage" and self._said.empty():
-                    return
-        except queue.Empty:
-            pass
         for worker in self._workers:
             worker.check(self._limits)
 
