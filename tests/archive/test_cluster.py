@@ -10,7 +10,8 @@ import pytest
 from tests.archive.make import CONFIG
 from tests.e2e.conftest import digest, rows
 from wsi.archive import find_slides, tile_archive
-from wsi.errors import StoreError, WsiError
+from wsi.archive.claims import ClaimLost
+from wsi.errors import OutputError, StoreError, WsiError
 from wsi.tile import TileConfig
 
 pytest.importorskip("distributed", reason="needs the extra 'cluster'")
@@ -33,6 +34,35 @@ def test_two_workers_give_the_same_bytes_and_a_crash_is_a_row(
         assert {path: mine[path] for path in mine if "json" not in path} == {
             path: theirs[path] for path in theirs if "json" not in path
         }  # the JSON files name the copy of the slide
+    assert not (tmp_path / "r/.claims").exists()
+
+
+def test_workers_with_another_working_directory(
+    slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import distributed
+
+    shutil.copytree(slides, tmp_path / "slides")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, silence_logs=50
+    ) as cluster:
+        monkeypatch.chdir(tmp_path)
+        done = tile_archive(find_slides(["slides"]), "r", CONFIG, scheduler=cluster.scheduler_address).done
+    assert [row["slide_id"] for row in done] == ["s0", "s1"]
+    mine, theirs = digest(tmp_path / "r"), digest(whole)
+    assert {path for path in mine if mine[path] != theirs[path]} <= {
+        f"{name}/{file}" for name in ("s0", "s1") for file in ("result.json", "store.zarr/zarr.json")
+    }  # which name the place of the slide
+
+
+def test_a_folder_that_workers_do_not_see_ends_the_run(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsi.archive.workers.perform", lambda *_: (_ for _ in ()).throw(ClaimLost("nothing there")))
+    with pytest.raises(OutputError, match="not seen by a worker"):
+        tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0)
     assert not (tmp_path / "r/.claims").exists()
 
 

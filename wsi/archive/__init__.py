@@ -45,6 +45,8 @@ _SAMPLE = 8
 _PLENTY = 20
 #: Slides that are copied ahead.
 _AHEAD = 2
+#: Claims that a worker may fail to see (a network file system may be slow to show them) before the run is ended.
+_UNSEEN = 10
 
 
 @dataclass
@@ -232,6 +234,7 @@ class _Run:
         self._tables, self._cache, self._tell = tables, cache, tell
         self._to_do = deque(refs)
         self._coming: dict[str, Future[str | None]] = {}  # claimed, and being copied
+        self._unseen = 0
         self._doing: dict[str, Claim] = {}
         self._rows: dict[str, tuple[str, Row]] = {}
 
@@ -351,6 +354,11 @@ class _Run:
         if self._cache is not None:
             self._cache.drop(self._refs[slide_id].path)
         lost = event.kind == "lost" or not claim.holds()
+        if event.kind == "lost" and claim.holds():  # it was not, as far as can be seen from here
+            self._unseen += 1
+            if self._unseen > _UNSEEN:
+                what = "is not seen by a worker as it is seen here: claims made in it are not there"
+                raise OutputError(self._folder, what, "Mount it under the same path on all machines")
         if event.record is not None and not lost:
             write_failure(self._folder / slide_id, event.record)
         finished = self._is_finished(slide_id)

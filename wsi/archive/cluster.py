@@ -6,13 +6,15 @@ import json
 import logging
 import queue
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from wsi.archive.claims import ClaimLost
+from wsi.archive.claims import Claim, ClaimLost
 from wsi.archive.jobs import Job, Ready, Task, failure_row, from_json, perform, to_json
 from wsi.archive.workers import Event, Tell
 from wsi.errors import WsiError
+from wsi.slide import absolute
 
 _loaded: dict[str, Ready] = {}
 _lock = threading.Lock()  # a process does one slide at a time, whatever its number of threads
@@ -87,7 +89,11 @@ class Cluster:
 
     def give(self, task: Task) -> None:
         """See ``Staff``."""
-        future = self._client.submit(_do, self._job, asdict(task), pure=False)
+        ref, own = task.ref, str(Path(task.own).absolute())  # workers have working directories of their own
+        ref = replace(ref, path=absolute(ref.path), mask=absolute(ref.mask) if ref.mask else None)
+        claim = task.claim and Claim(str(Path(task.claim.path).absolute()), task.claim.nonce)
+        there = replace(task, ref=ref, own=own, claim=claim)
+        future = self._client.submit(_do, self._job, asdict(there), pure=False)
         self._running[future] = task
         future.add_done_callback(self._ended.put)
 
