@@ -84,6 +84,11 @@ def test_regions_overlap_with_what_was_drawn(camelyon: Path, monkeypatch: pytest
         assert evaluated(camelyon, monkeypatch, "segmentation", defect)["results"]["pooled_iou"]["value"] < 0.3
     tiles = evaluated(camelyon, monkeypatch, "patches", "xml")
     assert tiles["results"]["auroc"]["value"] > 0.95 and tiles["data"]["patients"] == 2
+    (camelyon / "cohort.csv").write_text("slide_id,patient,centre\nnormal,p,a\ntumour,p,b\n")
+    words = ("--labels", camelyon / "cohort.csv", "--subgroup", "centre", "--subgroup", "mpp")
+    for task in ("segmentation", "patches"):
+        report = evaluated(camelyon, monkeypatch, task, "xml", *words)
+        assert report["data"]["patients"] == 1 and report["reporting"]["subgroups"] == "centre, mpp"
 
 
 def test_slides_by_their_labels(

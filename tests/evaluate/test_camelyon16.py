@@ -85,7 +85,9 @@ def test_equals_the_official_script_on_the_files_it_writes(archive: Path, method
     assert again.results["froc"] == report.results["froc"]
     write_report(archive / "out", report)
     assert json.loads((archive / "out/report.json").read_text())["results"]["froc"]["value"] is not None
-    assert {path.name for path in (archive / "out").iterdir()} >= {"index.html", "froc.png", "roc.png", "results.csv"}
+    assert {path.name for path in (archive / "out").iterdir()} >= {
+        "index.html", "froc.png", "roc.png", "subgroups.png", "results.csv",
+    }  # fmt: skip
 
 
 def test_masks_of_either_value_give_what_outlines_give(archive: Path):
@@ -119,6 +121,21 @@ def test_planted_defects_lower_the_score(archive: Path, defect: str):
         (archive / "wrong" / path.name).write_text("".join(f"{p},{x:.0f},{y:.0f}\n" for p, x, y in rows))
     wrong = evaluate_camelyon16(archive / "wrong", archive / "xml", out=archive / "two", config=QUICK)
     assert right.results["froc"].value == 1 and wrong.results["froc"].value < 0.75
+
+
+def test_results_of_the_official_rules_own_making_are_said(tmp_path: Path):
+    """One confidence is no threshold, so nothing was found; and a slide of 4 um is taken for one of 0.243."""
+    values = np.zeros((16, 16))
+    values[4:6, 4:6] = 0.9
+    asap_xml(tmp_path / "s.xml", [(shapely.box(1024, 1024, 1536, 1536), "Tumor")])
+    scored(tmp_path / "results", "s", values, mpp=4.0)
+    for true_mpp, said in ((False, True), (True, False)):
+        config = Camelyon16Config(DetectConfig("components"), true_mpp=true_mpp)
+        report = evaluate_camelyon16(tmp_path / "results", tmp_path / "s.xml", out=tmp_path / "out", config=config)
+        assert any("--true-mpp" in warning for warning in report.warnings) == said
+    found = report.results["froc"]
+    assert found.value == 0 and found.low is None and "fewer than two slides" in str(found.reason)
+    assert report.tables["slides"][0]["found"] == 1 and any("FROC is 0" in warning for warning in report.warnings)
 
 
 def test_true_resolution_uses_each_slides_own(tmp_path: Path):

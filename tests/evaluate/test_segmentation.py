@@ -11,6 +11,7 @@ import shapely
 from tests.annotations.make import asap_xml, mask_tiff
 from tests.evaluate.make import scored
 from wsi.errors import EvaluationError
+from wsi.evaluate.cases import read_cohort
 from wsi.evaluate.report import write_report
 from wsi.evaluate.segmentation import SegmentationConfig, evaluate_segmentation, tile_cases
 
@@ -39,6 +40,7 @@ def test_areas_that_are_known(tmp_path: Path):
     assert empty["dice"] is None and empty["reason"] == "both are empty" and "no annotation file" in report.warnings[0]
     assert report.results["mean_dice"].value == row["dice"] and report.results["mean_dice"].n == 1
     write_report(tmp_path / "out", report)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"dice.png", "overlap.png"}
     strict = evaluate_segmentation(results, tmp_path, config=SegmentationConfig(threshold=0.75, n_bootstrap=0))
     assert strict.tables["slides"][0]["iou"] == 24 / 39, "a higher threshold takes one tile away"
 
@@ -75,6 +77,55 @@ def test_tiles_are_labelled_by_half_their_area(tmp_path: Path):
     assert len(cases.ids) == 2 * 16 * 24 and set(cases.patients) == {"a", "b"}
     labels = cases.labels[: 16 * 24].reshape(16, 24)
     assert labels[4:8, 6:13].all() and labels.sum() == 28 and not cases.labels[16 * 24 :].any()
+
+
+def two_centres(tmp_path: Path) -> Path:
+    """Twenty-four slides of six patients and two centres: of centre x all is found, of centre y half of it."""
+    rows = ["slide_id,patient,centre,size\n"]
+    for i in range(24):
+        values = np.full((8, 8), 0.125)
+        values[2:6, 2 : 6 if i % 2 else 4] = 0.875
+        scored(tmp_path / "results", f"s{i}", values, mpp=0.2 + i / 1000)
+        asap_xml(tmp_path / f"s{i}.xml", [(shapely.box(512, 512, 1536, 1536), "Tumor")])
+        rows.append(f"s{i},p{i // 4},{'yx'[i % 2]},{i}\n")
+    (tmp_path / "slides.csv").write_text("".join(rows))
+    return tmp_path / "results"
+
+
+def test_subgroups_and_intervals_over_patients(tmp_path: Path):
+    results = two_centres(tmp_path)
+    cohort = read_cohort(results, tmp_path / "slides.csv", groups=("centre", "size", "mpp"))
+    report = evaluate_segmentation(results, tmp_path, config=QUICK, cohort=cohort)
+    whole, half = 1.0, 2 * 8 / (8 + 16)
+    mean = report.results["mean_dice"]
+    assert mean.value == pytest.approx((whole + half) / 2) and mean.n == 6 and "over patients" in mean.method
+    assert mean.low == mean.high, "each patient has two of either centre"
+    assert report.data["patients"] == 6 and report.reporting["partition_unit"] == "patient"
+    rows = {(row["column"], row["value"]): row for row in report.tables["subgroups"]}
+    assert rows["centre", "x"]["metric"] == whole and rows["centre", "y"]["metric"] == pytest.approx(half)
+    assert rows["centre", "x"]["gap"] == pytest.approx((whole - half) / 2) and rows["centre", "x"]["n"] == 12
+    small = rows["size", "0 to 7"]
+    assert small["metric"] is None and small["n"] == 8 and "fewer than 10" in small["reason"]
+    assert ("mpp", "0.2 to 0.207") in rows and [plot.name for plot in report.plots] == ["dice", "overlap", "subgroups"]
+
+    alone = evaluate_segmentation(results, tmp_path, config=QUICK)
+    assert alone.results["mean_dice"].n == 24 and alone.results["mean_dice"].low < alone.results["mean_dice"].high
+    tiles = tile_cases(results, tmp_path, cohort=cohort)
+    assert set(tiles.patients) == {f"p{i}" for i in range(6)} and set(tiles.groups["centre"]) == {"x", "y"}
+
+
+def test_cohorts_that_do_not_fit_are_errors(tmp_path: Path):
+    results = two_centres(tmp_path)
+    (tmp_path / "short.csv").write_text("slide_id,patient\ns0,p0\n")
+    for labels, options, message in (
+        ("short.csv", {}, "23 slides, 's1' for one"),
+        ("slides.csv", {"groups": ("scanner",)}, "no column 'scanner'"),
+        ("slides.csv", {"patient": "case"}, "no column 'case'"),
+        (None, {"groups": ("centre",)}, "--labels: has no column 'centre'"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            read_cohort(results, labels and tmp_path / labels, **options)
+    assert set(read_cohort(results, groups=("mpp",)).groups["mpp"]) == {f"s{i}" for i in range(24)}
 
 
 def test_one_file_for_many_slides_and_no_file_are_errors(tmp_path: Path):

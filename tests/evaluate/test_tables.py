@@ -126,6 +126,10 @@ def test_a_results_folder_gives_its_positive_probability(tmp_path: Path):
     assert cases.scores.tolist() == [0.25, 0.75] and "patient" in warnings[0]
     report = evaluate_table("slides", cases, config=QUICK)
     assert report.results["auroc"].value == 1 and "one case" in report.results["auroc"].reason
+    by_mpp = TableConfig(groups=("mpp",))
+    assert read_cases(tmp_path / "results", tmp_path / "labels.csv", by_mpp)[0].groups == {"mpp": ("0.243", "0.243")}
+    with pytest.raises(EvaluationError, match="no column 'mpp'"):
+        read_cases(tmp_path / "labels.csv", tmp_path / "labels.csv", by_mpp)
     scored(tmp_path / "results", "c", np.zeros((2, 2)))
     (tmp_path / "labels.csv").write_text("slide_id,label\na,0\nb,1\nc,1\n")
     with pytest.raises(EvaluationError, match="score of 'c'"):

@@ -123,11 +123,17 @@ def camelyon17(
 
 
 Labels = Annotated[Path | None, typer.Option(help="CSV: a case (slide_id, image_id, id, ...), label, further columns.")]
+SlideLabels = Annotated[
+    Path | None, typer.Option(help="CSV with a row a slide: its patient, and columns to divide by.")
+]
 Label = Annotated[str, typer.Option(help="Column of the label.")]
 Score = Annotated[str | None, typer.Option(help="Column of the score. Default: score, or the only prob_... one.")]
 Positive = Annotated[str, typer.Option(help="The label that counts as positive.")]
 Patient = Annotated[str | None, typer.Option(help="Column of the patient. Default: patient.")]
-Subgroup = Annotated[list[str] | None, typer.Option(help="Column to divide the cases by (repeatable).")]
+Subgroup = Annotated[
+    list[str] | None,
+    typer.Option(help="Column to divide the cases by; of results also mpp, mpp_source, vendor, reader (repeatable)."),
+]
 Validation = Annotated[
     Path | None, typer.Option(help="CSV of other cases, with label and score: the threshold comes from there.")
 ]
@@ -206,7 +212,7 @@ def patches(
 
       wsi evaluate patches results --annotations outlines -o evaluation
     """
-    from wsi.evaluate.cases import TableConfig, read_cases
+    from wsi.evaluate.cases import TableConfig, read_cases, read_cohort
     from wsi.evaluate.segmentation import tile_cases
     from wsi.evaluate.tables import evaluate_table
 
@@ -215,8 +221,11 @@ def patches(
     )
     roles = _roles(group)
     if annotations is not None:
-        cases, warnings = tile_cases(predictions, annotations, roles), ["patients are slides here"]
-        other = tile_cases(compare, annotations, roles) if compare else None
+        cohort = read_cohort(predictions, labels, patient=patient, groups=config.groups)
+        cases, warnings = tile_cases(predictions, annotations, roles, cohort), []
+        if len(set(cohort.patients.values())) == len(cohort.patients):
+            warnings.append("every slide is taken for a patient of its own: --labels says whose they are")
+        other = tile_cases(compare, annotations, roles, cohort) if compare else None
     else:
         cases, warnings = read_cases(predictions, labels or predictions, config)
         other = read_cases(compare, labels or compare, config)[0] if compare else None
@@ -234,6 +243,9 @@ def segmentation(
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Probability from which tiles are a region. Default: as scored.")
     ] = None,
+    labels: SlideLabels = None,
+    patient: Patient = None,
+    subgroup: Subgroup = None,
     group: Groups = None,
     bootstrap: Draws = 2000,
     seed: Seed = 0,
@@ -242,13 +254,17 @@ def segmentation(
 ) -> None:
     """Dice, IoU and Hausdorff distance of positive regions against outlines or masks.
 
-    Example:
+    Examples:
       wsi evaluate segmentation results --annotations outlines -o evaluation
+
+      wsi evaluate segmentation results --masks masks --labels slides.csv --subgroup centre -o evaluation
     """
+    from wsi.evaluate.cases import read_cohort
     from wsi.evaluate.segmentation import SegmentationConfig, evaluate_segmentation
 
     config = SegmentationConfig(threshold, _roles(group), bootstrap, seed)
-    report = evaluate_segmentation(results, _one_of(annotations, masks), config=config)
+    cohort = read_cohort(results, labels, patient=patient, groups=tuple(subgroup or ()))
+    report = evaluate_segmentation(results, _one_of(annotations, masks), config=config, cohort=cohort)
     _finish(report, out, about, as_json)
 
 

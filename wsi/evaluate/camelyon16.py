@@ -24,6 +24,9 @@ from wsi.metrics.estimate import Estimate
 from wsi.metrics.froc import OFFICIAL_DOWNSAMPLE, OFFICIAL_MPP, PER_SLIDE, SlideHits, find_lesions, froc, match
 from wsi.metrics.roc import auprc, auroc
 
+#: How far a slide's resolution may be from the official one, relative: CAMELYON16's own are 0.243 and 0.226.
+_MPP_TOLERANCE = 0.15
+
 
 def evaluate_camelyon16(
     results: Path,
@@ -86,10 +89,19 @@ def evaluate_camelyon16(
     truth = np.array([hits[c.slide_id].has_lesions if c.tumour is None else c.tumour for c in kept], bool)
     scores = _slide_scores(kept, forest)
     usable = {n: np.array(v, np.float64) for n, v in scores.items() if not any(each is None for each in v)}
-    results_ |= _slide_results(kept, truth, scores, usable, config)
+    by_size = _by_size(kept, truth, usable["max_probability"])
+    results_ |= _slide_results(kept, truth, scores, usable, config) | by_size
     table = [{"slide_score": name, **results_[f"auroc_{name}"].json()} for name in scores]
 
-    if head.n_lesions and all((each.hits > 0).all() for each in for_froc):
+    far = [c.slide_id for c in cases if c.scored and abs(c.scored.mpp / OFFICIAL_MPP - 1) > _MPP_TOLERANCE]
+    if far and not config.true_mpp:
+        warnings.append(
+            f"{len(far)} slides are far from {OFFICIAL_MPP} um per pixel, {far[0]} for one; the official rules take "
+            "every slide for that, so lesions are merged and left out at wrong lengths: --true-mpp does not"
+        )
+    if len(head.per_slide) == 1 and any((each.hits > 0).any() for each in for_froc):
+        warnings.append("all detections have one confidence, which the official rule takes for no threshold: FROC is 0")
+    elif head.n_lesions and all((each.hits > 0).all() for each in for_froc):
         warnings.append("no lesion was missed, so the official curve leaves out its last point: the lowest confidence")
     n_outside = sum(each.outside for each in hits.values())
     if n_outside:
@@ -113,6 +125,10 @@ def evaluate_camelyon16(
         pictures.append(plots.froc_plot({f"FP of {fp} slides": curve for fp, curve in curves.items() if curve.at}))
     if usable and 0 < truth.sum() < len(truth):
         pictures.append(plots.roc_plot({f"{n} {results_[f'auroc_{n}']}": (truth, v) for n, v in usable.items()}))
+    if by_size:
+        rows_of = {f"{name.rpartition('_')[2]} lesions": each for name, each in by_size.items()}
+        forest_of = {"all": results_["auroc_max_probability"], **rows_of}
+        pictures.append(plots.forest_plot(forest_of, "AUROC of the highest probability"))
     # Declared, not chosen by how well it does here.
     headline = next((name for name in ("random_forest", "mil", "max_probability") if name in usable), "max_probability")
     best = results_[f"auroc_{headline}"]
@@ -239,7 +255,7 @@ def _slide_results(
     for name in usable:
         if name != "max_probability":
             out[f"auroc_{name}_less_max_probability"] = auroc_difference(truth, usable[name], highest).estimate
-    return out | _by_size(cases, truth, highest)
+    return out
 
 
 def _by_size(cases: list[Case], truth: Any, values: F64) -> dict[str, Estimate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,68 @@ def forest_plot(rows: Mapping[str, Estimate], metric: str) -> Plot:
         _clean(axes)
 
     return Plot("subgroups", f"{metric} by subgroup, 95 % intervals", draw)
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """A slide's areas, bool (rows, columns): drawn, and found; and their Dice coefficient."""
+
+    slide_id: str
+    dice: float
+    truth: npt.NDArray[np.bool_]
+    found: npt.NDArray[np.bool_]
+
+
+_MOST_SLIDES = 30
+
+
+def dice_plot(dices: Mapping[str, float], mean: Estimate) -> Plot:
+    """Draw a slide's Dice coefficient each, the lowest at the bottom; of many slides the lowest alone."""
+    lowest = sorted(dices.items(), key=lambda item: item[1])[:_MOST_SLIDES]
+    what = "every slide" if len(lowest) == len(dices) else f"the {len(lowest)} lowest of {len(dices)} slides"
+
+    def draw(axes: Any) -> None:
+        if mean.low is not None and mean.high is not None:
+            axes.axvspan(mean.low, mean.high, color="0.88", linewidth=0)
+        axes.axvline(mean.value, color="0.4", linestyle="--", linewidth=1.4, label=f"mean of all {mean}")
+        axes.plot([value for _, value in lowest], range(len(lowest)), "o", color="black", markersize=5)
+        axes.set_yticks(range(len(lowest)), [_short(name) for name, _ in lowest], fontsize=7 if len(lowest) > 15 else 9)
+        axes.set(xlabel="Dice", xlim=(-0.02, 1.02), ylim=(-0.7, len(lowest) - 0.3))
+        axes.figure.legend(frameon=False, loc="outside upper center")
+        _clean(axes)
+
+    return Plot("dice", f"Dice of {what}; the band is the mean's interval", draw)
+
+
+def overlap_plot(slides: Sequence[Overlap]) -> Plot:
+    """Draw where drawn and found areas agree: up to six slides."""
+
+    def draw(axes: Any) -> None:
+        from matplotlib.patches import Patch
+
+        axes.set_axis_off()
+        columns = min(len(slides), 3)
+        rows = -(-len(slides) // columns)
+        shades = {"both": 0.6, "missed": 0.0, "found alone": 0.82}
+        for i, slide in enumerate(slides):
+            row, column = divmod(i, columns)
+            panel = axes.inset_axes((column / columns, 1 - (row + 1) / rows, 0.94 / columns, 0.86 / rows))
+            picture = np.ones(slide.truth.shape)
+            picture[slide.truth & slide.found] = shades["both"]
+            picture[slide.truth & ~slide.found] = shades["missed"]
+            picture[~slide.truth & slide.found] = shades["found alone"]
+            panel.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            panel.set_title(f"{_short(slide.slide_id)}: {slide.dice:.3f}", fontsize=9)
+            panel.set_xticks([])
+            panel.set_yticks([])
+        patches = [Patch(facecolor=str(shade), edgecolor="black", label=name) for name, shade in shades.items()]
+        axes.figure.legend(handles=patches, ncols=3, frameon=False, loc="outside lower center")
+
+    return Plot("overlap", "Drawn and found areas, and Dice: the slides where they agree least", draw)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:11]}..{name[-11:]}"
 
 
 def _line(i: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -293,7 +293,9 @@ def froc(slides: Sequence[SlideHits], *, fp: str = "all", n_bootstrap: int = 0, 
         empty = np.zeros(0)
         return Froc(empty, empty, (), Estimate.undefined(nothing, len(slides)), n_lesions)
     score = Estimate(float(np.mean(at)), n=len(slides))
-    if n_bootstrap:
+    if n_bootstrap and len(slides) < 2:
+        score = replace(score, reason="no interval: fewer than two slides")
+    elif n_bootstrap:
         rng = np.random.default_rng(seed)
         drawn = (rng.integers(len(slides), size=len(slides)) for _ in range(n_bootstrap))
         found = [_at(*pool.curve(np.bincount(draw, minlength=len(slides)))) for draw in drawn]
