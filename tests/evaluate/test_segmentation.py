@@ -85,8 +85,8 @@ def two_centres(tmp_path: Path) -> Path:
     for i in range(24):
         values = np.full((8, 8), 0.125)
         values[2:6, 2 : 6 if i % 2 else 4] = 0.875
-        scored(tmp_path / "results", f"s{i}", values, mpp=0.2 + i / 1000)
-        asap_xml(tmp_path / f"s{i}.xml", [(shapely.box(512, 512, 1536, 1536), "Tumor")])
+        scored(tmp_path / "results", f"s{i}", values, mpp=0.2 + i / 1000, tile=16)
+        asap_xml(tmp_path / f"s{i}.xml", [(shapely.box(32, 32, 96, 96), "Tumor")])
         rows.append(f"s{i},p{i // 4},{'yx'[i % 2]},{i}\n")
     (tmp_path / "slides.csv").write_text("".join(rows))
     return tmp_path / "results"
@@ -112,6 +112,22 @@ def test_subgroups_and_intervals_over_patients(tmp_path: Path):
     assert alone.results["mean_dice"].n == 24 and alone.results["mean_dice"].low < alone.results["mean_dice"].high
     tiles = tile_cases(results, tmp_path, cohort=cohort)
     assert set(tiles.patients) == {f"p{i}" for i in range(6)} and set(tiles.groups["centre"]) == {"x", "y"}
+
+
+def test_two_runs_compared(tmp_path: Path):
+    """The other run finds half of each slide, or nothing: what is gained on s1, s3 ... is 1 less its Dice."""
+    results = two_centres(tmp_path)
+    for i in range(24):
+        values = np.full((8, 8), 0.125)
+        values[2:6, 2:4] = 0.875
+        scored(tmp_path / "other", f"s{i}", values, mpp=0.2 + i / 1000, tile=16)
+    report = evaluate_segmentation(results, tmp_path, config=QUICK, other=tmp_path / "other")
+    gain = report.results["mean_dice_difference"]
+    assert gain.value == pytest.approx((1 - 2 / 3) / 2) and 0 < gain.low < gain.value < gain.high < 1 / 3
+    assert report.results["mean_iou_difference"].value == pytest.approx((1 - 1 / 2) / 2)
+    scored(tmp_path / "other", "one_more", np.zeros((8, 8)))
+    with pytest.raises(EvaluationError, match="other slides"):
+        evaluate_segmentation(results, tmp_path, config=QUICK, other=tmp_path / "other")
 
 
 def test_cohorts_that_do_not_fit_are_errors(tmp_path: Path):

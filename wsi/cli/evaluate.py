@@ -246,6 +246,7 @@ def segmentation(
     labels: SlideLabels = None,
     patient: Patient = None,
     subgroup: Subgroup = None,
+    compare: Annotated[Path | None, typer.Option(help="Results of another run on the same slides.")] = None,
     group: Groups = None,
     bootstrap: Draws = 2000,
     seed: Seed = 0,
@@ -264,7 +265,8 @@ def segmentation(
 
     config = SegmentationConfig(threshold, _roles(group), bootstrap, seed)
     cohort = read_cohort(results, labels, patient=patient, groups=tuple(subgroup or ()))
-    report = evaluate_segmentation(results, _one_of(annotations, masks), config=config, cohort=cohort)
+    truth = _one_of(annotations, masks)
+    report = evaluate_segmentation(results, truth, config=config, cohort=cohort, other=compare)
     _finish(report, out, about, as_json)
 
 

@@ -25,6 +25,8 @@ from wsi.metrics.estimate import Estimate
 from wsi.metrics.overlap import dice, hausdorff, iou
 from wsi.units import Box
 
+#: Columns of a slide's row.
+MEASURES = ("dice", "iou", "hausdorff_um", "hausdorff95_um")
 _MAX_SIDE_PX = 4096
 #: Slides that are shown: those of the lowest Dice, with so many pixels along the longer side.
 _SHOWN, _SHOWN_PX = 6, 512
@@ -49,7 +51,12 @@ class SegmentationConfig:
 
 
 def evaluate_segmentation(
-    results: Path, annotations: Path, *, config: SegmentationConfig | None = None, cohort: Cohort | None = None
+    results: Path,
+    annotations: Path,
+    *,
+    config: SegmentationConfig | None = None,
+    cohort: Cohort | None = None,
+    other: Path | None = None,
 ) -> Report:
     """Compare positive regions with annotations, slide by slide.
 
@@ -65,6 +72,8 @@ def evaluate_segmentation(
     config : SegmentationConfig, optional
     cohort : Cohort, optional
         Whose the slides are, and columns to divide them by; default: every slide is a patient of its own.
+    other : Path, optional
+        Results of another run on the same slides, to compare with.
 
     Raises
     ------
@@ -80,61 +89,36 @@ def evaluate_segmentation(
     slides = scored_slides(results)
     if not annotations.exists() or (annotations.is_file() and len(slides) > 1):
         raise EvaluationError(annotations, f"is no folder of annotations for {len(slides)} slides", "Give the folder")
-    rows: list[dict[str, Any]] = []
-    warnings: list[str] = []
-    measured: dict[str, list[float | None]] = {"dice": [], "iou": [], "hausdorff_um": [], "hausdorff95_um": []}
-    worst: list[plots.Overlap] = []
-    both, either = np.zeros(len(slides)), np.zeros(len(slides))
-    for i, (slide_id, slide) in enumerate(slides.items()):
-        path = annotation_of(annotations, slide_id)
-        downsample = 2 ** max(math.ceil(math.log2(max(slide.size) / _MAX_SIDE_PX)), 0)
-        shape = tuple(math.ceil(side / downsample) for side in slide.size)
-        found = _found(slide, config.threshold, (shape[0], shape[1]), downsample)
-        truth = np.zeros_like(found)
-        if path is None:
-            warnings.append(f"{slide_id} has no annotation file: it is taken to hold no lesion")
-        else:
-            truth, notes = lesion_mask(
-                path, size=slide.size, downsample=downsample, origin=slide.origin, roles=config.roles, at=0.5
-            )
-            truth = _same_shape(truth, found)
-            warnings += [f"{path.name}: {note}" for note in notes]
-        pixel = (downsample * slide.mpp,) * 2
-        values = {
-            "dice": dice(truth, found),
-            "iou": iou(truth, found),
-            "hausdorff_um": hausdorff(truth, found, pixel=pixel),
-            "hausdorff95_um": hausdorff(truth, found, pixel=pixel, percentile=95),
-        }
-        both[i], either[i] = (truth & found).sum() * pixel[0] ** 2, (truth | found).sum() * pixel[0] ** 2
-        for name, value in values.items():
-            measured[name].append(value.value)
-        if values["dice"].value is not None:
-            step = math.ceil(max(shape) / _SHOWN_PX)
-            worst.append(plots.Overlap(slide_id, values["dice"].value, truth[::step, ::step], found[::step, ::step]))
-            worst = sorted(worst, key=lambda each: each.dice)[:_SHOWN]
-        rows.append(
-            {"slide": slide_id, "pixel_um": pixel[0], "reference_mm2": truth.sum() * pixel[0] ** 2 / 1e6}
-            | {"found_mm2": found.sum() * pixel[0] ** 2 / 1e6}
-            | {name: value.value for name, value in values.items()}
-            | {"reason": next((value.reason for value in values.values() if value.reason), "")}
-        )
+    rows, worst, warnings = _measured(slides, annotations, config)
+    every = range(len(slides))
     over = _Over([cohort.patients[slide_id] for slide_id in slides], config)
-    results_ = {f"mean_{name}": over.mean(values, range(len(slides))) for name, values in measured.items()}
+    results_ = {f"mean_{name}": over.mean([row[name] for row in rows], every) for name in MEASURES}
+    both, either = (np.array([row[f"{name}_mm2"] for row in rows]) for name in ("common", "joint"))
     if either.sum():
         results_["pooled_iou"] = over.draw(
-            lambda draw: float(both[draw].sum() / either[draw].sum()) if either[draw].sum() else None,
-            range(len(slides)),
+            lambda draw: float(both[draw].sum() / either[draw].sum()) if either[draw].sum() else None, every
         )
+    dices = [row["dice"] for row in rows]
+    if other is not None:
+        others = scored_slides(other)
+        if set(others) != set(slides):
+            raise EvaluationError(other, "holds other slides", "Compare runs on the same slides")
+        theirs = _measured({slide_id: others[slide_id] for slide_id in slides}, annotations, config)[0]
+        for name in ("dice", "iou"):
+            gaps = [
+                None if row[name] is None or their[name] is None else row[name] - their[name]
+                for row, their in zip(rows, theirs, strict=True)
+            ]
+            results_[f"mean_{name}_difference"] = over.mean(gaps, every)
     tables: dict[str, list[dict[str, Any]]] = {"slides": rows}
     pictures = []
     if worst:
-        known = {slide_id: d for slide_id, d in zip(slides, measured["dice"], strict=True) if d is not None}
+        known = {slide_id: d for slide_id, d in zip(slides, dices, strict=True) if d is not None}
         pictures += [plots.dice_plot(known, results_["mean_dice"]), plots.overlap_plot(worst)]
     if cohort.groups:
         forest = {"all": results_["mean_dice"]}
         groups = {column: divided([of[slide_id] for slide_id in slides]) for column, of in cohort.groups.items()}
-        tables["subgroups"] = _subgroups(measured["dice"], groups, over, forest)
+        tables["subgroups"] = _subgroups(dices, groups, over, forest)
         pictures.append(plots.forest_plot(forest, "mean Dice"))
     return Report(
         "segmentation",
@@ -160,6 +144,49 @@ def evaluate_segmentation(
             "subgroups": ", ".join(cohort.groups) or "none asked for",
         },
     )
+
+
+def _measured(
+    slides: Mapping[str, ScoredSlide], annotations: Path, config: SegmentationConfig
+) -> tuple[list[dict[str, Any]], list[plots.Overlap], list[str]]:
+    """A row a slide; the slides that agree least; and what was taken for granted."""
+    rows: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    worst: list[plots.Overlap] = []
+    for slide_id, slide in slides.items():
+        path = annotation_of(annotations, slide_id)
+        downsample = 2 ** max(math.ceil(math.log2(max(slide.size) / _MAX_SIDE_PX)), 0)
+        shape = tuple(math.ceil(side / downsample) for side in slide.size)
+        found = _found(slide, config.threshold, (shape[0], shape[1]), downsample)
+        truth = np.zeros_like(found)
+        if path is None:
+            warnings.append(f"{slide_id} has no annotation file: it is taken to hold no lesion")
+        else:
+            truth, notes = lesion_mask(
+                path, size=slide.size, downsample=downsample, origin=slide.origin, roles=config.roles, at=0.5
+            )
+            truth = _same_shape(truth, found)
+            warnings += [f"{path.name}: {note}" for note in notes]
+        pixel_um = downsample * slide.mpp
+        pixel = (pixel_um, pixel_um)
+        values = {
+            "dice": dice(truth, found),
+            "iou": iou(truth, found),
+            "hausdorff_um": hausdorff(truth, found, pixel=pixel),
+            "hausdorff95_um": hausdorff(truth, found, pixel=pixel, percentile=95),
+        }
+        areas = {"reference": truth, "found": found, "common": truth & found, "joint": truth | found}
+        if values["dice"].value is not None:
+            step = math.ceil(max(shape) / _SHOWN_PX)
+            worst.append(plots.Overlap(slide_id, values["dice"].value, truth[::step, ::step], found[::step, ::step]))
+            worst = sorted(worst, key=lambda each: each.dice)[:_SHOWN]
+        rows.append(
+            {"slide": slide_id, "pixel_um": pixel_um}
+            | {f"{name}_mm2": area.sum() * pixel_um**2 / 1e6 for name, area in areas.items()}
+            | {name: values[name].value for name in MEASURES}
+            | {"reason": next((value.reason for value in values.values() if value.reason), "")}
+        )
+    return rows, worst, warnings
 
 
 def _found(
