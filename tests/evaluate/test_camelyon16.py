@@ -18,6 +18,7 @@ from wsi.evaluate.camelyon16 import evaluate_camelyon16
 from wsi.evaluate.camelyon16_slides import Camelyon16Config
 from wsi.evaluate.detect import DetectConfig
 from wsi.evaluate.report import write_report
+from wsi.metrics.froc import find_lesions
 
 QUICK = Camelyon16Config(n_bootstrap=20)
 TILE = 256
@@ -150,6 +151,9 @@ def test_true_resolution_uses_each_slides_own(tmp_path: Path):
         report = evaluate_camelyon16(tmp_path / "results", tmp_path / "s.xml", out=tmp_path / "out", config=config)
         assert report.data["isolated_tumour_cells"] == itc
     assert report.results["froc"].value == 1
+    square = np.pad(np.ones((32, 32), bool), 64)  # masks of about 7.8 um a pixel: 16 px of the slide
+    (axis,) = find_lesions(square, mpp=0.486, downsample=16).major_axis_um
+    assert report.tables["lesions"][0]["major_axis_um"] == pytest.approx(axis, abs=0.01)
     assert any("lowest confidence" in warning for warning in report.warnings)
     with pytest.raises(EvaluationError, match="true-mpp"):
         evaluate_camelyon16(tmp_path / "out/detections", tmp_path / "s.xml", out=tmp_path / "o2", config=config)

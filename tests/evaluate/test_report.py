@@ -38,10 +38,10 @@ def a_report() -> Report:
         plots.reliability_plot(reliability(y, p)),
         plots.net_benefit_plot(y, p),
         plots.forest_plot(
-            {"all": Estimate(0.7, 0.6, 0.8), "none": Estimate.undefined("few"), "x": Estimate(0.5)}, "auroc"
+            {"all": Estimate(0.7, 0.6, 0.8), "none": Estimate.undefined("few"), "$\\frac$": Estimate(0.5)}, "auroc"
         ),
-        plots.dice_plot({f"{HOSTILE} {i}": i / 40 for i in range(40)}, Estimate(0.5, 0.4, 0.6)),
-        plots.overlap_plot([plots.Overlap(HOSTILE, 0.5, y[None, :], p[None, :] > 0.5)] * 4),
+        plots.dice_plot({f"$\\frac${i}": i / 40 for i in range(40)}, Estimate(0.5, 0.4, 0.6)),
+        plots.overlap_plot([plots.Overlap("$\\frac$", 0.5, y[None, :], p[None, :] > 0.5)] * 4),
     ]
     results = {"auroc": Estimate(0.75, 0.2, 0.97, 4, "DeLong"), "kappa": Estimate.undefined(HOSTILE)}
     table = [{"slide": HOSTILE, "value": None, "more": [1, 2]}]

@@ -174,6 +174,7 @@ class Cohort:
     ----------
     patients : mapping of slide id to patient
     groups : mapping of column to mapping of slide id to value
+        Numbers of many kinds by their terciles, see ``divided``.
     """
 
     patients: Mapping[str, str]
@@ -221,7 +222,13 @@ def read_cohort(
     return Cohort(
         {name: rows[name][patient] if patient else name for name in slides},
         {
-            group: {name: rows[name].get(group, str(slide.numbers.get(group))) for name, slide in slides.items()}
+            group: dict(
+                zip(
+                    slides,
+                    divided([rows[name].get(group, str(slide.numbers.get(group))) for name, slide in slides.items()]),
+                    strict=True,
+                )
+            )
             for group in groups
         },
     )
@@ -244,8 +251,8 @@ def divided(values: Sequence[str]) -> tuple[str, ...]:
     if len(np.unique(numbers)) <= _MOST_NUMBERS or not np.isfinite(numbers).all():
         return tuple(values)
     third = np.searchsorted(np.quantile(numbers, [1 / 3, 2 / 3]), numbers)
-    names = [f"{numbers[third == i].min():g} to {numbers[third == i].max():g}" for i in range(3)]
-    return tuple(names[i] for i in third)
+    ranges = {i: numbers[third == i] for i in np.unique(third).tolist()}  # with many ties there may be fewer than three
+    return tuple(f"{ranges[i].min():g} to {ranges[i].max():g}" for i in third.tolist())
 
 
 def _id_column(row: Mapping[str, str], path: Path) -> str:

@@ -113,7 +113,7 @@ def forest_plot(rows: Mapping[str, Estimate], metric: str) -> Plot:
             if estimate.low is not None and estimate.high is not None:
                 axes.plot([estimate.low, estimate.high], [-i, -i], color="black", linewidth=1.4)
             axes.plot(estimate.value, -i, "s", color="black", markerfacecolor="white" if i else "black")
-        axes.set_yticks([-i for i in range(len(known))], [f"{name} (n={e.n})" for name, e in known.items()])
+        axes.set_yticks([-i for i in range(len(known))], [f"{_short(name)} (n={e.n})" for name, e in known.items()])
         axes.set(xlabel=metric)
         _clean(axes)
 
@@ -179,7 +179,8 @@ def overlap_plot(slides: Sequence[Overlap]) -> Plot:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:11]}..{name[-11:]}"
+    """A name as it is: between two dollars matplotlib would look for a formula."""
+    return (name if len(name) <= 24 else f"{name[:11]}..{name[-11:]}").replace("$", r"\$")
 
 
 def _line(i: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ from wsi.annotations import lesion_area, rasterize, read_annotations
 from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
-from wsi.evaluate.cases import Cases, Cohort, divided, read_cohort
+from wsi.evaluate.cases import Cases, Cohort, read_cohort
 from wsi.evaluate.inputs import ScoredSlide, annotation_of, lesion_mask, scored_slides
 from wsi.evaluate.report import Report, data_hash
 from wsi.evaluate.tables import MIN_EVENTS
@@ -117,7 +117,7 @@ def evaluate_segmentation(
         pictures += [plots.dice_plot(known, results_["mean_dice"]), plots.overlap_plot(worst)]
     if cohort.groups:
         forest = {"all": results_["mean_dice"]}
-        groups = {column: divided([of[slide_id] for slide_id in slides]) for column, of in cohort.groups.items()}
+        groups = {column: [of[slide_id] for slide_id in slides] for column, of in cohort.groups.items()}
         tables["subgroups"] = _subgroups(dices, groups, over, forest)
         pictures.append(plots.forest_plot(forest, "mean Dice"))
     return Report(
@@ -298,5 +298,5 @@ def tile_cases(
         np.concatenate(labels),
         np.concatenate(scores),
         tuple(cohort.patients[slide_id] for slide_id in owners),
-        {column: divided([of_slide[slide_id] for slide_id in owners]) for column, of_slide in cohort.groups.items()},
+        {column: tuple(of_slide[slide_id] for slide_id in owners) for column, of_slide in cohort.groups.items()},
     )
