@@ -37,7 +37,11 @@ def test_areas_that_are_known(tmp_path: Path):
     assert row["hausdorff_um"] == pytest.approx(2 * 256 * 0.243)
     assert row["found_mm2"] == pytest.approx(32 * (256 * 0.243 / 1000) ** 2)
     empty = report.tables["slides"][1]
-    assert empty["dice"] is None and empty["reason"] == "both are empty" and "no annotation file" in report.warnings[0]
+    assert (
+        empty["dice"] is None
+        and empty["reason"] == "both are empty"
+        and "without an annotation file" in report.warnings[0]
+    )
     assert report.results["mean_dice"].value == row["dice"] and report.results["mean_dice"].n == 1
     write_report(tmp_path / "out", report)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"dice.png", "overlap.png"}

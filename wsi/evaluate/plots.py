@@ -30,7 +30,7 @@ def roc_plot(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Plot:
                 curve.false_positive_rate, curve.true_positive_rate, where="post", label=name, **_line(i), linewidth=1.8
             )
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-        axes.legend(frameon=False, loc="lower right")
+        _legend(axes)
         _clean(axes)
 
     return Plot("roc", "ROC curve", draw)
@@ -43,12 +43,12 @@ def froc_plot(curves: Mapping[str, Froc]) -> Plot:
         for i, (name, curve) in enumerate(curves.items()):
             # Beyond its last point the curve stays where it is, as in the score.
             x, y = np.append(20.0, curve.per_slide), np.append(curve.sensitivity[0], curve.sensitivity)
-            axes.plot(x, y, label=name, **_line(i), linewidth=1.8)
+            axes.plot(x, y, label=f"{name} {curve.score}", **_line(i), linewidth=1.8)
             axes.plot(PER_SLIDE, curve.at, "o", color=_SHADES[i % 4], markerfacecolor="white")
         axes.set_xscale("symlog", base=2, linthresh=0.125)
         axes.set_xticks([0, *PER_SLIDE], ["0", "1/4", "1/2", "1", "2", "4", "8"])
         axes.set(xlabel="false positives a slide", ylabel="lesion sensitivity", xlim=(-0.02, 8.5), ylim=(-0.01, 1.02))
-        axes.legend(frameon=False, loc="lower right")
+        _legend(axes)
         _clean(axes)
 
     return Plot("froc", "FROC curve, with the six operating points", draw)
@@ -98,7 +98,7 @@ def net_benefit_plot(labels: npt.NDArray[np.bool_], probabilities: npt.NDArray[n
         ):
             axes.plot(t, values, label=name, **_line(i), linewidth=1.8)
         axes.set(xlabel="threshold probability", ylabel="net benefit", ylim=(-0.05, max(prevalence, 0.05) * 1.1))
-        axes.legend(frameon=False)
+        _legend(axes)
         _clean(axes)
 
     return Plot("net_benefit", "Decision curve", draw)
@@ -114,7 +114,10 @@ def forest_plot(rows: Mapping[str, Estimate], metric: str) -> Plot:
                 axes.plot([estimate.low, estimate.high], [-i, -i], color="black", linewidth=1.4)
             axes.plot(estimate.value, -i, "s", color="black", markerfacecolor="white" if i else "black")
         axes.set_yticks([-i for i in range(len(known))], [f"{_short(name)} (n={e.n})" for name, e in known.items()])
-        axes.set(xlabel=metric)
+        ends = [end for e in known.values() for end in (e.value, e.low, e.high) if end is not None]
+        if ends:  # nothing that is drawn here exceeds 1
+            axes.set_xlim(min(ends) - 0.05, min(max(ends) + 0.05, 1.01))
+        axes.set(xlabel=metric, ylim=(0.5 - len(known), 0.5))
         _clean(axes)
 
     return Plot("subgroups", f"{metric} by subgroup, 95 % intervals", draw)
@@ -145,7 +148,7 @@ def dice_plot(dices: Mapping[str, float], mean: Estimate) -> Plot:
         axes.plot([value for _, value in lowest], range(len(lowest)), "o", color="black", markersize=5)
         axes.set_yticks(range(len(lowest)), [_short(name) for name, _ in lowest], fontsize=7 if len(lowest) > 15 else 9)
         axes.set(xlabel="Dice", xlim=(-0.02, 1.02), ylim=(-0.7, len(lowest) - 0.3))
-        axes.figure.legend(frameon=False, loc="outside upper center")
+        _legend(axes)
         _clean(axes)
 
     return Plot("dice", f"Dice of {what}; the band is the mean's interval", draw)
@@ -176,6 +179,11 @@ def overlap_plot(slides: Sequence[Overlap]) -> Plot:
         axes.figure.legend(handles=patches, ncols=3, frameon=False, loc="outside lower center")
 
     return Plot("overlap", "Drawn and found areas, and Dice: the slides where they agree least", draw)
+
+
+def _legend(axes: Any) -> None:
+    """Above the axes, where it hides no curve."""
+    axes.figure.legend(frameon=False, loc="outside upper center")
 
 
 def _short(name: str) -> str:

@@ -151,6 +151,7 @@ def _measured(
 ) -> tuple[list[dict[str, Any]], list[plots.Overlap], list[str]]:
     """A row a slide; the slides that agree least; and what was taken for granted."""
     rows: list[dict[str, Any]] = []
+    bare: list[str] = []
     warnings: list[str] = []
     worst: list[plots.Overlap] = []
     for slide_id, slide in slides.items():
@@ -160,7 +161,7 @@ def _measured(
         found = _found(slide, config.threshold, (shape[0], shape[1]), downsample)
         truth = np.zeros_like(found)
         if path is None:
-            warnings.append(f"{slide_id} has no annotation file: it is taken to hold no lesion")
+            bare.append(slide_id)
         else:
             truth, notes = lesion_mask(
                 path, size=slide.size, downsample=downsample, origin=slide.origin, roles=config.roles, at=0.5
@@ -186,6 +187,8 @@ def _measured(
             | {name: values[name].value for name in MEASURES}
             | {"reason": next((value.reason for value in values.values() if value.reason), "")}
         )
+    if bare:
+        warnings.append(f"{len(bare)} slides without an annotation file are taken to hold no lesion, {bare[0]} for one")
     return rows, worst, warnings
 
 
