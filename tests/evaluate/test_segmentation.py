@@ -141,7 +141,7 @@ def test_cohorts_that_do_not_fit_are_errors(tmp_path: Path):
         ("short.csv", {}, "23 slides, 's1' for one"),
         ("slides.csv", {"groups": ("scanner",)}, "no column 'scanner'"),
         ("slides.csv", {"patient": "case"}, "no column 'case'"),
-        (None, {"groups": ("centre",)}, "--labels: has no column 'centre'"),
+        (None, {"groups": ("centre",)}, "does not know 'centre'"),
     ):
         with pytest.raises(EvaluationError, match=message):
             read_cohort(results, labels and tmp_path / labels, **options)

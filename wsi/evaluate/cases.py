@@ -216,8 +216,12 @@ def read_cohort(
         if missing:
             raise EvaluationError(labels, f"says nothing of {len(missing)} slides, {missing[0]!r} for one", "Add them")
         rows = {name: found[name] for name in slides}
-    where = labels or Path("--labels")
-    _need(columns, where, *([patient] if patient else []), *(g for g in groups if g not in RESULT_COLUMNS))
+    wanted = [*([patient] if patient else []), *(group for group in groups if group not in RESULT_COLUMNS)]
+    if wanted and labels is None:
+        raise EvaluationError(
+            results, f"does not know {wanted[0]!r} of its slides", "Give --labels, a CSV with that column"
+        )
+    _need(columns, labels or results, *wanted)
     patient = patient or ("patient" if "patient" in columns else None)
     return Cohort(
         {name: rows[name][patient] if patient else name for name in slides},
