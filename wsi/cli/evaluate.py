@@ -222,10 +222,10 @@ def patches(
     roles = _roles(group)
     if annotations is not None:
         cohort = read_cohort(predictions, labels, patient=patient, groups=config.groups)
-        cases, warnings = tile_cases(predictions, annotations, roles, cohort), []
+        cases, warnings = tile_cases(predictions, annotations, roles, cohort)
         if len(set(cohort.patients.values())) == len(cohort.patients):
             warnings.append("every slide is taken for a patient of its own: --labels says whose they are")
-        other = tile_cases(compare, annotations, roles, cohort) if compare else None
+        other = tile_cases(compare, annotations, roles, cohort)[0] if compare else None
     else:
         cases, warnings = read_cases(predictions, labels or predictions, config)
         other = read_cases(compare, labels or compare, config)[0] if compare else None

@@ -87,8 +87,6 @@ def evaluate_segmentation(
     """
     config, cohort = config or SegmentationConfig(), cohort or read_cohort(results)
     slides = scored_slides(results)
-    if not annotations.exists() or (annotations.is_file() and len(slides) > 1):
-        raise EvaluationError(annotations, f"is no folder of annotations for {len(slides)} slides", "Give the folder")
     rows, worst, warnings = _measured(slides, annotations, config)
     every = range(len(slides))
     over = _Over([cohort.patients[slide_id] for slide_id in slides], config)
@@ -151,18 +149,15 @@ def _measured(
 ) -> tuple[list[dict[str, Any]], list[plots.Overlap], list[str]]:
     """A row a slide; the slides that agree least; and what was taken for granted."""
     rows: list[dict[str, Any]] = []
-    bare: list[str] = []
-    warnings: list[str] = []
+    paths, warnings = _annotated(annotations, slides)
     worst: list[plots.Overlap] = []
     for slide_id, slide in slides.items():
-        path = annotation_of(annotations, slide_id)
+        path = paths[slide_id]
         downsample = 2 ** max(math.ceil(math.log2(max(slide.size) / _MAX_SIDE_PX)), 0)
         shape = tuple(math.ceil(side / downsample) for side in slide.size)
         found = _found(slide, config.threshold, (shape[0], shape[1]), downsample)
         truth = np.zeros_like(found)
-        if path is None:
-            bare.append(slide_id)
-        else:
+        if path is not None:
             truth, notes = lesion_mask(
                 path, size=slide.size, downsample=downsample, origin=slide.origin, roles=config.roles, at=0.5
             )
@@ -187,9 +182,19 @@ def _measured(
             | {name: values[name].value for name in MEASURES}
             | {"reason": next((value.reason for value in values.values() if value.reason), "")}
         )
-    if bare:
-        warnings.append(f"{len(bare)} slides without an annotation file are taken to hold no lesion, {bare[0]} for one")
     return rows, worst, warnings
+
+
+def _annotated(annotations: Path, slides: Mapping[str, ScoredSlide]) -> tuple[dict[str, Path | None], list[str]]:
+    """Each slide's annotation file, and which slides have none."""
+    if not annotations.exists() or (annotations.is_file() and len(slides) > 1):
+        raise EvaluationError(annotations, f"is no folder of annotations for {len(slides)} slides", "Give the folder")
+    paths = {slide_id: annotation_of(annotations, slide_id) for slide_id in slides}
+    bare = [slide_id for slide_id, path in paths.items() if path is None]
+    what = (
+        f"{len(bare)} slides without an annotation file are taken to hold no lesion, {bare[0]} for one" if bare else ""
+    )
+    return paths, [what] if bare else []
 
 
 def _found(
@@ -265,10 +270,11 @@ def _subgroups(
 
 def tile_cases(
     results: Path, annotations: Path, roles: Mapping[str, Role] | None = None, cohort: Cohort | None = None
-) -> Cases:
+) -> tuple[Cases, list[str]]:
     """Return the tiles of scored slides, labelled by annotations: positive where at least half the area is lesion.
 
-    Patients and groups are those of `cohort`; without one every slide is a patient of its own.
+    Patients and groups are those of `cohort`; without one every slide is a patient of its own. What was taken for
+    granted is returned beside.
 
     Raises
     ------
@@ -276,30 +282,35 @@ def tile_cases(
 
     Examples
     --------
-    >>> evaluate_table("patches", tile_cases(Path("results"), Path("annotations")))               # doctest: +SKIP
+    >>> cases, warnings = tile_cases(Path("results"), Path("annotations"))                        # doctest: +SKIP
+    >>> evaluate_table("patches", cases, warnings=warnings)                                       # doctest: +SKIP
     """
     slides, cohort = scored_slides(results), cohort or read_cohort(results)
+    paths, warnings = _annotated(annotations, slides)
     ids: list[str] = []
     owners: list[str] = []
     labels, scores = [np.zeros(0, bool)], [np.zeros(0)]
     for slide_id, slide in slides.items():
-        path = annotation_of(annotations, slide_id)
+        path = paths[slide_id]
         heatmap = slide.heatmap()
         x, y, w, h = heatmap.grid.boxes().T
         tiles = shapely.box(x, y, x + w, y + h)
         share = np.zeros(len(tiles))
         if path is not None:
-            area = lesion_area(read_annotations(path, origin=slide.origin), roles=roles, where=path).geometry
+            found = lesion_area(read_annotations(path, origin=slide.origin), roles=roles, where=path)
+            warnings += [f"{path.name}: {note}" for note in found.warnings]
+            area = found.geometry
             shapely.prepare(area)
             share = shapely.area(shapely.intersection(tiles, area)) / shapely.area(tiles)
         labels.append(share >= 0.5)
         scores.append(heatmap.values.astype(np.float64))
         ids += [f"{slide_id}/{i}" for i in range(len(tiles))]
         owners += [slide_id] * len(tiles)
-    return Cases(
+    cases = Cases(
         tuple(ids),
         np.concatenate(labels),
         np.concatenate(scores),
         tuple(cohort.patients[slide_id] for slide_id in owners),
         {column: tuple(of_slide[slide_id] for slide_id in owners) for column, of_slide in cohort.groups.items()},
     )
+    return cases, warnings
