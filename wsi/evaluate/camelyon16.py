@@ -97,7 +97,7 @@ def evaluate_camelyon16(
     if far and not config.true_mpp:
         warnings.append(
             f"{len(far)} slides are far from {OFFICIAL_MPP} um per pixel, {far[0]} for one; the official rules take "
-            "every slide for that, so lesions are merged and left out at wrong lengths: --true-mpp does not"
+            "every slide for that, and merge or leave out lesions at wrong lengths: --true-mpp takes each slide's own"
         )
     if len(head.per_slide) == 1 and any((each.hits > 0).any() for each in for_froc):
         warnings.append("all detections have one confidence, which the official rule takes for no threshold: FROC is 0")
