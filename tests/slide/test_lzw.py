@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import imagecodecs
@@ -11,6 +14,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import REPOSITORY
 from wsi.annotations import read_mask
 from wsi.errors import AnnotationError, SlideUnreadable
 from wsi.slide import open_slide
@@ -105,6 +109,42 @@ def test_nothing_but_clears_is_given_up() -> None:
         check_lzw(stream([CLEAR, 65] * 20_000))
     check_lzw(b"")
     check_lzw(b"\x80")
+
+
+DAMAGED = """
+import hashlib, random
+import imagecodecs, numpy as np
+from wsi.slide.lzw import decode
+
+rng, seen = random.Random(1), hashlib.sha256()
+shapes = ((2, 900), (256, 900), (16, 5000), (4, 40000), (256, 9000))
+whole = [
+    imagecodecs.lzw_encode(np.random.default_rng(i).integers(0, k, n).astype(np.uint8).tobytes())
+    for i, (k, n) in enumerate(shapes)
+]
+for _ in range(2000):
+    data = bytearray(rng.choice(whole))
+    for _ in range(rng.randrange(1, 6)):
+        data[rng.randrange(2, len(data))] = rng.randrange(256)
+    try:
+        seen.update(decode(bytes(data), out=rng.choice((768, 5000, 100_000))))
+    except Exception as error:
+        seen.update(str(error).encode())
+print(seen.hexdigest())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
+def test_damaged_streams_give_the_same_whatever_lies_in_memory() -> None:
+    """The C library fills memory that is taken with one byte or another; without the check this process dies."""
+    found = set()
+    for fill in ("1", "165"):
+        done = subprocess.run(
+            [sys.executable, "-c", DAMAGED],
+            cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "MALLOC_PERTURB_": fill}, check=True,
+        )  # fmt: skip
+        found.add(done.stdout)
+    assert len(found) == 1
 
 
 def test_readers_and_masks_are_guarded(tmp_path: Path) -> None:
