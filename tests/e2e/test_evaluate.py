@@ -55,7 +55,9 @@ def evaluated(camelyon: Path, monkeypatch: pytest.MonkeyPatch, task: str, truth:
 
 def test_lesions_are_found_where_they_are(camelyon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("--true-mpp", "--reference", camelyon / "reference.csv")
-    right = evaluated(camelyon, monkeypatch, "camelyon16", "xml", *arguments)
+    right = evaluated(camelyon, monkeypatch, "camelyon16", "xml", *arguments, "--subgroup", "mpp")
+    (row,) = (camelyon / "out-camelyon16-xml/subgroups.csv").read_text().splitlines()[1:]
+    assert row.startswith("mpp,1.0,2,1,2,") and "fewer than 10 lesions" in row
     assert right["data"]["lesions_that_count"] == 2 and right["data"]["isolated_tumour_cells"] == 1
     assert right["results"]["froc"]["value"] >= 0.9
     assert right["results"]["auroc_max_probability"]["value"] == right["results"]["auroc_mil"]["value"] == 1

@@ -16,6 +16,7 @@ from tests.metrics import official
 from wsi.errors import AnnotationError, EvaluationError
 from wsi.evaluate.camelyon16 import evaluate_camelyon16
 from wsi.evaluate.camelyon16_slides import Camelyon16Config
+from wsi.evaluate.cases import read_cohort
 from wsi.evaluate.detect import DetectConfig
 from wsi.evaluate.report import write_report
 from wsi.metrics.froc import find_lesions
@@ -122,6 +123,47 @@ def test_planted_defects_lower_the_score(archive: Path, defect: str):
         (archive / "wrong" / path.name).write_text("".join(f"{p},{x:.0f},{y:.0f}\n" for p, x, y in rows))
     wrong = evaluate_camelyon16(archive / "wrong", archive / "xml", out=archive / "two", config=QUICK)
     assert right.results["froc"].value == 1 and wrong.results["froc"].value < 0.75
+
+
+def test_subgroups_are_what_their_slides_give_alone(tmp_path: Path):
+    """Two centres of twenty slides each; at b every second lesion is missed, and normal slides look like tumours."""
+    rows = ["slide_id,centre,patient\n"]
+    reference = ""
+    for i in range(40):
+        centre, tumour, name = "ab"[i % 2], i % 4 < 2, f"s{i:02}"
+        values = np.full((10, 10), 0.25)
+        values[4:6, 4:6] = 0.5 + i / 128 if (tumour and (centre == "a" or i % 8 == 1)) or (centre == "b") else 0.25
+        if tumour and centre == "b" and i % 8 == 5:
+            values[4:6, 4:6], values[1, 8] = 0.25, 0.9
+        scored(tmp_path / "results", name, values)
+        if tumour:
+            asap_xml(tmp_path / f"{name}.xml", [(shapely.box(900, 900, 1700, 1700), "Tumor")])
+        rows.append(f"{name},{centre},p{i // 4}\n")
+        reference += f"{name},{'Tumor' if tumour else 'Normal'},IDC,{'Macro' if tumour else 'None'}\n"
+    (tmp_path / "slides.csv").write_text("".join(rows))
+    (tmp_path / "reference.csv").write_text(reference)
+    arguments = {"out": tmp_path / "out", "reference": tmp_path / "reference.csv", "config": QUICK}
+    cohort = read_cohort(tmp_path / "results", tmp_path / "slides.csv", groups=("centre", "mpp"))
+    report = evaluate_camelyon16(tmp_path / "results", tmp_path, cohort=cohort, **arguments)
+    rows = {(row["column"], row["value"]): row for row in report.tables["subgroups"]}
+    assert set(rows) == {("centre", "a"), ("centre", "b"), ("mpp", "0.243")}
+    for centre in "ab":
+        lines = [line for line in reference.splitlines() if "ab"[int(line[1:3]) % 2] == centre]
+        (tmp_path / "some.csv").write_text("\n".join(lines))
+        alone = evaluate_camelyon16(
+            tmp_path / "results", tmp_path, out=tmp_path / "alone", reference=tmp_path / "some.csv", config=QUICK
+        )
+        row = rows["centre", centre]
+        assert row["slides"] == 20 and row["lesions"] == alone.data["lesions_that_count"] == 10
+        assert row["froc"] == alone.results["froc"].value and row["froc_low"] <= row["froc"] <= row["froc_high"]
+        assert row["auroc"] == alone.results["auroc_max_probability"].value
+        assert row["froc_gap"] == pytest.approx(row["froc"] - report.results["froc"].value)
+    assert rows["centre", "b"]["froc"] < rows["centre", "a"]["froc"] - 0.2
+    assert all(row["froc_gap_low"] <= row["froc_gap"] <= row["froc_gap_high"] for row in rows.values())
+    every = rows["mpp", "0.243"]
+    assert every["froc"] == report.results["froc"].value and every["froc_gap"] == every["auroc_gap"] == 0
+    write_report(tmp_path / "out", report)
+    assert (tmp_path / "out/froc_subgroups.png").exists()
 
 
 def test_results_of_the_official_rules_own_making_are_said(tmp_path: Path):

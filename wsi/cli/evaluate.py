@@ -31,6 +31,13 @@ Masks = Annotated[Path | None, typer.Option(help="The same as --annotations.")]
 Groups = Annotated[
     list[str] | None, typer.Option("--group", help="NAME=lesion, hole or ignore: what a group means (repeatable).")
 ]
+SlideLabels = Annotated[
+    Path | None, typer.Option(help="CSV with a row a slide: its patient, and columns to divide by.")
+]
+Subgroup = Annotated[
+    list[str] | None,
+    typer.Option(help="Column to divide the cases by; of results also mpp, mpp_source, vendor, reader (repeatable)."),
+]
 Draws = Annotated[int, typer.Option("--bootstrap", min=0, help="Draws of each bootstrap interval.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the bootstrap.")]
 About = Annotated[Path | None, typer.Option(help="JSON object with answers to what TRIPOD+AI and CLAIM ask for.")]
@@ -57,6 +64,8 @@ def camelyon16(
     exclusions: Annotated[
         str | None, typer.Option(help="CSV slide,task,issue,source; 'none' for none. Default: the known ones.")
     ] = None,
+    labels: SlideLabels = None,
+    subgroup: Subgroup = None,
     group: Groups = None,
     bootstrap: Draws = 2000,
     seed: Seed = 0,
@@ -72,6 +81,7 @@ def camelyon16(
     """
     from wsi.evaluate.camelyon16 import evaluate_camelyon16
     from wsi.evaluate.camelyon16_slides import Camelyon16Config
+    from wsi.evaluate.cases import read_cohort
     from wsi.evaluate.detect import DetectConfig
     from wsi.evaluate.slide_features import load_forest
 
@@ -94,6 +104,7 @@ def camelyon16(
         reference=reference,
         forest=load_forest(slide_model) if slide_model else None,
         config=config,
+        cohort=read_cohort(results, labels, groups=subgroup) if subgroup else None,
     )
     _finish(report, out, about, as_json)
 
@@ -123,17 +134,10 @@ def camelyon17(
 
 
 Labels = Annotated[Path | None, typer.Option(help="CSV: a case (slide_id, image_id, id, ...), label, further columns.")]
-SlideLabels = Annotated[
-    Path | None, typer.Option(help="CSV with a row a slide: its patient, and columns to divide by.")
-]
 Label = Annotated[str, typer.Option(help="Column of the label.")]
 Score = Annotated[str | None, typer.Option(help="Column of the score. Default: score, or the only prob_... one.")]
 Positive = Annotated[str, typer.Option(help="The label that counts as positive.")]
 Patient = Annotated[str | None, typer.Option(help="Column of the patient. Default: patient.")]
-Subgroup = Annotated[
-    list[str] | None,
-    typer.Option(help="Column to divide the cases by; of results also mpp, mpp_source, vendor, reader (repeatable)."),
-]
 Validation = Annotated[
     Path | None, typer.Option(help="CSV of other cases, with label and score: the threshold comes from there.")
 ]

@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
+from wsi.evaluate.camelyon16_groups import subgroups
 from wsi.evaluate.camelyon16_slides import Camelyon16Config, Case, exclusions_of, read_slides
+from wsi.evaluate.cases import Cohort
 from wsi.evaluate.detect import F64
 from wsi.evaluate.inputs import is_image, lesion_mask
 from wsi.evaluate.report import Report, data_hash, leaderboard
@@ -36,6 +38,7 @@ def evaluate_camelyon16(
     reference: Path | None = None,
     forest: Forest | None = None,
     config: Camelyon16Config | None = None,
+    cohort: Cohort | None = None,
 ) -> Report:
     """Compare results with annotations.
 
@@ -54,6 +57,8 @@ def evaluate_camelyon16(
     forest : Forest, optional
         A slide-feature model, to be compared with the other slide scores.
     config : Camelyon16Config, optional
+    cohort : Cohort, optional
+        Columns to divide the slides by.
 
     Raises
     ------
@@ -132,6 +137,18 @@ def evaluate_camelyon16(
     # Declared, not chosen by how well it does here.
     headline = next((name for name in ("random_forest", "mil", "max_probability") if name in usable), "max_probability")
     best = results_[f"auroc_{headline}"]
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if cohort is not None and cohort.groups:
+        names = [case.slide_id for case in kept]
+        tables["subgroups"], forest_of = subgroups(
+            hits,
+            [name for name in names if name not in excluded],
+            dict(zip(names, truth.tolist(), strict=True)),
+            dict(zip(names, usable[headline].tolist(), strict=True)),
+            cohort,
+            config,
+        )
+        pictures.append(plots.forest_plot({"all": head.score, **forest_of}, "FROC", "froc_subgroups"))
     protocol = _protocol(config, reference) | {"slide_score_on_the_leaderboard": headline}
     counted = f"{len(for_froc)} slides, {head.n_lesions} lesions"
     return Report(
@@ -147,7 +164,7 @@ def evaluate_camelyon16(
             "sha256": data_hash((row["slide"], row["label"], row["lesions"]) for row in rows),
         },
         results_,
-        {"slide_scores": table, "froc_curve": _curve(curves), "lesions": lesions, "slides": rows},
+        {"slide_scores": table, **tables, "froc_curve": _curve(curves), "lesions": lesions, "slides": rows},
         pictures,
         exclusions,
         leaderboard(
@@ -157,6 +174,7 @@ def evaluate_camelyon16(
         {
             "reference_standard": "lesion outlines" + (" and the official reference.csv" if reference else ""),
             "partition_unit": "slide",
+            "subgroups": ", ".join(cohort.groups if cohort else ()) or "none asked for",
             "metrics": "FROC as the organisers' script computes it; AUROC with DeLong's interval",
             "threshold_selection": f"detections above {config.detect.threshold:g}, not chosen on these slides",
         },

@@ -104,7 +104,7 @@ def net_benefit_plot(labels: npt.NDArray[np.bool_], probabilities: npt.NDArray[n
     return Plot("net_benefit", "Decision curve", draw)
 
 
-def forest_plot(rows: Mapping[str, Estimate], metric: str) -> Plot:
+def forest_plot(rows: Mapping[str, Estimate], metric: str, name: str = "subgroups") -> Plot:
     """Draw an estimate with its interval a subgroup."""
 
     def draw(axes: Any) -> None:
@@ -116,11 +116,12 @@ def forest_plot(rows: Mapping[str, Estimate], metric: str) -> Plot:
         axes.set_yticks([-i for i in range(len(known))], [f"{_short(name)} (n={e.n})" for name, e in known.items()])
         ends = [end for e in known.values() for end in (e.value, e.low, e.high) if end is not None]
         if ends:  # nothing that is drawn here exceeds 1
-            axes.set_xlim(min(ends) - 0.05, min(max(ends) + 0.05, 1.01))
+            low = min(ends) - 0.05
+            axes.set_xlim(low if min(ends) < 0 else max(low, -0.01), min(max(ends) + 0.05, 1.01))
         axes.set(xlabel=metric, ylim=(0.5 - len(known), 0.5))
         _clean(axes)
 
-    return Plot("subgroups", f"{metric} by subgroup, 95 % intervals", draw)
+    return Plot(name, f"{metric} by subgroup, 95 % intervals", draw)
 
 
 @dataclass(frozen=True, eq=False)
