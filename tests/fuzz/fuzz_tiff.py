@@ -44,6 +44,7 @@ ADDRESS_LIMIT = 1 << 32  # of memory asked for: more is an error at once
 CORNER_PX = 300
 ROW_PX = 1 << 18
 MOST_PX = 1 << 24  # reading more may take long, as whoever asks for it knows
+MEMORY_EXIT = 3  # status of a process that used too much, which is a finding of its own
 LAST = 500  # inputs that are kept for when the process dies
 
 
@@ -256,7 +257,7 @@ def fuzz(reader: str, corpus: Path, seconds: int, seed: int, last: Path) -> None
             print(f"{found}: {said}", flush=True)  # to the log
             (corpus / f"raw-{found}--{hashlib.sha1(data).hexdigest()[:8]}.tif").write_bytes(data)
         if grown:
-            os._exit(77)
+            os._exit(MEMORY_EXIT)
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         return mutate_tag(data, seed)[:max_size] if seed % 2 else atheris.Mutate(data, max_size)
@@ -287,7 +288,7 @@ def supervise(reader: str, corpus: Path, seconds: int) -> int:
                     [*command, "--last", last],
                     stdout=log, stderr=subprocess.STDOUT, check=False, timeout=left + 300,
                 )  # fmt: skip
-            if done.returncode not in (0, 77):  # 77: memory, which is a finding of its own
+            if done.returncode not in (0, MEMORY_EXIT):
                 inputs = sorted(Path(last).iterdir(), key=lambda path: path.stat().st_mtime_ns)
                 (corpus / f"died-{runs}").mkdir(exist_ok=True)
                 for i, path in enumerate(inputs):

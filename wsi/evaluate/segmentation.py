@@ -126,6 +126,7 @@ def evaluate_segmentation(
             "pixels": f"at most {_MAX_SIDE_PX} along a slide; inside where the centre is",
             "hausdorff": "between outlines; undefined where one side has no area",
             "bootstrap": f"{config.n_bootstrap} draws of {over.unit}, seed {config.seed}",
+            **({"differences": "this run less the other, on slides where both are defined"} if other else {}),
         },
         {
             "slides": len(slides),
