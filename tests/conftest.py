@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("wsi", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("wsi")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
