@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
+
+with contextlib.suppress(ImportError):  # tests that need it say so
+    from hypothesis import settings
+
+    settings.register_profile("wsi", deadline=None)  # how long an example takes says how busy the machine is
+    settings.load_profile("wsi")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -55,7 +55,9 @@ def evaluated(camelyon: Path, monkeypatch: pytest.MonkeyPatch, task: str, truth:
 
 def test_lesions_are_found_where_they_are(camelyon: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("--true-mpp", "--reference", camelyon / "reference.csv")
-    right = evaluated(camelyon, monkeypatch, "camelyon16", "xml", *arguments)
+    right = evaluated(camelyon, monkeypatch, "camelyon16", "xml", *arguments, "--subgroup", "mpp")
+    (row,) = (camelyon / "out-camelyon16-xml/subgroups.csv").read_text().splitlines()[1:]
+    assert row.startswith("mpp,1.0,2,1,2,") and "fewer than 10 lesions" in row
     assert right["data"]["lesions_that_count"] == 2 and right["data"]["isolated_tumour_cells"] == 1
     assert right["results"]["froc"]["value"] >= 0.9
     assert right["results"]["auroc_max_probability"]["value"] == right["results"]["auroc_mil"]["value"] == 1
@@ -84,6 +86,39 @@ def test_regions_overlap_with_what_was_drawn(camelyon: Path, monkeypatch: pytest
         assert evaluated(camelyon, monkeypatch, "segmentation", defect)["results"]["pooled_iou"]["value"] < 0.3
     tiles = evaluated(camelyon, monkeypatch, "patches", "xml")
     assert tiles["results"]["auroc"]["value"] > 0.95 and tiles["data"]["patients"] == 2
+    (camelyon / "cohort.csv").write_text("slide_id,patient,centre\nnormal,p,a\ntumour,p,b\n")
+    words = ("--labels", camelyon / "cohort.csv", "--subgroup", "centre", "--subgroup", "mpp")
+    for task in ("segmentation", "patches"):
+        report = evaluated(camelyon, monkeypatch, task, "xml", *words)
+        assert report["data"]["patients"] == 1 and report["reporting"]["subgroups"] == "centre, mpp"
+
+
+def test_a_real_slide_with_its_outlines(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One lesion of 5 mm on a slide of 4 um a pixel, of a patient that no training saw."""
+    folder = data_dir / "patches" / "idc_mosaic_slides"
+    assert wsi(monkeypatch, "score", folder / "idc_14082.tif", "--model", "idc-breast", "-o", tmp_path / "a", "-q") == 0
+    text = (folder / "idc_14082_tumor_asap.xml").read_text()
+    swapped = tmp_path / "swapped.xml"
+    swapped.write_text(text.replace(" X=", " Z=").replace(" Y=", " X=").replace(" Z=", " Y="))
+
+    def report(task: str, truth: Path, *words: object) -> dict:
+        out = tmp_path / f"{task}-{truth.stem}"
+        assert wsi(monkeypatch, "evaluate", task, tmp_path / "a", "--annotations", truth, "-o", out, *words) == 0
+        return json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
+
+    truth = folder / "idc_14082_tumor_asap.xml"
+    right, wrong = (report("camelyon16", path, "--true-mpp") for path in (truth, swapped))
+    assert right["data"]["lesions_that_count"] == 1 and right["results"]["froc"]["value"] == 1
+    assert wrong["results"]["froc"]["value"] < 1
+    assert "all cases are positive" in right["results"]["auroc_max_probability"]["reason"]
+    capsys.readouterr()
+    report("camelyon16", truth)
+    assert "--true-mpp" in capsys.readouterr().err
+    right, wrong = (report("segmentation", path) for path in (truth, swapped))
+    assert right["results"]["mean_dice"]["value"] > 0.9 and wrong["results"]["mean_dice"]["value"] < 0.5
+    assert right["results"]["mean_dice"]["low"] is None
 
 
 def test_slides_by_their_labels(

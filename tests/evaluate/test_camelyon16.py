@@ -16,8 +16,10 @@ from tests.metrics import official
 from wsi.errors import AnnotationError, EvaluationError
 from wsi.evaluate.camelyon16 import evaluate_camelyon16
 from wsi.evaluate.camelyon16_slides import Camelyon16Config
+from wsi.evaluate.cases import read_cohort
 from wsi.evaluate.detect import DetectConfig
 from wsi.evaluate.report import write_report
+from wsi.metrics.froc import find_lesions
 
 QUICK = Camelyon16Config(n_bootstrap=20)
 TILE = 256
@@ -85,7 +87,9 @@ def test_equals_the_official_script_on_the_files_it_writes(archive: Path, method
     assert again.results["froc"] == report.results["froc"]
     write_report(archive / "out", report)
     assert json.loads((archive / "out/report.json").read_text())["results"]["froc"]["value"] is not None
-    assert {path.name for path in (archive / "out").iterdir()} >= {"index.html", "froc.png", "roc.png", "results.csv"}
+    assert {path.name for path in (archive / "out").iterdir()} >= {
+        "index.html", "froc.png", "roc.png", "subgroups.png", "results.csv",
+    }  # fmt: skip
 
 
 def test_masks_of_either_value_give_what_outlines_give(archive: Path):
@@ -121,6 +125,62 @@ def test_planted_defects_lower_the_score(archive: Path, defect: str):
     assert right.results["froc"].value == 1 and wrong.results["froc"].value < 0.75
 
 
+def test_subgroups_are_what_their_slides_give_alone(tmp_path: Path):
+    """Two centres of twenty slides each; at b every second lesion is missed, and normal slides look like tumours."""
+    rows = ["slide_id,centre,patient\n"]
+    reference = ""
+    for i in range(40):
+        centre, tumour, name = "ab"[i % 2], i % 4 < 2, f"s{i:02}"
+        values = np.full((10, 10), 0.25)
+        values[4:6, 4:6] = 0.5 + i / 128 if (tumour and (centre == "a" or i % 8 == 1)) or (centre == "b") else 0.25
+        if tumour and centre == "b" and i % 8 == 5:
+            values[4:6, 4:6], values[1, 8] = 0.25, 0.9
+        scored(tmp_path / "results", name, values)
+        if tumour:
+            asap_xml(tmp_path / f"{name}.xml", [(shapely.box(900, 900, 1700, 1700), "Tumor")])
+        rows.append(f"{name},{centre},p{i // 4}\n")
+        reference += f"{name},{'Tumor' if tumour else 'Normal'},IDC,{'Macro' if tumour else 'None'}\n"
+    (tmp_path / "slides.csv").write_text("".join(rows))
+    (tmp_path / "reference.csv").write_text(reference)
+    arguments = {"out": tmp_path / "out", "reference": tmp_path / "reference.csv", "config": QUICK}
+    cohort = read_cohort(tmp_path / "results", tmp_path / "slides.csv", groups=("centre", "mpp"))
+    report = evaluate_camelyon16(tmp_path / "results", tmp_path, cohort=cohort, **arguments)
+    rows = {(row["column"], row["value"]): row for row in report.tables["subgroups"]}
+    assert set(rows) == {("centre", "a"), ("centre", "b"), ("mpp", "0.243")}
+    for centre in "ab":
+        lines = [line for line in reference.splitlines() if "ab"[int(line[1:3]) % 2] == centre]
+        (tmp_path / "some.csv").write_text("\n".join(lines))
+        alone = evaluate_camelyon16(
+            tmp_path / "results", tmp_path, out=tmp_path / "alone", reference=tmp_path / "some.csv", config=QUICK
+        )
+        row = rows["centre", centre]
+        assert row["slides"] == 20 and row["lesions"] == alone.data["lesions_that_count"] == 10
+        assert row["froc"] == alone.results["froc"].value and row["froc_low"] <= row["froc"] <= row["froc_high"]
+        assert row["auroc"] == alone.results["auroc_max_probability"].value
+        assert row["froc_gap"] == pytest.approx(row["froc"] - report.results["froc"].value)
+    assert rows["centre", "b"]["froc"] < rows["centre", "a"]["froc"] - 0.2
+    assert all(row["froc_gap_low"] <= row["froc_gap"] <= row["froc_gap_high"] for row in rows.values())
+    every = rows["mpp", "0.243"]
+    assert every["froc"] == report.results["froc"].value and every["froc_gap"] == every["auroc_gap"] == 0
+    write_report(tmp_path / "out", report)
+    assert (tmp_path / "out/froc_subgroups.png").exists()
+
+
+def test_results_of_the_official_rules_own_making_are_said(tmp_path: Path):
+    """One confidence is no threshold, so nothing was found; and a slide of 4 um is taken for one of 0.243."""
+    values = np.zeros((16, 16))
+    values[4:6, 4:6] = 0.9
+    asap_xml(tmp_path / "s.xml", [(shapely.box(1024, 1024, 1536, 1536), "Tumor")])
+    scored(tmp_path / "results", "s", values, mpp=4.0)
+    for true_mpp, said in ((False, True), (True, False)):
+        config = Camelyon16Config(DetectConfig("components"), true_mpp=true_mpp)
+        report = evaluate_camelyon16(tmp_path / "results", tmp_path / "s.xml", out=tmp_path / "out", config=config)
+        assert any("--true-mpp" in warning for warning in report.warnings) == said
+    found = report.results["froc"]
+    assert found.value == 0 and found.low is None and "fewer than two slides" in str(found.reason)
+    assert report.tables["slides"][0]["found"] == 1 and any("FROC is 0" in warning for warning in report.warnings)
+
+
 def test_true_resolution_uses_each_slides_own(tmp_path: Path):
     """The same slide at half the resolution: by its own microns all stays, by the official constant it shrinks."""
     values = np.zeros((16, 16))
@@ -133,6 +193,9 @@ def test_true_resolution_uses_each_slides_own(tmp_path: Path):
         report = evaluate_camelyon16(tmp_path / "results", tmp_path / "s.xml", out=tmp_path / "out", config=config)
         assert report.data["isolated_tumour_cells"] == itc
     assert report.results["froc"].value == 1
+    square = np.pad(np.ones((32, 32), bool), 64)  # masks of about 7.8 um a pixel: 16 px of the slide
+    (axis,) = find_lesions(square, mpp=0.486, downsample=16).major_axis_um
+    assert report.tables["lesions"][0]["major_axis_um"] == pytest.approx(axis, abs=0.01)
     assert any("lowest confidence" in warning for warning in report.warnings)
     with pytest.raises(EvaluationError, match="true-mpp"):
         evaluate_camelyon16(tmp_path / "out/detections", tmp_path / "s.xml", out=tmp_path / "o2", config=config)

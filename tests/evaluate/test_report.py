@@ -38,8 +38,10 @@ def a_report() -> Report:
         plots.reliability_plot(reliability(y, p)),
         plots.net_benefit_plot(y, p),
         plots.forest_plot(
-            {"all": Estimate(0.7, 0.6, 0.8), "none": Estimate.undefined("few"), "x": Estimate(0.5)}, "auroc"
+            {"all": Estimate(0.7, 0.6, 0.8), "none": Estimate.undefined("few"), "$\\frac$": Estimate(0.5)}, "auroc"
         ),
+        plots.dice_plot({f"$\\frac${i}": i / 40 for i in range(40)}, Estimate(0.5, 0.4, 0.6)),
+        plots.overlap_plot([plots.Overlap("$\\frac$", 0.5, y[None, :], p[None, :] > 0.5)] * 4),
     ]
     results = {"auroc": Estimate(0.75, 0.2, 0.97, 4, "DeLong"), "kappa": Estimate.undefined(HOSTILE)}
     table = [{"slide": HOSTILE, "value": None, "more": [1, 2]}]
@@ -55,7 +57,7 @@ def test_a_page_without_scripts_and_without_anything_from_elsewhere(tmp_path: Pa
     tags.feed(text)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in tags.seen}
     assert all(a["src"].startswith("data:image/png") for tag, a in tags.seen if tag == "img")
-    assert sum(tag == "img" for tag, _ in tags.seen) == 6
+    assert sum(tag == "img" for tag, _ in tags.seen) == 8
     assert "http" not in text and "esearch use only" in text
     content = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert content["reporting"]["intended_use"] == HOSTILE and content["reporting"]["own"] == "x"
@@ -67,7 +69,7 @@ def test_the_same_report_is_the_same_files(tmp_path: Path):
     for name in "ab":
         write_report(tmp_path / name, a_report())
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 10
+    assert len(files) == 12
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 

@@ -11,6 +11,7 @@ import shapely
 from tests.annotations.make import asap_xml, mask_tiff
 from tests.evaluate.make import scored
 from wsi.errors import EvaluationError
+from wsi.evaluate.cases import read_cohort
 from wsi.evaluate.report import write_report
 from wsi.evaluate.segmentation import SegmentationConfig, evaluate_segmentation, tile_cases
 
@@ -36,9 +37,14 @@ def test_areas_that_are_known(tmp_path: Path):
     assert row["hausdorff_um"] == pytest.approx(2 * 256 * 0.243)
     assert row["found_mm2"] == pytest.approx(32 * (256 * 0.243 / 1000) ** 2)
     empty = report.tables["slides"][1]
-    assert empty["dice"] is None and empty["reason"] == "both are empty" and "no annotation file" in report.warnings[0]
+    assert (
+        empty["dice"] is None
+        and empty["reason"] == "both are empty"
+        and "without an annotation file" in report.warnings[0]
+    )
     assert report.results["mean_dice"].value == row["dice"] and report.results["mean_dice"].n == 1
     write_report(tmp_path / "out", report)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"dice.png", "overlap.png"}
     strict = evaluate_segmentation(results, tmp_path, config=SegmentationConfig(threshold=0.75, n_bootstrap=0))
     assert strict.tables["slides"][0]["iou"] == 24 / 39, "a higher threshold takes one tile away"
 
@@ -54,7 +60,7 @@ def test_masks_and_outlines_of_qupath_count_from_other_corners(tmp_path: Path):
     outline = shapely.box(1536 - 512, 1024 - 256, 3584 - 512, 2048 - 256)
     (tmp_path / "qupath/a.geojson").write_text(shapely.to_geojson(outline))
     report = evaluate_segmentation(results, tmp_path / "qupath", config=QUICK)
-    assert report.tables["slides"][0]["iou"] == 1 and "without a group" in report.warnings[0]
+    assert report.tables["slides"][0]["iou"] == 1 and any("without a group" in each for each in report.warnings)
 
 
 @pytest.mark.parametrize("defect", ["axes", "half"])
@@ -71,10 +77,76 @@ def test_planted_defects_lower_the_overlap(tmp_path: Path, defect: str):
 def test_tiles_are_labelled_by_half_their_area(tmp_path: Path):
     results = archive(tmp_path)
     asap_xml(tmp_path / "a.xml", [(shapely.box(6 * 256, 4 * 256, 13.4 * 256, 7.6 * 256), "Tumor")])
-    cases = tile_cases(results, tmp_path)
+    cases, warnings = tile_cases(results, tmp_path)
+    assert warnings == ["1 slides without an annotation file are taken to hold no lesion, b for one"]
     assert len(cases.ids) == 2 * 16 * 24 and set(cases.patients) == {"a", "b"}
     labels = cases.labels[: 16 * 24].reshape(16, 24)
     assert labels[4:8, 6:13].all() and labels.sum() == 28 and not cases.labels[16 * 24 :].any()
+
+
+def two_centres(tmp_path: Path) -> Path:
+    """Twenty-four slides of six patients and two centres: of centre x all is found, of centre y half of it."""
+    rows = ["slide_id,patient,centre,size\n"]
+    for i in range(24):
+        values = np.full((8, 8), 0.125)
+        values[2:6, 2 : 6 if i % 2 else 4] = 0.875
+        scored(tmp_path / "results", f"s{i}", values, mpp=0.2 + i / 1000, tile=16)
+        asap_xml(tmp_path / f"s{i}.xml", [(shapely.box(32, 32, 96, 96), "Tumor")])
+        rows.append(f"s{i},p{i // 4},{'yx'[i % 2]},{i}\n")
+    (tmp_path / "slides.csv").write_text("".join(rows))
+    return tmp_path / "results"
+
+
+def test_subgroups_and_intervals_over_patients(tmp_path: Path):
+    results = two_centres(tmp_path)
+    cohort = read_cohort(results, tmp_path / "slides.csv", groups=("centre", "size", "mpp"))
+    report = evaluate_segmentation(results, tmp_path, config=QUICK, cohort=cohort)
+    whole, half = 1.0, 2 * 8 / (8 + 16)
+    mean = report.results["mean_dice"]
+    assert mean.value == pytest.approx((whole + half) / 2) and mean.n == 6 and "over patients" in mean.method
+    assert mean.low == mean.high, "each patient has two of either centre"
+    assert report.data["patients"] == 6 and report.reporting["partition_unit"] == "patient"
+    rows = {(row["column"], row["value"]): row for row in report.tables["subgroups"]}
+    assert rows["centre", "x"]["metric"] == whole and rows["centre", "y"]["metric"] == pytest.approx(half)
+    assert rows["centre", "x"]["gap"] == pytest.approx((whole - half) / 2) and rows["centre", "x"]["n"] == 12
+    small = rows["size", "0 to 7"]
+    assert small["metric"] is None and small["n"] == 8 and "fewer than 10" in small["reason"]
+    assert ("mpp", "0.2 to 0.207") in rows and [plot.name for plot in report.plots] == ["dice", "overlap", "subgroups"]
+
+    alone = evaluate_segmentation(results, tmp_path, config=QUICK)
+    assert alone.results["mean_dice"].n == 24 and alone.results["mean_dice"].low < alone.results["mean_dice"].high
+    tiles, _ = tile_cases(results, tmp_path, cohort=cohort)
+    assert set(tiles.patients) == {f"p{i}" for i in range(6)} and set(tiles.groups["centre"]) == {"x", "y"}
+
+
+def test_two_runs_compared(tmp_path: Path):
+    """The other run finds half of each slide, or nothing: what is gained on s1, s3 ... is 1 less its Dice."""
+    results = two_centres(tmp_path)
+    for i in range(24):
+        values = np.full((8, 8), 0.125)
+        values[2:6, 2:4] = 0.875
+        scored(tmp_path / "other", f"s{i}", values, mpp=0.2 + i / 1000, tile=16)
+    report = evaluate_segmentation(results, tmp_path, config=QUICK, other=tmp_path / "other")
+    gain = report.results["mean_dice_difference"]
+    assert gain.value == pytest.approx((1 - 2 / 3) / 2) and 0 < gain.low < gain.value < gain.high < 1 / 3
+    assert report.results["mean_iou_difference"].value == pytest.approx((1 - 1 / 2) / 2)
+    scored(tmp_path / "other", "one_more", np.zeros((8, 8)))
+    with pytest.raises(EvaluationError, match="other slides"):
+        evaluate_segmentation(results, tmp_path, config=QUICK, other=tmp_path / "other")
+
+
+def test_cohorts_that_do_not_fit_are_errors(tmp_path: Path):
+    results = two_centres(tmp_path)
+    (tmp_path / "short.csv").write_text("slide_id,patient\ns0,p0\n")
+    for labels, options, message in (
+        ("short.csv", {}, "23 slides, 's1' for one"),
+        ("slides.csv", {"groups": ("scanner",)}, "no column 'scanner'"),
+        ("slides.csv", {"patient": "case"}, "no column 'case'"),
+        (None, {"groups": ("centre",)}, "does not know 'centre'"),
+    ):
+        with pytest.raises(EvaluationError, match=message):
+            read_cohort(results, labels and tmp_path / labels, **options)
+    assert set(read_cohort(results, groups=("mpp",)).groups["mpp"]) == {f"s{i}" for i in range(24)}
 
 
 def test_one_file_for_many_slides_and_no_file_are_errors(tmp_path: Path):
@@ -82,5 +154,7 @@ def test_one_file_for_many_slides_and_no_file_are_errors(tmp_path: Path):
     for path in (asap_xml(tmp_path / "a.xml", []), tmp_path / "nowhere"):
         with pytest.raises(EvaluationError, match="annotations for 2 slides"):
             evaluate_segmentation(results, path)
+        with pytest.raises(EvaluationError, match="annotations for 2 slides"):
+            tile_cases(results, path)
     with pytest.raises(EvaluationError, match="no results"):
         evaluate_segmentation(tmp_path / "nowhere", tmp_path)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from tests.evaluate.make import scored
 from tests.metrics.made_up import scores_of_129
 from wsi.errors import EvaluationError
-from wsi.evaluate.cases import TableConfig, read_cases
+from wsi.evaluate.cases import TableConfig, divided, read_cases
 from wsi.evaluate.report import write_report
 from wsi.evaluate.tables import evaluate_table
 from wsi.metrics.compare import auroc_difference
@@ -126,10 +129,27 @@ def test_a_results_folder_gives_its_positive_probability(tmp_path: Path):
     assert cases.scores.tolist() == [0.25, 0.75] and "patient" in warnings[0]
     report = evaluate_table("slides", cases, config=QUICK)
     assert report.results["auroc"].value == 1 and "one case" in report.results["auroc"].reason
+    by_mpp = TableConfig(groups=("mpp",))
+    assert read_cases(tmp_path / "results", tmp_path / "labels.csv", by_mpp)[0].groups == {"mpp": ("0.243", "0.243")}
+    with pytest.raises(EvaluationError, match="no column 'mpp'"):
+        read_cases(tmp_path / "labels.csv", tmp_path / "labels.csv", by_mpp)
     scored(tmp_path / "results", "c", np.zeros((2, 2)))
     (tmp_path / "labels.csv").write_text("slide_id,label\na,0\nb,1\nc,1\n")
     with pytest.raises(EvaluationError, match="score of 'c'"):
         read_cases(tmp_path / "results", tmp_path / "labels.csv", QUICK)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 1e6]), min_size=1))
+def test_numbers_of_many_kinds_are_divided_into_ranges_apart(numbers: list[float]):
+    found = divided([str(number) for number in numbers])
+    if len(set(numbers)) <= 6:
+        assert found == tuple(map(str, numbers))
+        return
+    ranges = sorted({tuple(map(float, name.split(" to "))) for name in found})
+    assert 1 <= len(ranges) <= 3 and all(a[1] < b[0] for a, b in pairwise(ranges))
+    for number, name in zip(numbers, found, strict=True):
+        low, high = map(float, name.split(" to "))
+        assert low <= number <= high
 
 
 def test_one_class_is_undefined_and_still_reported(tmp_path: Path):

@@ -9,18 +9,24 @@ A slide is read, or refused with a SlideError of one line; all else is a finding
 the decoder reduces it. Seeds are the slides of `tests.slide.make.tiny_slides`; FOLDER keeps what reached new code, for
 the next time. A finding is cut down as far as it stays the same finding and saved as FOLDER/finding-*.tif.
 
-The fuzzing itself runs in a child process, which a native decoder may kill; it is then started again.
+The fuzzing itself runs in a child process, which a native decoder may kill; it is then started again. Its log says by
+which signal it died and where in Python, and FOLDER/died-N holds the last inputs, the newest last: what killed it may
+be an earlier one, so replay them in one process, by --together.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import hashlib
+import itertools
 import logging
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +44,8 @@ ADDRESS_LIMIT = 1 << 32  # of memory asked for: more is an error at once
 CORNER_PX = 300
 ROW_PX = 1 << 18
 MOST_PX = 1 << 24  # reading more may take long, as whoever asks for it knows
+MEMORY_EXIT = 3  # status of a process that used too much, which is a finding of its own
+LAST = 500  # inputs that are kept for when the process dies
 
 
 class Fault(Exception):
@@ -215,19 +223,27 @@ def load_readers() -> None:
     logging.disable()
 
 
-def fuzz(reader: str, corpus: Path, seconds: int, seed: int) -> None:
-    """Fuzz in this process until time is up or it dies; findings that are mere exceptions are saved on the way."""
+def fuzz(reader: str, corpus: Path, seconds: int, seed: int, last: Path) -> None:
+    """Fuzz in this process until time is up or it dies; findings that are mere exceptions are saved on the way.
+
+    The folder `last` holds the last inputs.
+    """
     import atheris
 
     with atheris.instrument_imports(include=["tifffile", "tiffslide", "wsi.slide"]):
         load_readers()
-    path = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)) / "a.tif"
+    executions = itertools.count()
     known: set[str] = {name.name.split("--")[0] for name in corpus.glob("raw-*")}
     limit_memory()
     begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def one(data: bytes) -> None:
+        number = next(executions)
+        if not number:
+            faulthandler.enable()  # after libFuzzer's own handlers, which it calls in the end
+        path = last / f"{number % LAST}.tif"
         path.write_bytes(data)
+        os.utime(path, ns=(number, number))  # their order
         found = said = ""
         try:
             read_slide(path, reader)
@@ -241,7 +257,7 @@ def fuzz(reader: str, corpus: Path, seconds: int, seed: int) -> None:
             print(f"{found}: {said}", flush=True)  # to the log
             (corpus / f"raw-{found}--{hashlib.sha1(data).hexdigest()[:8]}.tif").write_bytes(data)
         if grown:
-            os._exit(77)
+            os._exit(MEMORY_EXIT)
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         return mutate_tag(data, seed)[:max_size] if seed % 2 else atheris.Mutate(data, max_size)
@@ -265,9 +281,19 @@ def supervise(reader: str, corpus: Path, seconds: int) -> int:
         runs += 1
         command = [sys.executable, "-m", "tests.fuzz.fuzz_tiff", "--reader", reader, "--corpus", str(corpus)]
         command += ["--seconds", str(int(left)), "--child", str(runs + random.randrange(1 << 20))]
-        with (corpus / f"log-{int(time.time())}-{runs}.txt").open("w") as log:
-            found = len(list(corpus.glob("raw-*")))
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=left + 300)
+        found = len(list(corpus.glob("raw-*")))
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as last:
+            with (corpus / f"log-{int(time.time())}-{runs}.txt").open("w") as log:
+                done = subprocess.run(
+                    [*command, "--last", last],
+                    stdout=log, stderr=subprocess.STDOUT, check=False, timeout=left + 300,
+                )  # fmt: skip
+            if done.returncode not in (0, MEMORY_EXIT):
+                inputs = sorted(Path(last).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+                (corpus / f"died-{runs}").mkdir(exist_ok=True)
+                for i, path in enumerate(inputs):
+                    shutil.copy(path, corpus / f"died-{runs}" / f"{i:03}.tif")
+                print(f"process {runs} died: see {log.name} and {corpus / f'died-{runs}'}", flush=True)
         if done.returncode and len(list(corpus.glob("raw-*"))) == found:
             raise RuntimeError(f"the fuzzing itself failed: see {log.name}")
         counted = re.findall(r"^(?:stat::number_of_executed_units: |#)(\d+)", Path(log.name).read_text(), re.MULTILINE)
@@ -289,9 +315,21 @@ def supervise(reader: str, corpus: Path, seconds: int) -> int:
     return len(findings)
 
 
-def replay(reader: str, files: list[Path]) -> int:
-    """Try files one by one within the limits; print what each gives, and return how many are findings."""
+def replay(reader: str, files: list[Path], *, together: bool) -> int:
+    """Try files one by one within the limits; print what each gives, and return how many are findings.
+
+    `together`: in this process, again and again for a minute, where one may trip over what another left in memory.
+    """
     load_readers()
+    if together:
+        faulthandler.enable()
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            for file in files:
+                with contextlib.suppress(Exception):
+                    read_slide(file, reader)
+        print("nothing died")
+        return 0
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         for file in files:
@@ -308,12 +346,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--corpus", type=Path, default=Path("fuzz-corpus"))
     parser.add_argument("--replay", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--together", action="store_true", help="replay all in one process, for a minute")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--last", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child is not None:
-        fuzz(chosen.reader, chosen.corpus, chosen.seconds, chosen.child)
+        fuzz(chosen.reader, chosen.corpus, chosen.seconds, chosen.child, chosen.last)
     elif chosen.replay:
-        sys.exit(bool(replay(chosen.reader, chosen.replay)))
+        sys.exit(bool(replay(chosen.reader, chosen.replay, together=chosen.together)))
     else:
         sys.exit(bool(supervise(chosen.reader, chosen.corpus, chosen.seconds)))
 

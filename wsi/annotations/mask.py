@@ -11,6 +11,7 @@ import shapely
 import tifffile
 from PIL import Image
 
+import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.annotations.base import Annotation
 from wsi.errors import AnnotationError
 from wsi.tissue import mask_polygons

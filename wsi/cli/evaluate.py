@@ -31,6 +31,13 @@ Masks = Annotated[Path | None, typer.Option(help="The same as --annotations.")]
 Groups = Annotated[
     list[str] | None, typer.Option("--group", help="NAME=lesion, hole or ignore: what a group means (repeatable).")
 ]
+SlideLabels = Annotated[
+    Path | None, typer.Option(help="CSV with a row a slide: its patient, and columns to divide by.")
+]
+Subgroup = Annotated[
+    list[str] | None,
+    typer.Option(help="Column to divide the cases by; of results also mpp, mpp_source, vendor, reader (repeatable)."),
+]
 Draws = Annotated[int, typer.Option("--bootstrap", min=0, help="Draws of each bootstrap interval.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the bootstrap.")]
 About = Annotated[Path | None, typer.Option(help="JSON object with answers to what TRIPOD+AI and CLAIM ask for.")]
@@ -57,6 +64,8 @@ def camelyon16(
     exclusions: Annotated[
         str | None, typer.Option(help="CSV slide,task,issue,source; 'none' for none. Default: the known ones.")
     ] = None,
+    labels: SlideLabels = None,
+    subgroup: Subgroup = None,
     group: Groups = None,
     bootstrap: Draws = 2000,
     seed: Seed = 0,
@@ -72,6 +81,7 @@ def camelyon16(
     """
     from wsi.evaluate.camelyon16 import evaluate_camelyon16
     from wsi.evaluate.camelyon16_slides import Camelyon16Config
+    from wsi.evaluate.cases import read_cohort
     from wsi.evaluate.detect import DetectConfig
     from wsi.evaluate.slide_features import load_forest
 
@@ -94,6 +104,7 @@ def camelyon16(
         reference=reference,
         forest=load_forest(slide_model) if slide_model else None,
         config=config,
+        cohort=read_cohort(results, labels, groups=subgroup) if subgroup else None,
     )
     _finish(report, out, about, as_json)
 
@@ -127,7 +138,6 @@ Label = Annotated[str, typer.Option(help="Column of the label.")]
 Score = Annotated[str | None, typer.Option(help="Column of the score. Default: score, or the only prob_... one.")]
 Positive = Annotated[str, typer.Option(help="The label that counts as positive.")]
 Patient = Annotated[str | None, typer.Option(help="Column of the patient. Default: patient.")]
-Subgroup = Annotated[list[str] | None, typer.Option(help="Column to divide the cases by (repeatable).")]
 Validation = Annotated[
     Path | None, typer.Option(help="CSV of other cases, with label and score: the threshold comes from there.")
 ]
@@ -206,7 +216,7 @@ def patches(
 
       wsi evaluate patches results --annotations outlines -o evaluation
     """
-    from wsi.evaluate.cases import TableConfig, read_cases
+    from wsi.evaluate.cases import TableConfig, read_cases, read_cohort
     from wsi.evaluate.segmentation import tile_cases
     from wsi.evaluate.tables import evaluate_table
 
@@ -215,8 +225,11 @@ def patches(
     )
     roles = _roles(group)
     if annotations is not None:
-        cases, warnings = tile_cases(predictions, annotations, roles), ["patients are slides here"]
-        other = tile_cases(compare, annotations, roles) if compare else None
+        cohort = read_cohort(predictions, labels, patient=patient, groups=config.groups)
+        cases, warnings = tile_cases(predictions, annotations, roles, cohort)
+        if len(set(cohort.patients.values())) == len(cohort.patients):
+            warnings.append("every slide is taken for a patient of its own: --labels says whose they are")
+        other = tile_cases(compare, annotations, roles, cohort)[0] if compare else None
     else:
         cases, warnings = read_cases(predictions, labels or predictions, config)
         other = read_cases(compare, labels or compare, config)[0] if compare else None
@@ -234,6 +247,10 @@ def segmentation(
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Probability from which tiles are a region. Default: as scored.")
     ] = None,
+    labels: SlideLabels = None,
+    patient: Patient = None,
+    subgroup: Subgroup = None,
+    compare: Annotated[Path | None, typer.Option(help="Results of another run on the same slides.")] = None,
     group: Groups = None,
     bootstrap: Draws = 2000,
     seed: Seed = 0,
@@ -242,13 +259,18 @@ def segmentation(
 ) -> None:
     """Dice, IoU and Hausdorff distance of positive regions against outlines or masks.
 
-    Example:
+    Examples:
       wsi evaluate segmentation results --annotations outlines -o evaluation
+
+      wsi evaluate segmentation results --masks masks --labels slides.csv --subgroup centre -o evaluation
     """
+    from wsi.evaluate.cases import read_cohort
     from wsi.evaluate.segmentation import SegmentationConfig, evaluate_segmentation
 
     config = SegmentationConfig(threshold, _roles(group), bootstrap, seed)
-    report = evaluate_segmentation(results, _one_of(annotations, masks), config=config)
+    cohort = read_cohort(results, labels, patient=patient, groups=tuple(subgroup or ()))
+    truth = _one_of(annotations, masks)
+    report = evaluate_segmentation(results, truth, config=config, cohort=cohort, other=compare)
     _finish(report, out, about, as_json)
 
 

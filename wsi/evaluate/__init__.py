@@ -6,6 +6,7 @@
     detect             heatmap to lesion detections
     slide_features     heatmap to one score a slide: Wang's features and a random forest
     camelyon16_slides  results, annotations, reference and exclusions, slide by slide
+    camelyon16_groups  FROC and AUROC of some of the slides
     camelyon16         lesion FROC and slide AUROC
     camelyon17         lesion size to slide label to patient stage; quadratic kappa
     cases              CSVs with labels and scores, joined

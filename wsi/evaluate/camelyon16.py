@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
+from wsi.evaluate.camelyon16_groups import subgroups
 from wsi.evaluate.camelyon16_slides import Camelyon16Config, Case, exclusions_of, read_slides
+from wsi.evaluate.cases import Cohort
 from wsi.evaluate.detect import F64
 from wsi.evaluate.inputs import is_image, lesion_mask
 from wsi.evaluate.report import Report, data_hash, leaderboard
@@ -24,6 +26,9 @@ from wsi.metrics.estimate import Estimate
 from wsi.metrics.froc import OFFICIAL_DOWNSAMPLE, OFFICIAL_MPP, PER_SLIDE, SlideHits, find_lesions, froc, match
 from wsi.metrics.roc import auprc, auroc
 
+#: How far a slide's resolution may be from the official one, relative: CAMELYON16's own are 0.243 and 0.226.
+_MPP_TOLERANCE = 0.15
+
 
 def evaluate_camelyon16(
     results: Path,
@@ -33,6 +38,7 @@ def evaluate_camelyon16(
     reference: Path | None = None,
     forest: Forest | None = None,
     config: Camelyon16Config | None = None,
+    cohort: Cohort | None = None,
 ) -> Report:
     """Compare results with annotations.
 
@@ -51,6 +57,8 @@ def evaluate_camelyon16(
     forest : Forest, optional
         A slide-feature model, to be compared with the other slide scores.
     config : Camelyon16Config, optional
+    cohort : Cohort, optional
+        Columns to divide the slides by.
 
     Raises
     ------
@@ -86,10 +94,19 @@ def evaluate_camelyon16(
     truth = np.array([hits[c.slide_id].has_lesions if c.tumour is None else c.tumour for c in kept], bool)
     scores = _slide_scores(kept, forest)
     usable = {n: np.array(v, np.float64) for n, v in scores.items() if not any(each is None for each in v)}
-    results_ |= _slide_results(kept, truth, scores, usable, config)
+    by_size = _by_size(kept, truth, usable["max_probability"])
+    results_ |= _slide_results(kept, truth, scores, usable, config) | by_size
     table = [{"slide_score": name, **results_[f"auroc_{name}"].json()} for name in scores]
 
-    if head.n_lesions and all((each.hits > 0).all() for each in for_froc):
+    far = [c.slide_id for c in cases if c.scored and abs(c.scored.mpp / OFFICIAL_MPP - 1) > _MPP_TOLERANCE]
+    if far and not config.true_mpp:
+        warnings.append(
+            f"{len(far)} slides are far from {OFFICIAL_MPP} um per pixel, {far[0]} for one; the official rules take "
+            "every slide for that, and merge or leave out lesions at wrong lengths: --true-mpp takes each slide's own"
+        )
+    if len(head.per_slide) == 1 and any((each.hits > 0).any() for each in for_froc):
+        warnings.append("all detections have one confidence, which the official rule takes for no threshold: FROC is 0")
+    elif head.n_lesions and all((each.hits > 0).all() for each in for_froc):
         warnings.append("no lesion was missed, so the official curve leaves out its last point: the lowest confidence")
     n_outside = sum(each.outside for each in hits.values())
     if n_outside:
@@ -113,9 +130,25 @@ def evaluate_camelyon16(
         pictures.append(plots.froc_plot({f"FP of {fp} slides": curve for fp, curve in curves.items() if curve.at}))
     if usable and 0 < truth.sum() < len(truth):
         pictures.append(plots.roc_plot({f"{n} {results_[f'auroc_{n}']}": (truth, v) for n, v in usable.items()}))
+    if by_size:
+        rows_of = {f"{name.rpartition('_')[2]} lesions": each for name, each in by_size.items()}
+        forest_of = {"all": results_["auroc_max_probability"], **rows_of}
+        pictures.append(plots.forest_plot(forest_of, "AUROC of the highest probability"))
     # Declared, not chosen by how well it does here.
     headline = next((name for name in ("random_forest", "mil", "max_probability") if name in usable), "max_probability")
     best = results_[f"auroc_{headline}"]
+    tables: dict[str, list[dict[str, Any]]] = {}
+    if cohort is not None and cohort.groups:
+        names = [case.slide_id for case in kept]
+        tables["subgroups"], forest_of = subgroups(
+            hits,
+            [name for name in names if name not in excluded],
+            dict(zip(names, truth.tolist(), strict=True)),
+            dict(zip(names, usable[headline].tolist(), strict=True)),
+            cohort,
+            config,
+        )
+        pictures.append(plots.forest_plot({"all": head.score, **forest_of}, "FROC", "froc_subgroups"))
     protocol = _protocol(config, reference) | {"slide_score_on_the_leaderboard": headline}
     counted = f"{len(for_froc)} slides, {head.n_lesions} lesions"
     return Report(
@@ -131,7 +164,7 @@ def evaluate_camelyon16(
             "sha256": data_hash((row["slide"], row["label"], row["lesions"]) for row in rows),
         },
         results_,
-        {"slide_scores": table, "froc_curve": _curve(curves), "lesions": lesions, "slides": rows},
+        {"slide_scores": table, **tables, "froc_curve": _curve(curves), "lesions": lesions, "slides": rows},
         pictures,
         exclusions,
         leaderboard(
@@ -141,6 +174,7 @@ def evaluate_camelyon16(
         {
             "reference_standard": "lesion outlines" + (" and the official reference.csv" if reference else ""),
             "partition_unit": "slide",
+            "subgroups": ", ".join(cohort.groups if cohort else ()) or "none asked for",
             "metrics": "FROC as the organisers' script computes it; AUROC with DeLong's interval",
             "threshold_selection": f"detections above {config.detect.threshold:g}, not chosen on these slides",
         },
@@ -239,7 +273,7 @@ def _slide_results(
     for name in usable:
         if name != "max_probability":
             out[f"auroc_{name}_less_max_probability"] = auroc_difference(truth, usable[name], highest).estimate
-    return out | _by_size(cases, truth, highest)
+    return out
 
 
 def _by_size(cases: list[Case], truth: Any, values: F64) -> dict[str, Estimate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ from wsi.metrics.kappa import isup_grade
 
 #: Columns that name a case, the first that is there counts.
 ID_COLUMNS = ("slide_id", "image_id", "patch_id", "id", "slide", "patient")
+#: What result.json knows of a slide, and slides may be divided by without a column of the labels.
+RESULT_COLUMNS = ("mpp", "mpp_source", "vendor", "reader")
+#: Numbers of more kinds than this are divided by their terciles.
+_MOST_NUMBERS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +58,8 @@ class TableConfig:
     patient : str, optional
         Column of the patient; default ``patient`` where it is there, else every case is its own.
     groups : tuple of str
-        Columns to divide the cases by.
+        Columns to divide the cases by; numbers of many kinds by their terciles. Of a results folder also
+        ``RESULT_COLUMNS``.
     specificity : float
         Where sensitivity is reported.
     threshold : float, optional
@@ -109,12 +114,11 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     rows = read_rows(labels)
     key = _id_column(rows[0], labels)
     truth = unique(rows, key, labels)
-    _need(rows[0], labels, config.label, *config.groups, *([config.patient] if config.patient else []))
-    if predictions.is_dir():
-        found = {
-            slide_id: str(slide.numbers.get("positive_probability"))
-            for slide_id, slide in scored_slides(predictions).items()
-        }
+    slides = scored_slides(predictions) if predictions.is_dir() else {}
+    groups = [group for group in config.groups if group in rows[0] or not slides or group not in RESULT_COLUMNS]
+    _need(rows[0], labels, config.label, *groups, *([config.patient] if config.patient else []))
+    if slides:
+        found = {name: str(slide.numbers.get("positive_probability")) for name, slide in slides.items()}
     else:
         table = read_rows(predictions)
         column = config.score or _score_column(table[0], predictions, grades=bool(config.grades))
@@ -152,9 +156,107 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
         classes,
         scores,
         tuple(row[patient] if patient else name for name, row in truth.items()),
-        {group: tuple(row[group] for row in truth.values()) for group in config.groups},
+        {
+            group: divided(
+                [row[group] if group in groups else str(slides[name].numbers.get(group)) for name, row in truth.items()]
+            )
+            for group in config.groups
+        },
     )
     return cases, warnings
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Whose scored slides are, and how they may be divided.
+
+    Attributes
+    ----------
+    patients : mapping of slide id to patient
+    groups : mapping of column to mapping of slide id to value
+        Numbers of many kinds by their terciles, see ``divided``.
+    """
+
+    patients: Mapping[str, str]
+    groups: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def read_cohort(
+    results: Path, labels: Path | None = None, *, patient: str | None = None, groups: Sequence[str] = ()
+) -> Cohort:
+    """Read patients and columns of scored slides.
+
+    Parameters
+    ----------
+    results : Path
+        A results folder of ``wsi score``.
+    labels : Path, optional
+        A CSV with a row a slide. Without it every slide is a patient of its own.
+    patient : str, optional
+        Its column of the patient; default ``patient`` where it is there.
+    groups : sequence of str
+        Its columns to divide slides by, or ``RESULT_COLUMNS``.
+
+    Raises
+    ------
+    EvaluationError
+        A slide without a row, a column that is not there.
+
+    Examples
+    --------
+    >>> read_cohort(Path("results"), Path("slides.csv"), groups=("centre",))                      # doctest: +SKIP
+    """
+    slides = scored_slides(results)
+    rows: dict[str, dict[str, str]] = {name: {} for name in slides}
+    columns: dict[str, str] = {}
+    if labels is not None:
+        table = read_rows(labels)
+        found, columns = unique(table, _id_column(table[0], labels), labels), table[0]
+        missing = [name for name in slides if name not in found]
+        if missing:
+            raise EvaluationError(labels, f"says nothing of {len(missing)} slides, {missing[0]!r} for one", "Add them")
+        rows = {name: found[name] for name in slides}
+    wanted = [*([patient] if patient else []), *(group for group in groups if group not in RESULT_COLUMNS)]
+    if wanted and labels is None:
+        raise EvaluationError(
+            results, f"does not know {wanted[0]!r} of its slides", "Give --labels, a CSV with that column"
+        )
+    _need(columns, labels or results, *wanted)
+    patient = patient or ("patient" if "patient" in columns else None)
+    return Cohort(
+        {name: rows[name][patient] if patient else name for name in slides},
+        {
+            group: dict(
+                zip(
+                    slides,
+                    divided([rows[name].get(group, str(slide.numbers.get(group))) for name, slide in slides.items()]),
+                    strict=True,
+                )
+            )
+            for group in groups
+        },
+    )
+
+
+def divided(values: Sequence[str]) -> tuple[str, ...]:
+    """Return the groups that values of a column make: themselves, or the terciles of numbers of many kinds.
+
+    Examples
+    --------
+    >>> divided(["a", "b", "a"])
+    ('a', 'b', 'a')
+    >>> divided([str(n) for n in range(9)])[2:5]
+    ('0 to 2', '3 to 5', '3 to 5')
+    """
+    try:
+        numbers = np.array([float(value) for value in values])
+    except ValueError:
+        return tuple(values)
+    if len(np.unique(numbers)) <= _MOST_NUMBERS or not np.isfinite(numbers).all():
+        return tuple(values)
+    third = np.searchsorted(np.quantile(numbers, [1 / 3, 2 / 3]), numbers)
+    ranges = {i: numbers[third == i] for i in np.unique(third).tolist()}  # with many ties there may be fewer than three
+    return tuple(f"{ranges[i].min():g} to {ranges[i].max():g}" for i in third.tolist())
 
 
 def _id_column(row: Mapping[str, str], path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def roc_plot(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Plot:
                 curve.false_positive_rate, curve.true_positive_rate, where="post", label=name, **_line(i), linewidth=1.8
             )
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-        axes.legend(frameon=False, loc="lower right")
+        _legend(axes)
         _clean(axes)
 
     return Plot("roc", "ROC curve", draw)
@@ -42,12 +43,12 @@ def froc_plot(curves: Mapping[str, Froc]) -> Plot:
         for i, (name, curve) in enumerate(curves.items()):
             # Beyond its last point the curve stays where it is, as in the score.
             x, y = np.append(20.0, curve.per_slide), np.append(curve.sensitivity[0], curve.sensitivity)
-            axes.plot(x, y, label=name, **_line(i), linewidth=1.8)
+            axes.plot(x, y, label=f"{name} {curve.score}", **_line(i), linewidth=1.8)
             axes.plot(PER_SLIDE, curve.at, "o", color=_SHADES[i % 4], markerfacecolor="white")
         axes.set_xscale("symlog", base=2, linthresh=0.125)
         axes.set_xticks([0, *PER_SLIDE], ["0", "1/4", "1/2", "1", "2", "4", "8"])
         axes.set(xlabel="false positives a slide", ylabel="lesion sensitivity", xlim=(-0.02, 8.5), ylim=(-0.01, 1.02))
-        axes.legend(frameon=False, loc="lower right")
+        _legend(axes)
         _clean(axes)
 
     return Plot("froc", "FROC curve, with the six operating points", draw)
@@ -97,13 +98,13 @@ def net_benefit_plot(labels: npt.NDArray[np.bool_], probabilities: npt.NDArray[n
         ):
             axes.plot(t, values, label=name, **_line(i), linewidth=1.8)
         axes.set(xlabel="threshold probability", ylabel="net benefit", ylim=(-0.05, max(prevalence, 0.05) * 1.1))
-        axes.legend(frameon=False)
+        _legend(axes)
         _clean(axes)
 
     return Plot("net_benefit", "Decision curve", draw)
 
 
-def forest_plot(rows: Mapping[str, Estimate], metric: str) -> Plot:
+def forest_plot(rows: Mapping[str, Estimate], metric: str, name: str = "subgroups") -> Plot:
     """Draw an estimate with its interval a subgroup."""
 
     def draw(axes: Any) -> None:
@@ -112,11 +113,83 @@ def forest_plot(rows: Mapping[str, Estimate], metric: str) -> Plot:
             if estimate.low is not None and estimate.high is not None:
                 axes.plot([estimate.low, estimate.high], [-i, -i], color="black", linewidth=1.4)
             axes.plot(estimate.value, -i, "s", color="black", markerfacecolor="white" if i else "black")
-        axes.set_yticks([-i for i in range(len(known))], [f"{name} (n={e.n})" for name, e in known.items()])
-        axes.set(xlabel=metric)
+        axes.set_yticks([-i for i in range(len(known))], [f"{_short(name)} (n={e.n})" for name, e in known.items()])
+        ends = [end for e in known.values() for end in (e.value, e.low, e.high) if end is not None]
+        if ends:  # nothing that is drawn here exceeds 1
+            low = min(ends) - 0.05
+            axes.set_xlim(low if min(ends) < 0 else max(low, -0.01), min(max(ends) + 0.05, 1.01))
+        axes.set(xlabel=metric, ylim=(0.5 - len(known), 0.5))
         _clean(axes)
 
-    return Plot("subgroups", f"{metric} by subgroup, 95 % intervals", draw)
+    return Plot(name, f"{metric} by subgroup, 95 % intervals", draw)
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """A slide's areas, bool (rows, columns): drawn, and found; and their Dice coefficient."""
+
+    slide_id: str
+    dice: float
+    truth: npt.NDArray[np.bool_]
+    found: npt.NDArray[np.bool_]
+
+
+_MOST_SLIDES = 30
+
+
+def dice_plot(dices: Mapping[str, float], mean: Estimate) -> Plot:
+    """Draw a slide's Dice coefficient each, the lowest at the bottom; of many slides the lowest alone."""
+    lowest = sorted(dices.items(), key=lambda item: item[1])[:_MOST_SLIDES]
+    what = "every slide" if len(lowest) == len(dices) else f"the {len(lowest)} lowest of {len(dices)} slides"
+
+    def draw(axes: Any) -> None:
+        if mean.low is not None and mean.high is not None:
+            axes.axvspan(mean.low, mean.high, color="0.88", linewidth=0)
+        axes.axvline(mean.value, color="0.4", linestyle="--", linewidth=1.4, label=f"mean of all {mean}")
+        axes.plot([value for _, value in lowest], range(len(lowest)), "o", color="black", markersize=5)
+        axes.set_yticks(range(len(lowest)), [_short(name) for name, _ in lowest], fontsize=7 if len(lowest) > 15 else 9)
+        axes.set(xlabel="Dice", xlim=(-0.02, 1.02), ylim=(-0.7, len(lowest) - 0.3))
+        _legend(axes)
+        _clean(axes)
+
+    return Plot("dice", f"Dice of {what}; the band is the mean's interval", draw)
+
+
+def overlap_plot(slides: Sequence[Overlap]) -> Plot:
+    """Draw where drawn and found areas agree: up to six slides."""
+
+    def draw(axes: Any) -> None:
+        from matplotlib.patches import Patch
+
+        axes.set_axis_off()
+        columns = min(len(slides), 3)
+        rows = -(-len(slides) // columns)
+        shades = {"both": 0.6, "missed": 0.0, "found alone": 0.82}
+        for i, slide in enumerate(slides):
+            row, column = divmod(i, columns)
+            panel = axes.inset_axes((column / columns, 1 - (row + 1) / rows, 0.94 / columns, 0.86 / rows))
+            picture = np.ones(slide.truth.shape)
+            picture[slide.truth & slide.found] = shades["both"]
+            picture[slide.truth & ~slide.found] = shades["missed"]
+            picture[~slide.truth & slide.found] = shades["found alone"]
+            panel.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            panel.set_title(f"{_short(slide.slide_id)}: {slide.dice:.3f}", fontsize=9)
+            panel.set_xticks([])
+            panel.set_yticks([])
+        patches = [Patch(facecolor=str(shade), edgecolor="black", label=name) for name, shade in shades.items()]
+        axes.figure.legend(handles=patches, ncols=3, frameon=False, loc="outside lower center")
+
+    return Plot("overlap", "Drawn and found areas, and Dice: the slides where they agree least", draw)
+
+
+def _legend(axes: Any) -> None:
+    """Above the axes, where it hides no curve."""
+    axes.figure.legend(frameon=False, loc="outside upper center")
+
+
+def _short(name: str) -> str:
+    """A name as it is: between two dollars matplotlib would look for a formula."""
+    return (name if len(name) <= 24 else f"{name[:11]}..{name[-11:]}").replace("$", r"\$")
 
 
 def _line(i: int) -> dict[str, str]:

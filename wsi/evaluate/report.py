@@ -259,7 +259,7 @@ def _page(report: Report, content: Mapping[str, Any], pictures: Mapping[str, byt
             f"<figcaption>{_text(plot.caption)}</figcaption></figure>"
         )
     for title, key in (("Protocol", "protocol"), ("Data", "data")):
-        parts += [f"<h2>{title}</h2>", _table([{"": k, " ": v} for k, v in content[key].items()])]
+        parts += [f"<h2>{title}</h2>", _table([{"item": k, "value": v} for k, v in content[key].items()])]
     if report.exclusions:
         parts += ["<h2>Exclusions</h2>", _table(report.exclusions)]
     for name, table in report.tables.items():
@@ -294,6 +294,8 @@ def _text(value: Any) -> str:
         return '<span class="none">-</span>'
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        value = [f"{key} {each}" for key, each in value.items()]
     if isinstance(value, list | tuple):
         return html.escape(", ".join(map(str, value)))
     return html.escape(str(value))

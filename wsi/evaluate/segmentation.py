@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,21 @@ import shapely
 from wsi.annotations import lesion_area, rasterize, read_annotations
 from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
-from wsi.evaluate.cases import Cases
+from wsi.evaluate import plots
+from wsi.evaluate.cases import Cases, Cohort, read_cohort
 from wsi.evaluate.inputs import ScoredSlide, annotation_of, lesion_mask, scored_slides
 from wsi.evaluate.report import Report, data_hash
+from wsi.evaluate.tables import MIN_EVENTS
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.overlap import dice, hausdorff, iou
 from wsi.units import Box
 
+#: Columns of a slide's row.
+MEASURES = ("dice", "iou", "hausdorff_um", "hausdorff95_um")
 _MAX_SIDE_PX = 4096
+#: Slides that are shown: those of the lowest Dice, with so many pixels along the longer side.
+_SHOWN, _SHOWN_PX = 6, 512
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,14 @@ class SegmentationConfig:
     seed: int = 0
 
 
-def evaluate_segmentation(results: Path, annotations: Path, *, config: SegmentationConfig | None = None) -> Report:
+def evaluate_segmentation(
+    results: Path,
+    annotations: Path,
+    *,
+    config: SegmentationConfig | None = None,
+    cohort: Cohort | None = None,
+    other: Path | None = None,
+) -> Report:
     """Compare positive regions with annotations, slide by slide.
 
     Both are drawn on pixels of a power of two of level-0 pixels, as fine as 4,096 of them along the longer side allow;
@@ -57,6 +70,10 @@ def evaluate_segmentation(results: Path, annotations: Path, *, config: Segmentat
     annotations : Path
         A folder with an annotation file or mask a slide; or one such file. A slide without one has nothing to find.
     config : SegmentationConfig, optional
+    cohort : Cohort, optional
+        Whose the slides are, and columns to divide them by; default: every slide is a patient of its own.
+    other : Path, optional
+        Results of another run on the same slides, to compare with.
 
     Raises
     ------
@@ -68,50 +85,39 @@ def evaluate_segmentation(results: Path, annotations: Path, *, config: Segmentat
     >>> print(report.results["mean_dice"])                                                        # doctest: +SKIP
     0.924 (0.901 to 0.944)
     """
-    config = config or SegmentationConfig()
+    config, cohort = config or SegmentationConfig(), cohort or read_cohort(results)
     slides = scored_slides(results)
-    if not annotations.exists() or (annotations.is_file() and len(slides) > 1):
-        raise EvaluationError(annotations, f"is no folder of annotations for {len(slides)} slides", "Give the folder")
-    rows: list[dict[str, Any]] = []
-    warnings: list[str] = []
-    measured: dict[str, list[float | None]] = {"dice": [], "iou": [], "hausdorff_um": [], "hausdorff95_um": []}
-    both, either = np.zeros(len(slides)), np.zeros(len(slides))
-    for i, (slide_id, slide) in enumerate(slides.items()):
-        path = annotation_of(annotations, slide_id)
-        downsample = 2 ** max(math.ceil(math.log2(max(slide.size) / _MAX_SIDE_PX)), 0)
-        shape = tuple(math.ceil(side / downsample) for side in slide.size)
-        found = _found(slide, config.threshold, (shape[0], shape[1]), downsample)
-        truth = np.zeros_like(found)
-        if path is None:
-            warnings.append(f"{slide_id} has no annotation file: it is taken to hold no lesion")
-        else:
-            truth, notes = lesion_mask(
-                path, size=slide.size, downsample=downsample, origin=slide.origin, roles=config.roles, at=0.5
-            )
-            truth = _same_shape(truth, found)
-            warnings += [f"{path.name}: {note}" for note in notes]
-        pixel = (downsample * slide.mpp,) * 2
-        values = {
-            "dice": dice(truth, found),
-            "iou": iou(truth, found),
-            "hausdorff_um": hausdorff(truth, found, pixel=pixel),
-            "hausdorff95_um": hausdorff(truth, found, pixel=pixel, percentile=95),
-        }
-        both[i], either[i] = (truth & found).sum() * pixel[0] ** 2, (truth | found).sum() * pixel[0] ** 2
-        for name, value in values.items():
-            measured[name].append(value.value)
-        rows.append(
-            {"slide": slide_id, "pixel_um": pixel[0], "reference_mm2": truth.sum() * pixel[0] ** 2 / 1e6}
-            | {"found_mm2": found.sum() * pixel[0] ** 2 / 1e6}
-            | {name: value.value for name, value in values.items()}
-            | {"reason": next((value.reason for value in values.values() if value.reason), "")}
-        )
-    results_ = {f"mean_{name}": _mean(values, config) for name, values in measured.items()}
+    rows, worst, warnings = _measured(slides, annotations, config)
+    every = range(len(slides))
+    over = _Over([cohort.patients[slide_id] for slide_id in slides], config)
+    results_ = {f"mean_{name}": over.mean([row[name] for row in rows], every) for name in MEASURES}
+    both, either = (np.array([row[f"{name}_mm2"] for row in rows]) for name in ("common", "joint"))
     if either.sum():
-        results_["pooled_iou"] = bootstrap(
-            lambda draw: float(both[draw].sum() / either[draw].sum()) if either[draw].sum() else None,
-            list(slides), n_draws=config.n_bootstrap, seed=config.seed, unit="slides",
-        )  # fmt: skip
+        results_["pooled_iou"] = over.draw(
+            lambda draw: float(both[draw].sum() / either[draw].sum()) if either[draw].sum() else None, every
+        )
+    dices = [row["dice"] for row in rows]
+    if other is not None:
+        others = scored_slides(other)
+        if set(others) != set(slides):
+            raise EvaluationError(other, "holds other slides", "Compare runs on the same slides")
+        theirs = _measured({slide_id: others[slide_id] for slide_id in slides}, annotations, config)[0]
+        for name in ("dice", "iou"):
+            gaps = [
+                None if row[name] is None or their[name] is None else row[name] - their[name]
+                for row, their in zip(rows, theirs, strict=True)
+            ]
+            results_[f"mean_{name}_difference"] = over.mean(gaps, every)
+    tables: dict[str, list[dict[str, Any]]] = {"slides": rows}
+    pictures = []
+    if worst:
+        known = {slide_id: d for slide_id, d in zip(slides, dices, strict=True) if d is not None}
+        pictures += [plots.dice_plot(known, results_["mean_dice"]), plots.overlap_plot(worst)]
+    if cohort.groups:
+        forest = {"all": results_["mean_dice"]}
+        groups = {column: [of[slide_id] for slide_id in slides] for column, of in cohort.groups.items()}
+        tables["subgroups"] = _subgroups(dices, groups, over, forest)
+        pictures.append(plots.forest_plot(forest, "mean Dice"))
     return Report(
         "segmentation",
         "Regions against outlines",
@@ -119,14 +125,77 @@ def evaluate_segmentation(results: Path, annotations: Path, *, config: Segmentat
             "threshold": config.threshold if config.threshold is not None else "as scored",
             "pixels": f"at most {_MAX_SIDE_PX} along a slide; inside where the centre is",
             "hausdorff": "between outlines; undefined where one side has no area",
-            "bootstrap": f"{config.n_bootstrap} draws of slides, seed {config.seed}",
+            "bootstrap": f"{config.n_bootstrap} draws of {over.unit}, seed {config.seed}",
+            **({"differences": "this run less the other, on slides where both are defined"} if other else {}),
         },
-        {"slides": len(slides), "sha256": data_hash((row["slide"], row["reference_mm2"]) for row in rows)},
+        {
+            "slides": len(slides),
+            "patients": len(set(over.patients)),
+            "sha256": data_hash((row["slide"], row["reference_mm2"]) for row in rows),
+        },
         results_,
-        {"slides": rows},
+        tables,
+        pictures,
         warnings=tuple(warnings),
-        reporting={"partition_unit": "slide", "reference_standard": "outlines"},
+        reporting={
+            "partition_unit": over.unit.removesuffix("s"),
+            "reference_standard": "outlines",
+            "subgroups": ", ".join(cohort.groups) or "none asked for",
+        },
     )
+
+
+def _measured(
+    slides: Mapping[str, ScoredSlide], annotations: Path, config: SegmentationConfig
+) -> tuple[list[dict[str, Any]], list[plots.Overlap], list[str]]:
+    """A row a slide; the slides that agree least; and what was taken for granted."""
+    rows: list[dict[str, Any]] = []
+    paths, warnings = _annotated(annotations, slides)
+    worst: list[plots.Overlap] = []
+    for slide_id, slide in slides.items():
+        path = paths[slide_id]
+        downsample = 2 ** max(math.ceil(math.log2(max(slide.size) / _MAX_SIDE_PX)), 0)
+        shape = tuple(math.ceil(side / downsample) for side in slide.size)
+        found = _found(slide, config.threshold, (shape[0], shape[1]), downsample)
+        truth = np.zeros_like(found)
+        if path is not None:
+            truth, notes = lesion_mask(
+                path, size=slide.size, downsample=downsample, origin=slide.origin, roles=config.roles, at=0.5
+            )
+            truth = _same_shape(truth, found)
+            warnings += [f"{path.name}: {note}" for note in notes]
+        pixel_um = downsample * slide.mpp
+        pixel = (pixel_um, pixel_um)
+        values = {
+            "dice": dice(truth, found),
+            "iou": iou(truth, found),
+            "hausdorff_um": hausdorff(truth, found, pixel=pixel),
+            "hausdorff95_um": hausdorff(truth, found, pixel=pixel, percentile=95),
+        }
+        areas = {"reference": truth, "found": found, "common": truth & found, "joint": truth | found}
+        if values["dice"].value is not None:
+            step = math.ceil(max(shape) / _SHOWN_PX)
+            worst.append(plots.Overlap(slide_id, values["dice"].value, truth[::step, ::step], found[::step, ::step]))
+            worst = sorted(worst, key=lambda each: each.dice)[:_SHOWN]
+        rows.append(
+            {"slide": slide_id, "pixel_um": pixel_um}
+            | {f"{name}_mm2": area.sum() * pixel_um**2 / 1e6 for name, area in areas.items()}
+            | {name: values[name].value for name in MEASURES}
+            | {"reason": next((value.reason for value in values.values() if value.reason), "")}
+        )
+    return rows, worst, warnings
+
+
+def _annotated(annotations: Path, slides: Mapping[str, ScoredSlide]) -> tuple[dict[str, Path | None], list[str]]:
+    """Each slide's annotation file, and which slides have none."""
+    if not annotations.exists() or (annotations.is_file() and len(slides) > 1):
+        raise EvaluationError(annotations, f"is no folder of annotations for {len(slides)} slides", "Give the folder")
+    paths = {slide_id: annotation_of(annotations, slide_id) for slide_id in slides}
+    bare = [slide_id for slide_id, path in paths.items() if path is None]
+    what = (
+        f"{len(bare)} slides without an annotation file are taken to hold no lesion, {bare[0]} for one" if bare else ""
+    )
+    return paths, [what] if bare else []
 
 
 def _found(
@@ -148,18 +217,65 @@ def _same_shape(mask: npt.NDArray[np.bool_], like: npt.NDArray[np.bool_]) -> npt
     return out
 
 
-def _mean(values: list[float | None], config: SegmentationConfig) -> Estimate:
-    known = np.array([value for value in values if value is not None], np.float64)
-    if not len(known):
-        return Estimate.undefined("undefined on every slide", len(values))
-    return bootstrap(
-        lambda rows: float(known[rows].mean()), range(len(known)), n_draws=config.n_bootstrap, seed=config.seed,
-        unit="slides",
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Over:
+    """Draws whole patients for intervals of what slides have."""
+
+    patients: Sequence[str]
+    config: SegmentationConfig
+
+    @property
+    def unit(self) -> str:
+        return "slides" if len(set(self.patients)) == len(self.patients) else "patients"
+
+    def draw(self, statistic: Callable[[npt.NDArray[np.intp]], float | None], slides: Sequence[int]) -> Estimate:
+        """A statistic of rows among `slides`."""
+        of = [self.patients[i] for i in slides]
+        return bootstrap(statistic, of, n_draws=self.config.n_bootstrap, seed=self.config.seed, unit=self.unit)
+
+    def mean(self, values: Sequence[float | None], slides: Sequence[int]) -> Estimate:
+        """The mean of what is defined."""
+        known = [i for i in slides if values[i] is not None]
+        of = np.array([values[i] for i in known], np.float64)
+        if not known:
+            return Estimate.undefined("undefined on every slide", len(slides))
+        return self.draw(lambda rows: float(of[rows].mean()), known)
 
 
-def tile_cases(results: Path, annotations: Path, roles: Mapping[str, Role] | None = None) -> Cases:
+def _subgroups(
+    dices: Sequence[float | None], groups: Mapping[str, Sequence[str]], over: _Over, forest: dict[str, Estimate]
+) -> list[dict[str, Any]]:
+    """A row a value of each column: how many slides have a Dice, their mean, and how far it is from that of all."""
+    known = [i for i, value in enumerate(dices) if value is not None]
+    of = np.array([dices[i] for i in known], np.float64)
+    table = []
+    for column, values in groups.items():
+        for value in sorted(set(values)):
+            member = np.array([values[i] == value for i in known], bool)
+            n = int(member.sum())
+            if n < MIN_EVENTS:
+                mean = gap = Estimate.undefined(f"fewer than {MIN_EVENTS} slides with an area", n)
+            else:
+                mean = over.mean(dices, [i for i, own in zip(known, member, strict=True) if own])
+                gap = over.draw(
+                    lambda rows, m=member: float(of[rows[m[rows]]].mean() - of[rows].mean()) if m[rows].any() else None,  # type: ignore[misc]
+                    known,
+                )
+            forest[f"{column} {value}"] = mean
+            table.append(
+                {"column": column, "value": value, "n": n, "metric": mean.value, "low": mean.low, "high": mean.high}
+                | {"gap": gap.value, "gap_low": gap.low, "gap_high": gap.high, "reason": mean.reason}
+            )
+    return table
+
+
+def tile_cases(
+    results: Path, annotations: Path, roles: Mapping[str, Role] | None = None, cohort: Cohort | None = None
+) -> tuple[Cases, list[str]]:
     """Return the tiles of scored slides, labelled by annotations: positive where at least half the area is lesion.
+
+    Patients and groups are those of `cohort`; without one every slide is a patient of its own. What was taken for
+    granted is returned beside.
 
     Raises
     ------
@@ -167,24 +283,35 @@ def tile_cases(results: Path, annotations: Path, roles: Mapping[str, Role] | Non
 
     Examples
     --------
-    >>> evaluate_table("patches", tile_cases(Path("results"), Path("annotations")))               # doctest: +SKIP
+    >>> cases, warnings = tile_cases(Path("results"), Path("annotations"))                        # doctest: +SKIP
+    >>> evaluate_table("patches", cases, warnings=warnings)                                       # doctest: +SKIP
     """
-    slides = scored_slides(results)
+    slides, cohort = scored_slides(results), cohort or read_cohort(results)
+    paths, warnings = _annotated(annotations, slides)
     ids: list[str] = []
     owners: list[str] = []
     labels, scores = [np.zeros(0, bool)], [np.zeros(0)]
     for slide_id, slide in slides.items():
-        path = annotation_of(annotations, slide_id)
+        path = paths[slide_id]
         heatmap = slide.heatmap()
         x, y, w, h = heatmap.grid.boxes().T
         tiles = shapely.box(x, y, x + w, y + h)
         share = np.zeros(len(tiles))
         if path is not None:
-            area = lesion_area(read_annotations(path, origin=slide.origin), roles=roles, where=path).geometry
+            found = lesion_area(read_annotations(path, origin=slide.origin), roles=roles, where=path)
+            warnings += [f"{path.name}: {note}" for note in found.warnings]
+            area = found.geometry
             shapely.prepare(area)
             share = shapely.area(shapely.intersection(tiles, area)) / shapely.area(tiles)
         labels.append(share >= 0.5)
         scores.append(heatmap.values.astype(np.float64))
         ids += [f"{slide_id}/{i}" for i in range(len(tiles))]
         owners += [slide_id] * len(tiles)
-    return Cases(tuple(ids), np.concatenate(labels), np.concatenate(scores), tuple(owners))
+    cases = Cases(
+        tuple(ids),
+        np.concatenate(labels),
+        np.concatenate(scores),
+        tuple(cohort.patients[slide_id] for slide_id in owners),
+        {column: tuple(of_slide[slide_id] for slide_id in owners) for column, of_slide in cohort.groups.items()},
+    )
+    return cases, warnings

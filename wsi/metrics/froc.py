@@ -10,8 +10,8 @@ false positive: write confidences that float32 holds exactly, as ``wsi evaluate`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -293,13 +293,34 @@ def froc(slides: Sequence[SlideHits], *, fp: str = "all", n_bootstrap: int = 0, 
         empty = np.zeros(0)
         return Froc(empty, empty, (), Estimate.undefined(nothing, len(slides)), n_lesions)
     score = Estimate(float(np.mean(at)), n=len(slides))
-    if n_bootstrap:
+    if n_bootstrap and len(slides) < 2:
+        score = replace(score, reason="no interval: fewer than two slides")
+    elif n_bootstrap:
         rng = np.random.default_rng(seed)
-        drawn = (rng.integers(len(slides), size=len(slides)) for _ in range(n_bootstrap))
-        found = [_at(*pool.curve(np.bincount(draw, minlength=len(slides)))) for draw in drawn]
-        means = [float(np.mean(each)) for each in found if each is not None]
+        statistic = froc_statistic(slides, fp=fp)
+        found = [statistic(rng.integers(len(slides), size=len(slides))) for _ in range(n_bootstrap)]
+        means = [each for each in found if each is not None]
         score = with_interval(float(np.mean(at)), means, n_bootstrap, len(slides), "slides")
     return Froc(per_slide, sensitivity, at, score, n_lesions)
+
+
+def froc_statistic(slides: Sequence[SlideHits], *, fp: str = "all") -> Callable[[npt.NDArray[np.intp]], float | None]:
+    """Return the score as a function of rows of `slides`, which may repeat: what ``bootstrap`` asks for.
+
+    Examples
+    --------
+    >>> tumour = SlideHits(True, np.array([0.6]), np.array([0.9, 0.0]), 2)
+    >>> score = froc_statistic([tumour, SlideHits(False, np.array([0.2]), np.zeros(0), 0)])
+    >>> score(np.array([0, 1])), score(np.array([1, 1]))
+    (0.5, None)
+    """
+    pool = _Pool(slides, fp)
+
+    def score(rows: npt.NDArray[np.intp]) -> float | None:
+        at = _at(*pool.curve(np.bincount(rows, minlength=len(slides))))
+        return None if at is None else float(np.mean(at))
+
+    return score
 
 
 class _Pool:

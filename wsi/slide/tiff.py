@@ -18,6 +18,7 @@ import numpy.typing as npt
 import simplejpeg
 import tifffile
 
+import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.errors import SlideError, SlideUnreadable, UnknownFormat
 from wsi.slide.base import U8, GivenMpp, Slide, put, resolve_mpp
 from wsi.slide.source import Source

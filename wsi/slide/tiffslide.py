@@ -12,6 +12,7 @@ import numpy.typing as npt
 import tifffile
 import tiffslide
 
+import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable
 from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, refuse_turned, resolve_mpp
 from wsi.units import Box
