@@ -188,7 +188,7 @@ def test_the_same_tiles_are_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path):
-    n = 4000
+    n = 20_000
     boxes = np.column_stack(
         [np.random.default_rng(0).uniform((1000, 2000), (1400, 2400), (n, 2)), np.full((n, 2), 9.0)]
     )

@@ -16,11 +16,12 @@ from wsi.annotations import lesion_area, rasterize, read_annotations
 from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
 from wsi.evaluate.cases import Cases
-from wsi.evaluate.inputs import ScoredSlide, annotation_of, lesion_mask, scored_slides
+from wsi.evaluate.inputs import annotation_of, lesion_mask
 from wsi.evaluate.report import Report, data_hash
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.overlap import dice, hausdorff, iou
+from wsi.scored import ScoredSlide, scored_slides
 from wsi.units import Box
 
 _MAX_SIDE_PX = 4096

@@ -12,6 +12,7 @@ QuPath 0.4 to 0.7.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -19,14 +20,14 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import shapely
 
-from wsi.files import replacing
+from wsi.files import read_unpacked, replacing
 from wsi.units import Box
 
 Json = dict[str, Any]
@@ -36,6 +37,10 @@ _DECIMALS = 2
 _MIN_AREA_PX = 1.0
 #: Shells are joined and holes taken out of them; GEOS's other method fails on a shell without area.
 _REPAIR: Json = {"method": "structure", "keep_collapsed": False}
+#: A Python object takes some ten times the text it was written in.
+_MAX_READ_BYTES = 256 << 20
+#: Tiles formatted at once: enough for NumPy to pay, little enough to be no memory.
+_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,10 @@ def write_tiles(
     bounds: Box,
     slide_id: str,
     metadata: Mapping[str, str] | None = None,
+    object_type: str = "tile",
+    first: int = 0,
 ) -> int:
-    """Write tiles, one QuPath tile object each, without holding more than one in memory.
+    """Write tiles, one QuPath object each, without holding more than a block of them in memory.
 
     Parameters
     ----------
@@ -123,6 +130,10 @@ def write_tiles(
         Identifiers are made of it and the tile's position, so the same slide gives the same file.
     metadata : mapping of str to str, optional
         Written once, beside ``features``; QuPath skips it, other programs may read it.
+    object_type : {"tile", "detection", "annotation"}
+        Tiles and detections are cheap in QuPath; thousands of annotations are not, but can be edited.
+    first : int
+        Number of the first of these tiles in its slide, where a slide's tiles are written to several files.
 
     Returns
     -------
@@ -160,21 +171,29 @@ def write_tiles(
             raise ValueError(f"measurement {name!r} must be {n} numbers, got {np.shape(values)}")
     corners = _within(np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), bounds).reshape(n, 4)
     visible = (corners[:, 2:] - corners[:, :2]).clip(0).prod(axis=1) >= _MIN_AREA_PX
-    class_json = [c._json() for c in classes]
+    if object_type not in ("tile", "detection", "annotation"):
+        raise ValueError(f"object_type must be tile, detection or annotation, got {object_type!r}")
+    class_json = [_encode(c._json()) for c in classes]
+    labels = [f"{_encode(name)}:" for name in measurements]
 
-    def features() -> Iterator[Json]:
-        for i in np.flatnonzero(visible).tolist():
-            x0, y0, x1, y1 = map(_number, corners[i].tolist())
-            yield {
-                "type": "Feature",
-                "id": _id(slide_id, "tile", i),
-                "geometry": {"type": "Polygon", "coordinates": [[[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]]},
-                "properties": {
-                    "objectType": "tile",
-                    "classification": class_json[class_index[i]],
-                    "measurements": _finite({name: values[i] for name, values in measurements.items()}),
-                },
-            }
+    def features() -> Iterator[str]:
+        # A JSON encoder takes ten times as long for these few shapes of text, which are tested against one.
+        for start in range(0, n, _BLOCK):
+            chosen = start + np.flatnonzero(visible[start : start + _BLOCK])
+            ids = _ids(slide_id, "tile", (first + chosen).tolist())
+            x0s, y0s, x1s, y1s = ([repr(_number(v)) for v in side] for side in corners[chosen].T.tolist())
+            called = class_index[chosen].tolist()
+            numbers = [
+                _texts(label, values[chosen]) for label, values in zip(labels, measurements.values(), strict=True)
+            ]
+            measured = [",".join(filter(None, row)) for row in zip(*numbers, strict=True)] or [""] * len(chosen)
+            for uid, x0, y0, x1, y1, k, found in zip(ids, x0s, y0s, x1s, y1s, called, measured, strict=True):
+                yield (
+                    f'{{"type":"Feature","id":"{uid}","geometry":{{"type":"Polygon","coordinates":'
+                    f"[[[{x0},{y0}],[{x1},{y0}],[{x1},{y1}],[{x0},{y1}],[{x0},{y0}]]]}},"
+                    f'"properties":{{"objectType":"{object_type}","classification":{class_json[k]},'
+                    f'"measurements":{{{found}}}}}}}'
+                )
 
     return _write(path, features(), metadata)
 
@@ -221,24 +240,21 @@ def write_regions(
     ...     "regions.geojson", [region], bounds=slide.bounds, slide_id="slide_1")
     """
 
-    def features() -> Iterator[Json]:
+    def features() -> Iterator[str]:
         for i, region in enumerate(regions):
             geometry = _acceptable(region.geometry, bounds)
             if geometry is None:
                 continue
-            yield {
-                "type": "Feature",
-                "id": _id(slide_id, "region", i),
-                "geometry": geometry,
-                "properties": {
-                    "objectType": "annotation",
-                    **({"name": region.name} if region.name else {}),
-                    "classification": region.path_class._json(),
-                    "isLocked": True,
-                    "measurements": _finite(region.measurements),
-                    **({"metadata": dict(metadata)} if metadata else {}),
-                },
+            (uid,) = _ids(slide_id, "region", [i])
+            properties = {
+                "objectType": "annotation",
+                **({"name": region.name} if region.name else {}),
+                "classification": region.path_class._json(),
+                "isLocked": True,
+                "measurements": _finite(region.measurements),
+                **({"metadata": dict(metadata)} if metadata else {}),
             }
+            yield _encode({"type": "Feature", "id": uid, "geometry": geometry, "properties": properties})
 
     return _write(path, features(), metadata)
 
@@ -261,7 +277,7 @@ def read_geojson(path: str | os.PathLike[str]) -> list[Json]:
     Raises
     ------
     ValueError
-        Not JSON, or not GeoJSON.
+        Not JSON, not GeoJSON, or more of it than 256 MiB, unpacked.
     OSError
         The file cannot be read.
 
@@ -270,9 +286,7 @@ def read_geojson(path: str | os.PathLike[str]) -> list[Json]:
     >>> [f["properties"]["objectType"] for f in read_geojson("regions.geojson")]     # doctest: +SKIP
     ['annotation']
     """
-    raw = Path(path).read_bytes()
-    if raw.startswith(b"\x1f\x8b"):
-        raw = gzip.decompress(raw)
+    raw = read_unpacked(path, _MAX_READ_BYTES)
     return list(_features(json.loads(raw.decode("utf-8-sig")), os.fspath(path)))
 
 
@@ -324,9 +338,14 @@ def _within(xy: npt.NDArray[np.float64], bounds: Box) -> npt.NDArray[np.float64]
     return np.asarray(np.clip(np.round(xy - (bounds.x, bounds.y), _DECIMALS), 0, last))
 
 
-def _id(slide_id: str, kind: str, i: int) -> str:
-    """A UUID that the same object of the same slide always gets."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"wsi:{slide_id}/{kind}/{i}"))
+def _ids(slide_id: str, kind: str, numbers: Sequence[int]) -> Iterator[str]:
+    """UUIDs of version 5 (RFC 9562, 5.5) of ``wsi:<slide>/<kind>/<number>``: the same object always gets the same."""
+    begun = hashlib.sha1(uuid.NAMESPACE_URL.bytes + f"wsi:{slide_id}/{kind}/".encode(), usedforsecurity=False)
+    for number in numbers:
+        ended = begun.copy()
+        ended.update(b"%d" % number)
+        h = ended.hexdigest()
+        yield f"{h[:8]}-{h[8:12]}-5{h[13:16]}-{'89ab'[int(h[16], 16) & 3]}{h[17:20]}-{h[20:32]}"
 
 
 def _number(value: float) -> float | int:
@@ -339,18 +358,27 @@ def _finite(measurements: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(f"{float(value):.7g}") for name, value in measurements.items() if math.isfinite(value)}
 
 
-def _write(path: str | os.PathLike[str], features: Iterator[Json], metadata: Mapping[str, str] | None) -> int:
+def _texts(label: str, values: npt.NDArray[np.floating]) -> list[str]:
+    """What ``_finite`` gives, as text: empty for what is not finite."""
+    finite = np.isfinite(values).tolist()
+    return [f"{label}{value:.7g}" if good else "" for value, good in zip(values.tolist(), finite, strict=True)]
+
+
+def _encode(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _write(path: str | os.PathLike[str], features: Iterator[str], metadata: Mapping[str, str] | None) -> int:
     """Write a FeatureCollection as the features come; return how many."""
     if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
         raise ValueError("QuPath metadata are strings by name")
-    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
     n = 0
     with _opened(path) as file:
-        head = f'"metadata":{encode(dict(metadata))},' if metadata else ""
+        head = f'"metadata":{_encode(dict(metadata))},' if metadata else ""
         file.write(f'{{"type":"FeatureCollection",{head}"features":['.encode())
-        for feature in features:
-            file.write(f"{',' if n else ''}\n{encode(feature)}".encode())
-            n += 1
+        while some := list(islice(features, 1024)):
+            file.write((",\n" if n else "\n").encode() + ",\n".join(some).encode())
+            n += len(some)
         file.write(b"\n]}\n")
     return n
 
@@ -362,5 +390,5 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             yield file
             return
         # No name and no time inside: the same tiles are the same bytes.
-        with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+        with gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as packed:
             yield cast(IO[bytes], packed)
