@@ -308,7 +308,8 @@ def test_any_polygon_is_accepted_and_keeps_its_area(tmp_path: Path, geometry, co
     bounds = Box(corner, corner / 3, 100.0, 90.555)
     found = written(tmp_path, geometry, bounds=bounds)
     clip = shapely.box(bounds.x, bounds.y, bounds.x + bounds.w, bounds.y + bounds.h)
-    expected = shapely.make_valid(geometry, method="structure", keep_collapsed=False).intersection(clip)
+    rough = shapely.transform(geometry, lambda xy: np.round(xy, 6))  # GEOS fails on the smallest of numbers
+    expected = shapely.make_valid(rough, method="structure", keep_collapsed=False).intersection(clip)
     parts = [p for p in shapely.get_parts(shapely.get_parts(expected)) if p.geom_type == "Polygon"]
     small = sum(p.area for p in parts if p.area < 3)  # on either side of one pixel after rounding
     tolerance = 0.02 * expected.length + small + 0.2

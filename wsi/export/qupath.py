@@ -37,6 +37,8 @@ _DECIMALS = 2
 _MIN_AREA_PX = 1.0
 #: Shells are joined and holes taken out of them; GEOS's other method fails on a shell without area.
 _REPAIR: Json = {"method": "structure", "keep_collapsed": False}
+#: What a repair adds must be rounded again; it settles at once or twice.
+_MAX_REPAIRS = 10
 #: A Python object takes some ten times the text it was written in.
 _MAX_READ_BYTES = 256 << 20
 #: Tiles formatted at once: enough for NumPy to pay, little enough to be no memory.
@@ -308,14 +310,28 @@ def _acceptable(geometry: shapely.Geometry, bounds: Box) -> Json | None:
     """Return the geometry as QuPath accepts it, or None where nothing is left of it."""
     w, h = _within(np.array([bounds.x + bounds.w, bounds.y + bounds.h]), bounds)
     with np.errstate(all="ignore"):  # GEOS leaves floating-point flags behind that say nothing of its result
-        moved = shapely.transform(shapely.make_valid(geometry, **_REPAIR), lambda xy: xy - (bounds.x, bounds.y))
-        clipped = shapely.intersection(moved, shapely.box(0, 0, w, h))
-        # Snap rounding: unlike rounding each coordinate, it cannot make edges cross.
-        snapped = shapely.set_precision(clipped, 10.0**-_DECIMALS)
-        rounded = shapely.make_valid(shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS)), **_REPAIR)
+        simple = shapely.transform(geometry, lambda xy: np.round(xy - (bounds.x, bounds.y), _DECIMALS))
+        (x0, y0, x1, y1), kind = simple.bounds, simple.geom_type
+        if kind.endswith("Polygon") and x0 >= 0 and y0 >= 0 and x1 <= w and y1 <= h and simple.is_valid:
+            return _coordinates(simple)  # most are; what follows takes ten times as long
+        # GEOS fails on the smallest of floating-point numbers: a millionth of a pixel is small enough.
+        moved = shapely.transform(geometry, lambda xy: np.round(xy - (bounds.x, bounds.y), 6))
+        found = shapely.intersection(shapely.make_valid(moved, **_REPAIR), shapely.box(0, 0, w, h))
+        for _ in range(_MAX_REPAIRS):
+            # Snap rounding: unlike rounding each coordinate, it cannot make edges cross.
+            snapped = shapely.set_precision(found, 10.0**-_DECIMALS)
+            found = shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS))
+            if found.is_valid:
+                return _coordinates(found)
+            found = shapely.make_valid(found, **_REPAIR)
+    return None
+
+
+def _coordinates(geometry: shapely.Geometry) -> Json | None:
+    """The polygons in it that QuPath can show, as GeoJSON."""
     parts = [
         part
-        for part in shapely.get_parts(shapely.get_parts(rounded))
+        for part in shapely.get_parts(shapely.get_parts(geometry))
         if part.geom_type == "Polygon" and part.area >= _MIN_AREA_PX
     ]
     if not parts:
