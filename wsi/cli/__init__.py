@@ -10,6 +10,7 @@ import typer
 from wsi.cli.demo import demo
 from wsi.cli.doctor import doctor
 from wsi.cli.evaluate import evaluate
+from wsi.cli.export import export
 from wsi.cli.info import info
 from wsi.cli.score import score
 from wsi.cli.tile import tile
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 for verb in (score, tile, info, demo, doctor):
     app.command()(verb)
-for group in (evaluate, train):
+for group in (export, evaluate, train):
     app.add_typer(group)
 
 

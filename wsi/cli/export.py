@@ -1,0 +1,88 @@
+"""``wsi export``: results as other programs read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wsi.cli.display import say
+from wsi.errors import OutputError, WsiError
+
+export = typer.Typer(
+    name="export",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Write results for other programs: QuPath, CLAM, TRIDENT, STAMP, WSInfer, torchmil; heatmaps as images.",
+)
+
+Results = Annotated[Path, typer.Argument(help="Results of wsi score, of many slides or of one.")]
+Key = Annotated[
+    Path | None,
+    typer.Option("--pseudonymise", help="Replace slide ids by a keyed hash (HMAC) with the key in this file."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a row a slide as JSON.")]
+
+
+@export.command()
+def qupath(
+    results: Results,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder. Default: RESULTS/qupath.")] = None,
+    detections: Annotated[
+        bool,
+        typer.Option("--detections/--annotations", help="What tiles become; annotations can be edited, and are slow."),
+    ] = True,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Probability from which tiles are positive. Default: as scored.")
+    ] = None,
+    simplify: Annotated[float, typer.Option(min=0, help="Microns that outlines may move to have fewer points.")] = 0.0,
+    crop: Annotated[
+        bool, typer.Option(help="Coordinates of the slide as QuPath shows it; --no-crop: of the whole plane.")
+    ] = True,
+    pseudonymise: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a QuPath project with regions, tiles and measurements of every slide, and a script that imports them.
+
+    Examples:
+      wsi export qupath results
+
+      wsi export qupath results -o for_qupath --threshold 0.7 --simplify 5
+
+      wsi export qupath results -o to_share --pseudonymise key
+    """
+    from wsi.export.project import QuPathConfig, export_qupath
+
+    config = QuPathConfig(
+        threshold=threshold,
+        simplify_um=simplify,
+        object_type="tile" if detections else "annotation",
+        crop=crop,
+        key=_key(pseudonymise),
+    )
+    out = out or results / "qupath"
+    try:
+        rows = export_qupath(results, out, config)
+    except OSError as error:
+        if isinstance(error, WsiError):
+            raise
+        raise OutputError.of(error, out) from error
+    _tell(rows, as_json)
+    where = out / ("project.qpproj" if config.key is None else "scripts")
+    say(f"{len(rows)} slides: {where}; in QuPath: Automate > Project scripts > import_wsi > Run")
+
+
+def _key(path: Path | None) -> bytes | None:
+    from wsi.export.pseudonym import read_key
+
+    return None if path is None else read_key(path)
+
+
+def _tell(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    for row in rows:
+        for warning in row.get("warnings", ()):
+            say(f"wsi: {row['slide_id']}: {warning}")
