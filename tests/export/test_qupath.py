@@ -17,7 +17,8 @@ import shapely
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from wsi.export.qupath import PathClass, Region, read_geojson, write_regions, write_tiles
+from wsi.export.geojson import read_geojson
+from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
 from wsi.units import Box
 
 REPOSITORY = Path(__file__).resolve().parents[2]

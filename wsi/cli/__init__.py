@@ -11,6 +11,7 @@ from wsi.cli.demo import demo
 from wsi.cli.doctor import doctor
 from wsi.cli.evaluate import evaluate
 from wsi.cli.export import export
+from wsi.cli.imports import import_annotations
 from wsi.cli.info import info
 from wsi.cli.score import score
 from wsi.cli.tile import tile
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for verb in (score, tile, info, demo, doctor):
     app.command()(verb)
+app.command("import")(import_annotations)
 for group in (export, evaluate, train):
     app.add_typer(group)
 

@@ -28,7 +28,7 @@ def demo(
 
     from wsi.archive import SlideRef, default_threads, score_archive
     from wsi.cli.score import load_engine
-    from wsi.export.qupath import read_geojson
+    from wsi.export.geojson import read_geojson
     from wsi.phantom import PhantomConfig, write_phantom
     from wsi.run import ScoreConfig
 

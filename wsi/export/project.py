@@ -20,8 +20,9 @@ import shapely
 
 from wsi import __version__
 from wsi.errors import ResultsError
+from wsi.export.geojson import read_geojson
 from wsi.export.pseudonym import pseudonym
-from wsi.export.qupath import PathClass, Region, read_geojson, write_regions, write_tiles
+from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
 from wsi.files import replacing, write_json
 from wsi.heatmap import Heatmap, major_axis_um
 from wsi.result import called
@@ -201,16 +202,21 @@ def simplify(outlines: list[shapely.Polygon], tolerance_um: float, mpp: Mpp) -> 
     together = shapely.transform(shapely.MultiPolygon(outlines), lambda xy: xy * um)
     for share in (1.0, 0.7, 0.4):  # the library's tolerance is not a bound: measured, and asked for less
         simple = shapely.simplify(together, tolerance_um * share, preserve_topology=True)
-        if simple.is_valid and len(simple.geoms) == len(outlines) and _within(together, simple, tolerance_um):
-            return list(shapely.get_parts(shapely.transform(simple, lambda xy: xy / um)))
+        parts = shapely.get_parts(simple)
+        if (
+            simple.is_valid
+            and len(parts) == len(outlines)
+            and _within(shapely.get_parts(together), parts, tolerance_um)
+        ):
+            return list(shapely.transform(parts, lambda xy: xy / um))
     return outlines
 
 
-def _within(before: shapely.MultiPolygon, after: shapely.MultiPolygon, distance: float) -> bool:
+def _within(before: npt.NDArray[np.object_], after: npt.NDArray[np.object_], distance: float) -> bool:
     """Whether each point of the outlines before lies that close to its own outline after."""
-    edges = shapely.boundary(shapely.get_parts(after))
+    edges = shapely.boundary(after)
     shapely.prepare(edges)
-    xy, of = shapely.get_coordinates(shapely.boundary(shapely.get_parts(before)), return_index=True)
+    xy, of = shapely.get_coordinates(shapely.boundary(before), return_index=True)
     return bool(shapely.dwithin(edges[of], shapely.points(xy), distance).all())
 
 
