@@ -19,6 +19,7 @@ export = typer.Typer(
 )
 
 Results = Annotated[Path, typer.Argument(help="Results of wsi score, of many slides or of one.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder; files of the same slides are replaced.")]
 Key = Annotated[
     Path | None,
     typer.Option("--pseudonymise", help="Replace slide ids by a keyed hash (HMAC) with the key in this file."),
@@ -72,6 +73,69 @@ def qupath(
     _tell(rows, as_json)
     where = out / ("project.qpproj" if config.key is None else "scripts")
     say(f"{len(rows)} slides: {where}; in QuPath: Automate > Project scripts > import_wsi > Run")
+
+
+@export.command()
+def clam(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+    """Write CLAM's folders: patches, h5_files, pt_files.
+
+    Example:
+      wsi export clam results -o for_clam
+    """
+    _bags("clam", results, out, pseudonymise, as_json)
+
+
+@export.command()
+def trident(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+    """Write a TRIDENT job: patches and features_<encoder>; torchmil's TridentWSIDataset reads it too.
+
+    Example:
+      wsi export trident results -o job
+    """
+    _bags("trident", results, out, pseudonymise, as_json)
+
+
+@export.command()
+def stamp(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+    """Write STAMP's features, with coordinates in microns.
+
+    Example:
+      wsi export stamp results -o features
+    """
+    _bags("stamp", results, out, pseudonymise, as_json)
+
+
+@export.command()
+def torchmil(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+    """Write .npy files for torchmil's ProcessedMILDataset: features and positions on the lattice.
+
+    Example:
+      wsi export torchmil results -o bags
+    """
+    _bags("torchmil", results, out, pseudonymise, as_json)
+
+
+@export.command()
+def wsinfer(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+    """Write WSInfer's results: model-outputs-csv, model-outputs-geojson, patches.
+
+    Example:
+      wsi export wsinfer results -o for_wsinfer
+    """
+    _bags("wsinfer", results, out, pseudonymise, as_json)
+
+
+def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool) -> None:
+    from wsi.export.bags import export_bags
+
+    try:
+        rows = export_bags(results, out, layout, key=_key(key))
+    except OSError as error:
+        if isinstance(error, WsiError):
+            raise
+        raise OutputError.of(error, out) from error
+    _tell(rows, as_json)
+    say(f"{sum(row['tiles'] > 0 for row in rows)} of {len(rows)} slides: {out}")
 
 
 def _key(path: Path | None) -> bytes | None:
