@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from wsi.cli.display import say
-from wsi.errors import OutputError, WsiError
+from wsi.errors import OutputError, ResultsError, WsiError
 
 export = typer.Typer(
     name="export",
@@ -123,6 +123,57 @@ def wsinfer(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJso
       wsi export wsinfer results -o for_wsinfer
     """
     _bags("wsinfer", results, out, pseudonymise, as_json)
+
+
+@export.command("ome-tiff")
+def ome_tiff(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+    """Write heatmaps as pyramidal OME-TIFF: a channel for what the heatmap shows and one for each class.
+
+    Example:
+      wsi export ome-tiff results -o heatmaps
+    """
+    _rasters("ome-tiff", results, out, pseudonymise, as_json)
+
+
+@export.command("ome-zarr")
+def ome_zarr(
+    results: Results,
+    out: Out,
+    version: Annotated[str, typer.Option(help="0.4 (Zarr v2) or 0.5 (Zarr v3).")] = "0.5",
+    pseudonymise: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write heatmaps as OME-Zarr, in microns of the slide.
+
+    Example:
+      wsi export ome-zarr results -o heatmaps --version 0.4
+    """
+    if version not in ("0.4", "0.5"):
+        raise ResultsError(f"--version {version}", "is no version that is written", "Known: 0.4, 0.5")
+    _rasters("ome-zarr", results, out, pseudonymise, as_json, version)
+
+
+@export.command()
+def png(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+    """Write heatmaps as PNG, a pixel a step of the grid, transparent where there is no tile.
+
+    Example:
+      wsi export png results -o heatmaps
+    """
+    _rasters("png", results, out, pseudonymise, as_json)
+
+
+def _rasters(kind: str, results: Path, out: Path, key: Path | None, as_json: bool, version: str = "0.5") -> None:
+    from wsi.export.rasters import export_rasters
+
+    try:
+        rows = export_rasters(results, out, kind, version=version, key=_key(key))
+    except OSError as error:
+        if isinstance(error, WsiError):
+            raise
+        raise OutputError.of(error, out) from error
+    _tell(rows, as_json)
+    say(f"{sum(row['size_px'] is not None for row in rows)} of {len(rows)} slides: {out}")
 
 
 def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool) -> None:
