@@ -189,6 +189,27 @@ def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool
     say(f"{sum(row['tiles'] > 0 for row in rows)} of {len(rows)} slides: {out}")
 
 
+@export.command()
+def dicom(results: Results, out: Out, as_json: AsJson = False) -> None:
+    """Write the tiles of DICOM slides as Microscopy Bulk Simple Annotations (pip install 'wsi[dicom]').
+
+    As confidential as the slides: patient and study are copied from them.
+
+    Example:
+      wsi export dicom results -o annotations
+    """
+    from wsi.export.dicom import export_annotations
+
+    try:
+        rows = export_annotations(results, out)
+    except OSError as error:
+        if isinstance(error, WsiError):
+            raise
+        raise OutputError.of(error, out) from error
+    _tell(rows, as_json)
+    say(f"{sum(row['tiles'] > 0 for row in rows)} of {len(rows)} slides: {out}")
+
+
 def _key(path: Path | None) -> bytes | None:
     from wsi.export.pseudonym import read_key
 

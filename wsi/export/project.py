@@ -341,13 +341,19 @@ _GROOVY = """\
 
 import qupath.lib.io.PathIO
 
-def FOLDER = args ? args[0] : PROJECT_BASE_DIR
+def FOLDER = null
+try {
+    FOLDER = FOLDER ?: (args ? args[0] : null)
+} catch (MissingPropertyException e) {
+    // run without arguments
+}
 
 def project = getProject()
 if (project == null) {
     println 'Open a project first'
     return
 }
+FOLDER = FOLDER ?: project.getPath().getParent().toString()
 for (entry in project.getImageList()) {
     def name = entry.getOriginalImageName()
     def names = [name, name.replaceFirst(/\\.[^.]+$/, '')]
