@@ -12,7 +12,7 @@ import pytest
 import shapely
 import tifffile
 
-from tests.e2e.conftest import Run, wsi  # noqa: F401
+from tests.conftest import Run
 from tests.export.make import marked_results
 from tests.slide.make import section, write_pyramid
 from wsi.annotations import Annotation
@@ -125,7 +125,7 @@ def test_bags_slides_masks_and_unknown_files(tmp_path: Path):
         assert check(tmp_path / name).kind == "unknown" and check(tmp_path / name).problems
 
 
-def test_phi_of_results_names_places_and_no_values(tmp_path: Path, wsi: Run):  # noqa: F811
+def test_phi_of_results_names_places_and_no_values(tmp_path: Path, wsi: Run):
     marked_results(tmp_path / "r", "Doe_John")
     (tmp_path / "r/Doe_John/seconds.json").write_text("{}")
     found = set(phi(tmp_path / "r"))
@@ -144,7 +144,7 @@ def test_phi_of_a_slide(data_dir: Path):
     assert not {"openslide.mpp-x", "aperio.MPP"} & names
 
 
-def test_the_command(tmp_path: Path, wsi: Run):  # noqa: F811
+def test_the_command(tmp_path: Path, wsi: Run):
     geojson(tmp_path / "a.geojson", polygon((0, 0), (9, 0), (9, 9), (0, 9)))
     code, out, _ = wsi("check", tmp_path / "a.geojson")
     assert code == 2 and "problem: QuPath: 1 features" in out

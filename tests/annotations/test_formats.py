@@ -13,7 +13,7 @@ import pytest
 import shapely
 
 from tests.annotations.make import asap_xml
-from tests.e2e.conftest import Run, wsi  # noqa: F401
+from tests.conftest import Run
 from wsi.annotations import Annotation, Frame, read_annotations
 from wsi.annotations import base as base_module
 from wsi.annotations.convert import write_annotations
@@ -314,7 +314,7 @@ def test_darwin_keeps_holes(data_dir: Path):
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_import_renames_and_tells(tmp_path: Path, wsi: Run):  # noqa: F811
+def test_import_renames_and_tells(tmp_path: Path, wsi: Run):
     asap_xml(tmp_path / "a.xml", [(shapely.box(0, 0, 10, 20), "_0"), (shapely.box(5, 5, 6, 6), "_2")])
     code, out, _ = wsi("import", tmp_path / "a.xml", "-o", tmp_path / "out", "--class", "_0=Tumor", "--json")
     assert code == 0 and json.loads(out)[0]["groups"] == {"Tumor": 1, "_2": 1}
@@ -326,7 +326,7 @@ def test_import_renames_and_tells(tmp_path: Path, wsi: Run):  # noqa: F811
     assert wsi("import", tmp_path / "a.xml", tmp_path / "a.xml", "-o", tmp_path / "out")[0] == 2
 
 
-def test_import_counts_from_the_slides_bounds(data_dir: Path, tmp_path: Path, wsi: Run):  # noqa: F811
+def test_import_counts_from_the_slides_bounds(data_dir: Path, tmp_path: Path, wsi: Run):
     slides = data_dir / "patches/idc_mosaic_slides"
     xml = slides / "idc_14082_tumor_asap.xml"
     code, _, err = wsi("import", xml, "--slide", slides / "idc_14082.tif", "--mpp", "4", "-o", tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.conftest import Run, wsi  # noqa: F401
+from tests.conftest import Run
 from tests.export.make import marked_results
 from wsi.export.dicom import export_annotations
 
@@ -80,7 +80,7 @@ def test_a_slide_that_is_no_dicom_says_so(tmp_path: Path):
     assert row["tiles"] == 0 and "no DICOM" in row["warnings"][0]
 
 
-def test_without_highdicom_the_command_says_what_to_install(tmp_path: Path, wsi: Run, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_without_highdicom_the_command_says_what_to_install(tmp_path: Path, wsi: Run, monkeypatch: pytest.MonkeyPatch):
     marked_results(tmp_path / "r")
     monkeypatch.setitem(sys.modules, "highdicom", None)
     code, _, err = wsi("export", "dicom", tmp_path / "r", "-o", tmp_path / "out")

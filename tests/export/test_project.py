@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import shapely
 
-from tests.e2e.conftest import Run, wsi  # noqa: F401
+from tests.conftest import Run
 from tests.export.make import marked_results
 from tests.export.test_qupath import QuPathRefusesError, read_as_qupath
 from wsi.errors import OutputError, ResultsError
@@ -161,7 +161,7 @@ def test_what_is_no_results_folder_is_refused(tmp_path: Path):
             QuPathConfig(**wrong)
 
 
-def test_pseudonyms_leave_no_trace_of_the_name(tmp_path: Path, wsi: Run):  # noqa: F811
+def test_pseudonyms_leave_no_trace_of_the_name(tmp_path: Path, wsi: Run):
     marked_results(tmp_path / "r", "Doe_John")
     (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")
     code, out, _ = wsi(
@@ -180,7 +180,7 @@ def test_pseudonyms_leave_no_trace_of_the_name(tmp_path: Path, wsi: Run):  # noq
     assert wsi("export", "qupath", tmp_path / "r", "-o", tmp_path / "out", "--pseudonymise", tmp_path / "key")[0] == 2
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, wsi: Run):  # noqa: F811
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, wsi: Run):
     marked_results(tmp_path / "r")
     (tmp_path / "file").write_text("")
     code, _, err = wsi("export", "qupath", tmp_path / "r", "-o", tmp_path / "file")

@@ -13,7 +13,7 @@ import tifffile
 import zarr
 from PIL import Image
 
-from tests.e2e.conftest import Run, wsi  # noqa: F401
+from tests.conftest import Run
 from tests.export.make import marked_results
 from wsi.errors import OutputError
 from wsi.export.rasters import Raster, export_rasters
@@ -97,7 +97,7 @@ def test_the_same_results_give_the_same_images(tmp_path: Path):
         assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes(), file
 
 
-def test_what_stands_in_the_way_is_not_deleted(tmp_path: Path, wsi: Run):  # noqa: F811
+def test_what_stands_in_the_way_is_not_deleted(tmp_path: Path, wsi: Run):
     marked_results(tmp_path / "r")
     (tmp_path / "out/a.ome.zarr").mkdir(parents=True)
     (tmp_path / "out/a.ome.zarr/mine.txt").write_text("precious")

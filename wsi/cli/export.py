@@ -176,6 +176,16 @@ def _rasters(kind: str, results: Path, out: Path, key: Path | None, as_json: boo
     say(f"{sum(row['size_px'] is not None for row in rows)} of {len(rows)} slides: {out}")
 
 
+@export.command()
+def anndata(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+    """Write AnnData tables for scanpy and squidpy: features, scores, centres of tiles (pip install 'wsi[anndata]').
+
+    Example:
+      wsi export anndata results -o tables
+    """
+    _bags("anndata", results, out, pseudonymise, as_json)
+
+
 def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool) -> None:
     from wsi.export.bags import export_bags
 

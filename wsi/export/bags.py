@@ -1,4 +1,4 @@
-"""Features and scores of tiles in the layouts of CLAM, TRIDENT, STAMP, torchmil and WSInfer.
+"""Features and scores of tiles in the layouts of CLAM, TRIDENT, STAMP, torchmil, WSInfer and scverse.
 
 ::
 
@@ -6,11 +6,12 @@
     trident   <mag>x_<px>px_<overlap>px_overlap/patches/<s>_patches.h5 and features_<encoder>/<s>.h5
     stamp     <encoder>/<s>.h5: coordinates in microns
     torchmil  features/<s>.npy, coords/<s>.npy: positions on the lattice, so that neighbours are 1 apart
+    anndata   <s>.h5ad: X features, obs scores, obsm["spatial"] centres in level-0 pixels (extra `anndata`)
     wsinfer   model-outputs-csv/<s>.csv, model-outputs-geojson/<s>.geojson, patches/<s>.h5
 
 Corners are whole level-0 pixels, as these programs have them: a tile of ours may lie half a pixel beside. Features
 are written in blocks of about 1,024 rows; TRIDENT's own blocks of one row take many times as long to read. Tiles that
-the slide could not be read at are left out. ``wsi.train.bags`` reads all but WSInfer's back.
+the slide could not be read at are left out. ``wsi.train.bags`` reads the first four back.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = No
         What ``wsi score`` wrote.
     out : Path
         Made where it is not there; files of the same slides are replaced.
-    layout : {"clam", "trident", "stamp", "torchmil", "wsinfer"}
+    layout : {"clam", "trident", "stamp", "torchmil", "anndata", "wsinfer"}
     key : bytes, optional
         Slide ids are replaced by their pseudonyms.
 
@@ -91,7 +92,7 @@ def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = No
     Raises
     ------
     ResultsError
-        No results there, or without the features that a layout is made of.
+        No results there, or without the features that a layout is made of; or anndata is not installed.
     ValueError
         An unknown layout.
     OSError
@@ -226,12 +227,49 @@ def _wsinfer(out: Path, bag: _Bag) -> None:
     _coordinates(out / "patches" / f"{bag.name}.h5", bag, {"patch_spacing_um_px": grid.mpp})
 
 
+def _anndata(out: Path, bag: _Bag) -> None:
+    try:
+        import anndata
+        import pandas as pd
+    except ImportError as error:
+        what = f"needs anndata ({error})"
+        raise ResultsError("wsi export anndata", what, "Install it: pip install 'wsi[anndata]'") from None
+    boxes = bag.tiles.grid.boxes()
+    names = [f"{bag.name}-{row}" for row in bag.tiles.rows.tolist()]
+    obs = pd.DataFrame(measurements(bag.slide, bag.tiles), index=pd.Index(names, name="tile"))
+    threshold = float(bag.slide.numbers["threshold"])
+    classes = called(bag.tiles.probabilities, bag.slide.positive, threshold)
+    obs["class"] = pd.Categorical.from_codes(classes, list(bag.slide.class_names))
+    assert bag.features is not None
+    table = anndata.AnnData(
+        X=bag.features.astype(np.float32),
+        obs=obs,
+        obsm={"spatial": boxes[:, :2] + boxes[:, 2:] / 2},
+        uns={
+            "slide_id": bag.name,
+            "slide_mpp": list(bag.mpp),
+            "tile_level0_px": list(bag.tiles.grid.tile),
+            "encoder": bag.encoder,
+            "use": "research only",
+        },
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{bag.name}.h5ad"
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        table.write_h5ad(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 #: Who writes what.
 LAYOUTS: dict[str, Callable[[Path, _Bag], None]] = {
     "clam": _clam,
     "trident": _trident,
     "stamp": _stamp,
     "torchmil": _torchmil,
+    "anndata": _anndata,
     "wsinfer": _wsinfer,
 }
 
