@@ -91,12 +91,13 @@ def test_our_own_files_have_no_problem(tmp_path: Path):
 
 
 def test_results_tell_what_is_missing_or_damaged(tmp_path: Path):
-    for name in ("a", "b", "c", "d"):
+    for name in ("a", "b", "c", "d", "e"):
         marked_results(tmp_path / "r", name)
     next(path for path in sorted((tmp_path / "r/a/store.zarr/probabilities/c").rglob("*")) if path.is_file()).unlink()
     (tmp_path / "r/b/result.json").unlink()
     (tmp_path / "r/c/failure.json").write_text("{}")
     (tmp_path / "r/d/result.json").write_text("{")
+    (tmp_path / "r/e/regions.geojson").write_text("{")
     (tmp_path / "r/d/seconds.json").write_text("{}")
     text = " | ".join(check(tmp_path / "r").problems)
     assert (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,9 +158,16 @@ def _results(path: Path) -> Found:
                 found.problems.append(f"{folder.name}: result.json is damaged")
             found.problems += [f"{folder.name}: {each}" for each in _store(folder / "store.zarr").problems]
             geojson = [each for each in (folder / "regions.geojson", folder / "tiles.geojson.gz") if each.exists()]
-            found.problems += [f"{folder.name}: {each.name}: {line}" for each in geojson for line in problems(each)]
+            found.problems += [f"{folder.name}: {each.name}: {line}" for each in geojson for line in _qupath(each)]
     found.facts = {"slides": done}
     return found
+
+
+def _qupath(file: Path) -> list[str]:
+    try:
+        return problems(file)
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+        return [f"cannot be read ({error})"]
 
 
 def _store(path: Path) -> Found:
@@ -190,7 +198,7 @@ def _project(path: Path) -> Found:
         if parts.scheme == "file" and not Path(unquote(parts.path)).exists():
             found.problems.append(f"{name}: its slide is not where the project says")
     for file in sorted((path.parent / "objects").glob("*/*.geojson*")):
-        found.problems += [f"{file.parent.name}/{file.name}: {line}" for line in problems(file)]
+        found.problems += [f"{file.parent.name}/{file.name}: {line}" for line in _qupath(file)]
     return found
 
 
@@ -248,5 +256,5 @@ def _annotations(path: Path) -> Found:
     if not drawn:
         found.problems.append("holds nothing")
     if path.name.lower().endswith((".geojson", ".geojson.gz")):
-        found.problems += [f"QuPath: {line}" for line in problems(path)]
+        found.problems += [f"QuPath: {line}" for line in _qupath(path)]
     return found

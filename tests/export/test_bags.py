@@ -17,6 +17,7 @@ from tests.export.test_qupath import read_as_qupath
 from wsi.annotations import read_annotations
 from wsi.errors import ResultsError, TrainError
 from wsi.export.bags import LAYOUTS, export_bags
+from wsi.export.rasters import export_rasters
 from wsi.store import PatchStore
 from wsi.train.bags import find_bags, read_bag
 from wsi.units import Box
@@ -124,6 +125,18 @@ def test_without_features_or_results_it_says_so(tmp_path: Path, wsi: Run):
     code, out, _ = wsi("export", "wsinfer", tmp_path / "r", "-o", tmp_path / "out", "--json")
     assert code == 0 and json.loads(out)[0]["tiles"] > 0
     assert wsi("export", "clam", tmp_path / "none", "-o", tmp_path / "out")[0] == 2
+
+
+def test_pseudonyms_leave_no_trace_of_the_name(tmp_path: Path):
+    marked_results(tmp_path / "r", "Doe_John", features=4)
+    for layout in sorted(set(LAYOUTS) - {"anndata"}):
+        export_bags(tmp_path / "r", tmp_path / "out" / layout, layout, key=b"0" * 32)
+    for kind in ("ome-tiff", "ome-zarr", "png"):
+        export_rasters(tmp_path / "r", tmp_path / "out" / kind, kind, key=b"0" * 32)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 14
+    for path in files:
+        assert "Doe" not in str(path) and b"Doe" not in path.read_bytes()
 
 
 def test_a_damaged_npy_is_one_line(tmp_path: Path):

@@ -131,6 +131,18 @@ def test_the_project_has_what_qupaths_own_has(tmp_path: Path):
     assert "objects/" in script and script.count("{") == script.count("}")
 
 
+def test_bioformats_shows_the_whole_plane(tmp_path: Path):
+    made = marked_results(tmp_path / "r", bounds=BOUNDS)
+    numbers = json.loads((tmp_path / "r/a/result.json").read_text())
+    (tmp_path / "r/a/result.json").write_text(json.dumps(numbers | {"vendor": "ome-tiff"}))
+    export_qupath(tmp_path / "r", tmp_path / "out")
+    (image,) = json.loads((tmp_path / "out/project.qpproj").read_text())["images"]
+    assert "BioFormats" in image["serverBuilder"]["providerClassName"]
+    found = objects(tmp_path / "out", "a", made.size)
+    (tile,) = [o for o in found if o["measurements"].get("prob_tumour", 0) > 0.97]
+    assert tile["shape"].bounds[:2] == (made.mark.x, made.mark.y)
+
+
 def test_an_empty_slide_is_exported_and_says_so(tmp_path: Path):
     marked_results(tmp_path / "r")
     folder = tmp_path / "r/a"
@@ -150,8 +162,9 @@ def test_what_is_no_results_folder_is_refused(tmp_path: Path):
     marked_results(tmp_path / "r")
     numbers = json.loads((tmp_path / "r/a/result.json").read_text())
     (tmp_path / "r/a/result.json").write_text(json.dumps(numbers | {"slide": "s3://bucket/a.tif"}))
-    with pytest.raises(ResultsError, match="s3://"):
-        export_qupath(tmp_path / "r", tmp_path / "out")
+    (row,) = export_qupath(tmp_path / "r", tmp_path / "out")
+    assert row["tiles"] and "not in the project" in row["warnings"][0]
+    assert json.loads((tmp_path / "out/project.qpproj").read_text())["images"] == []
     del numbers["class_names"]
     (tmp_path / "r/a/result.json").write_text(json.dumps(numbers))
     with pytest.raises(ResultsError, match="no scores"):
@@ -209,7 +222,7 @@ def test_simplified_outlines_stay_within_the_tolerance_and_apart(tolerance: floa
             assert len(before.interiors) == len(after.interiors)
 
 
-def test_a_hundred_thousand_tiny_regions_become_few_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_thousands_of_tiny_regions_become_few_objects_and_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A checkerboard of tumour; one annotation each would end QuPath, so the small ones are joined."""
     monkeypatch.setattr("wsi.export.project.MAX_REGIONS", 2000)
     n = 150

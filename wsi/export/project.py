@@ -19,7 +19,6 @@ import numpy.typing as npt
 import shapely
 
 from wsi import __version__
-from wsi.errors import ResultsError
 from wsi.export.geojson import read_geojson
 from wsi.export.pseudonym import pseudonym
 from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
@@ -36,8 +35,8 @@ MAX_REGIONS = 10_000
 #: Colours of classes: the positive ones as QuPath's built-in Tumor, the others apart from them.
 _POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
 _OTHER_RGB = ((120, 170, 220), (150, 200, 150), (160, 90, 160), (255, 200, 0), (50, 50, 50), (90, 140, 90))
-#: QuPath's readers; what is not OME-TIFF goes to OpenSlide, whose crop is the frame of our coordinates.
-_READERS = {"ome-tiff": "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"}
+#: QuPath's readers. Bio-Formats, which takes OME-TIFF, shows the whole plane; OpenSlide crops it to the bounds.
+_BIOFORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
 _OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
 
 Json = dict[str, Any]
@@ -116,11 +115,11 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
         rows.append(_export_slide(slide, out, config))
         classes |= {each.name: each for each in path_classes(slide)}
     if config.key is None:
-        _write_project(list(slides.values()), list(classes.values()), out, config)
+        _write_project([slide for slide in slides.values() if _is_file(slide)], list(classes.values()), out, config)
     (out / "scripts").mkdir(exist_ok=True)
     with replacing(out / "scripts" / "import_wsi.groovy") as file:
-        file.write(_GROOVY.encode())
-    frame = "level-0 pixels minus bounds_px" if config.crop else "level-0 pixels"
+        file.write(Path(__file__).with_name("import_wsi.groovy").read_bytes())
+    frame = "level-0 pixels minus the corner of the slide's bounds_px"
     write_json(out / "export.json", {"wsi": __version__, "coordinate_frame": frame, "slides": rows})
     return rows
 
@@ -247,6 +246,14 @@ def _threshold(slide: ScoredSlide, config: QuPathConfig) -> float:
     return float(slide.numbers["threshold"]) if config.threshold is None else config.threshold
 
 
+def _is_file(slide: ScoredSlide) -> bool:
+    return "://" not in str(slide.numbers["slide"])
+
+
+def _through_bioformats(slide: ScoredSlide) -> bool:
+    return slide.numbers.get("vendor") == "ome-tiff"
+
+
 def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
     name = pseudonym(slide.slide_id, config.key)
     folder = out / "objects" / name
@@ -256,7 +263,7 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
     store = slide.store()
     tiles, mpp = slide.tiles(store), slide.pixel_size(store)
     threshold = _threshold(slide, config)
-    bounds = slide.bounds if config.crop else Box(0, 0, *slide.size)
+    bounds = slide.bounds if config.crop and not _through_bioformats(slide) else Box(0, 0, *slide.size)
     provenance = slide.numbers.get("provenance", {})
     metadata = {
         "made_by": f"wsi {provenance.get('wsi', '')}".strip(),
@@ -283,6 +290,8 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
         warnings.append("no tile was scored: look at the warnings of result.json")
     if config.object_type == "annotation" and n_tiles > MAX_REGIONS:
         warnings.append(f"{n_tiles} annotations: QuPath will be slow; write tiles as detections")
+    if config.key is None and not _is_file(slide):
+        warnings.append("the slide is no file here, and not in the project")
     if len(regions) > n_regions:
         warnings.append(f"{len(regions) - n_regions} regions are smaller than a pixel, and left out")
     return {
@@ -300,16 +309,13 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
 def _write_project(slides: list[ScoredSlide], classes: list[PathClass], out: Path, config: QuPathConfig) -> None:
     entries = []
     for number, slide in enumerate(slides, 1):
-        where = str(slide.numbers["slide"])
-        if "://" in where:
-            raise ResultsError(where, "is no file that QuPath could open", "Copy the slide here and score it again")
         entries.append(
             {
                 "serverBuilder": {
                     "builderType": "uri",
-                    "providerClassName": _READERS.get(str(slide.numbers.get("vendor")), _OPENSLIDE),
-                    "uri": Path(where).as_uri(),
-                    "args": [] if config.crop else ["--no-crop"],
+                    "providerClassName": _BIOFORMATS if _through_bioformats(slide) else _OPENSLIDE,
+                    "uri": Path(str(slide.numbers["slide"])).as_uri(),
+                    "args": [] if config.crop or _through_bioformats(slide) else ["--no-crop"],
                 },
                 "entryID": number,
                 "randomizedName": str(uuid.uuid5(uuid.NAMESPACE_URL, f"wsi:{slide.slide_id}")),
@@ -329,50 +335,3 @@ def _packed(color: tuple[int, int, int]) -> int:
     """A colour as Java holds it: alpha, red, green and blue in a signed 32-bit integer."""
     r, g, b = color
     return (r << 16 | g << 8 | b) - (1 << 24)
-
-
-_GROOVY = """\
-// Puts what `wsi export qupath` wrote into the images of the open project, and saves them.
-//
-// Project written by wsi: open it, then Automate > Project scripts > import_wsi > Run.
-// A project of your own: set FOLDER to what -o of `wsi export qupath` named. Images are found by their names.
-// Without a window: QuPath script --project=project.qpproj scripts/import_wsi.groovy [--args=FOLDER]
-// Again is safe: objects that are there already are replaced, everything else is left alone. Close images first.
-
-import qupath.lib.io.PathIO
-
-def FOLDER = null
-try {
-    FOLDER = FOLDER ?: (args ? args[0] : null)
-} catch (MissingPropertyException e) {
-    // run without arguments
-}
-
-def project = getProject()
-if (project == null) {
-    println 'Open a project first'
-    return
-}
-FOLDER = FOLDER ?: project.getPath().getParent().toString()
-for (entry in project.getImageList()) {
-    def name = entry.getOriginalImageName()
-    def names = [name, name.replaceFirst(/\\.[^.]+$/, '')]
-    def folder = names.collect { new File(FOLDER, 'objects/' + it) }.find { it.isDirectory() }
-    if (folder == null) {
-        println name + ': nothing of wsi in ' + FOLDER
-        continue
-    }
-    def imageData = entry.readImageData()
-    def hierarchy = imageData.getHierarchy()
-    for (file in folder.listFiles().findAll { it.name.endsWith('.geojson.gz') }.sort()) {
-        def objects = PathIO.readObjects(file)
-        def ids = objects.collect { it.getID() } as Set
-        hierarchy.removeObjects(hierarchy.getAllObjects(false).findAll { it.getID() in ids }, true)
-        hierarchy.addObjects(objects)
-        println name + ': ' + objects.size() + ' objects of ' + file.name
-    }
-    entry.saveImageData(imageData)
-}
-project.syncChanges()
-println 'Done. Measure > Show measurement maps colours tiles by their measurements.'
-"""
