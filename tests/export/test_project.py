@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import shapely
 
-from tests.conftest import Run
+from tests.conftest import REPOSITORY, Run
 from tests.export.make import marked_results
 from tests.export.test_qupath import QuPathRefusesError, read_as_qupath
 from wsi.errors import OutputError, ResultsError
@@ -141,6 +141,18 @@ def test_bioformats_shows_the_whole_plane(tmp_path: Path):
     found = objects(tmp_path / "out", "a", made.size)
     (tile,) = [o for o in found if o["measurements"].get("prob_tumour", 0) > 0.97]
     assert tile["shape"].bounds[:2] == (made.mark.x, made.mark.y)
+
+
+def test_the_files_satisfy_the_schema(tmp_path: Path):
+    schema = REPOSITORY.parent / "shared" / "qupath_geojson.schema.json"
+    if not schema.is_file():
+        pytest.skip("the schema is not here: ../shared/qupath_geojson.schema.json")
+    jsonschema = pytest.importorskip("jsonschema")
+    marked_results(tmp_path / "r", stride_px=48, bounds=BOUNDS)
+    for object_type in ("tile", "annotation"):
+        export_qupath(tmp_path / "r", tmp_path / "out", QuPathConfig(object_type=object_type, simplify_um=3))
+        for path in (tmp_path / "out/objects/a").iterdir():
+            jsonschema.validate(json.loads(gzip.decompress(path.read_bytes())), json.loads(schema.read_text()))
 
 
 def test_an_empty_slide_is_exported_and_says_so(tmp_path: Path):

@@ -229,6 +229,28 @@ def test_a_class_qupath_would_refuse_is_refused(name, color):
         PathClass(name, color)
 
 
+def test_lines_written_by_hand_are_what_a_json_encoder_gives(tmp_path: Path):
+    name, key = 'a "b" \\ é', 'prob "x" \u2028'
+    values = np.array([0.1, 1 / 3, 1e-12, 123456789.0, 5.0, -0.0, np.nan, np.inf], np.float32)
+    boxes = np.column_stack([np.arange(8) * 50 + 1000.125, np.full(8, 2000.5), np.full((8, 2), 20.25)])
+    write_tiles(
+        tmp_path / "a.geojson", boxes, [PathClass(name, (1, 2, 3))], np.zeros(8, int), {key: values, "n": values},
+        bounds=BOUNDS, slide_id=name,
+    )  # fmt: skip
+    lines = (tmp_path / "a.geojson").read_text("utf-8").split("\n")[1:-2]
+    assert len(lines) == 8
+    for line, value in zip(lines, values, strict=True):
+        tile = json.loads(line.rstrip(","), parse_constant=refuse_constant, object_pairs_hook=no_double_keys)
+        finite = bool(np.isfinite(value))
+        assert tile["properties"]["measurements"] == (
+            {key: float(f"{value:.7g}"), "n": float(f"{value:.7g}")} if finite else {}
+        )
+        assert tile["properties"]["classification"] == {"name": name, "color": [1, 2, 3]}
+        assert tile["id"] == str(uuid.UUID(tile["id"])) and uuid.UUID(tile["id"]).version == 5
+    for i, tile in enumerate(map(json.loads, (line.rstrip(",") for line in lines))):
+        assert tile["id"] == str(uuid.uuid5(uuid.NAMESPACE_URL, f"wsi:{name}/tile/{i}"))
+
+
 # --- regions -------------------------------------------------------------------------------------------------------
 
 
