@@ -1,4 +1,4 @@
-"""Bulk annotations, read back by highdicom; where it is not installed, only that it says so."""
+"""Annotations and heatmaps, read back by highdicom; where it is not installed, only that it says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 
 from tests.conftest import Run
 from tests.export.make import marked_results
-from wsi.export.dicom import export_annotations
+from wsi.export.dicom import export_dicom
+from wsi.export.rasters import slide_raster
+from wsi.scored import scored_slides
 
 needs_highdicom = pytest.mark.skipif(importlib.util.find_spec("highdicom") is None, reason="highdicom is not installed")
 
@@ -36,15 +38,13 @@ def test_highdicom_reads_every_tile_where_it_was(tmp_path: Path, data_dir: Path)
 
     slide = max((data_dir / "wsi/dicom_cmu1_small_region").glob("*.dcm"), key=lambda path: path.stat().st_size)
     results_of(slide, tmp_path / "r")
-    (row,) = export_annotations(tmp_path / "r", tmp_path / "out")
-    again = export_annotations(tmp_path / "r", tmp_path / "again")
+    (row,) = export_dicom(tmp_path / "r", tmp_path / "out")
+    again = export_dicom(tmp_path / "r", tmp_path / "again")
     assert row["tiles"] == again[0]["tiles"] > 10
     found = highdicom.ann.annread(tmp_path / "out/a.ann.dcm")
     source = pydicom.dcmread(slide, stop_before_pixels=True)
     assert found.StudyInstanceUID == source.StudyInstanceUID
     assert found.ReferencedImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
-    from wsi.scored import scored_slides
-
     scored = scored_slides(tmp_path / "r")["a"]
     tiles = scored.tiles(scored.store())
     boxes = tiles.grid.boxes()
@@ -61,12 +61,24 @@ def test_highdicom_reads_every_tile_where_it_was(tmp_path: Path, data_dir: Path)
             count += 1
     assert count == len(tiles.rows)
 
+    heatmap = highdicom.imread(tmp_path / "out/a.heatmap.dcm")
+    values = heatmap.get_total_pixel_matrix(dtype=np.float32)
+    assert np.array_equal(values, slide_raster(scored).values[0], equal_nan=True)
+    to_slide = [
+        highdicom.spatial.ImageToReferenceTransformer.for_image(each, for_total_pixel_matrix=True)
+        for each in (heatmap, source)
+    ]
+    cells = np.array([[0.0, 0.0], [1.0, 1.0], [5.0, 7.0]])
+    half_a_pixel_mm = float(source.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing[0]) / 2
+    apart = to_slide[0](cells) - to_slide[1](cells * tiles.grid.stride)
+    assert np.abs(apart).max() < half_a_pixel_mm / 100
+
 
 @needs_highdicom
 @pytest.mark.filterwarnings("ignore")
 def test_a_header_without_a_patient_is_a_warning(tmp_path: Path, data_dir: Path):
     results_of(data_dir / "wsi/dicom/jpeg.dicom", tmp_path / "r")
-    (row,) = export_annotations(tmp_path / "r", tmp_path / "out")
+    (row,) = export_dicom(tmp_path / "r", tmp_path / "out")
     assert row["tiles"] == 0 and "PatientID" in row["warnings"][0] and not list((tmp_path / "out").iterdir())
 
 
@@ -76,7 +88,7 @@ def test_a_slide_that_is_no_dicom_says_so(tmp_path: Path):
     (tmp_path / "a.tif").write_bytes(b"no DICOM")
     numbers = json.loads((tmp_path / "r/a/result.json").read_text())
     (tmp_path / "r/a/result.json").write_text(json.dumps(numbers | {"slide": str(tmp_path / "a.tif")}))
-    (row,) = export_annotations(tmp_path / "r", tmp_path / "out")
+    (row,) = export_dicom(tmp_path / "r", tmp_path / "out")
     assert row["tiles"] == 0 and "no DICOM" in row["warnings"][0]
 
 

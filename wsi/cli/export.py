@@ -201,17 +201,17 @@ def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool
 
 @export.command()
 def dicom(results: Results, out: Out, as_json: AsJson = False) -> None:
-    """Write the tiles of DICOM slides as Microscopy Bulk Simple Annotations (pip install 'wsi[dicom]').
+    """Write, of DICOM slides, tiles as Bulk Simple Annotations and heatmaps as Parametric Maps.
 
-    As confidential as the slides: patient and study are copied from them.
+    Needs highdicom (pip install 'wsi[dicom]'). As confidential as the slides: patient and study are copied from them.
 
     Example:
-      wsi export dicom results -o annotations
+      wsi export dicom results -o dicom
     """
-    from wsi.export.dicom import export_annotations
+    from wsi.export.dicom import export_dicom
 
     try:
-        rows = export_annotations(results, out)
+        rows = export_dicom(results, out)
     except OSError as error:
         if isinstance(error, WsiError):
             raise

@@ -1,9 +1,12 @@
-"""Tiles as DICOM Microscopy Bulk Simple Annotations, for slides that are DICOM themselves (extra ``dicom``).
+"""DICOM of slides that are DICOM themselves (extra ``dicom``): tiles as annotations, the heatmap as an image.
 
-One object a slide, of SOP class 1.2.840.10008.5.1.4.1.1.91.1, beside the image it refers to: a group a class, a
-rectangle a tile, its measurements with it. Coordinates are those of the slide's total pixel matrix, top left corner
-(0, 0), which are our level-0 pixels. Regions have holes, which this object cannot hold. Patient and study are those
-of the slide, as DICOM wants it: the file is as confidential as the slide is.
+- Microscopy Bulk Simple Annotations (1.2.840.10008.5.1.4.1.1.91.1): a group a class, a rectangle a tile, its
+  measurements with it. Coordinates are those of the slide's total pixel matrix, top left corner (0, 0), which are our
+  level-0 pixels. Regions have holes, which this object cannot hold.
+- Parametric Map (1.2.840.10008.5.1.4.1.1.30): the probability that the heatmap shows, float32, a pixel a step of the
+  grid, NaN where there is no tile; in the slide's own frame of reference, so that viewers lay it on the slide.
+
+Patient and study are those of the slide, as DICOM wants it: the files are as confidential as the slide is.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy.typing as npt
 from wsi import __version__
 from wsi.errors import ResultsError
 from wsi.export.project import measurements
+from wsi.export.rasters import slide_raster
 from wsi.files import replacing
 from wsi.result import called
 from wsi.scored import ScoredSlide, ScoredTiles, scored_slides
@@ -27,10 +31,11 @@ _INSTALL = "Install it: pip install 'wsi[dicom]'"
 #: Not in DICOM's own dictionary: classes of models.
 _SCHEME = "99WSI"
 _LONGEST_CODE = 16
+_TILE_PX = 256
 
 
-def export_annotations(results: Path, out: Path) -> list[dict[str, Any]]:
-    """Write ``<slide>.ann.dcm`` for each slide of a results folder that is DICOM.
+def export_dicom(results: Path, out: Path) -> list[dict[str, Any]]:
+    """Write ``<slide>.ann.dcm`` and ``<slide>.heatmap.dcm`` for each slide of a results folder that is DICOM.
 
     Returns
     -------
@@ -46,7 +51,7 @@ def export_annotations(results: Path, out: Path) -> list[dict[str, Any]]:
 
     Examples
     --------
-    >>> export_annotations(Path("results"), Path("annotations"))                          # doctest: +SKIP
+    >>> export_dicom(Path("results"), Path("dicom"))                                      # doctest: +SKIP
     [{'slide_id': 'slide_1', 'tiles': 13816, 'warnings': []}]
     """
     try:
@@ -63,13 +68,16 @@ def export_annotations(results: Path, out: Path) -> list[dict[str, Any]]:
             rows.append({"slide_id": slide.slide_id, "tiles": 0, "warnings": [why]})
             continue
         try:
-            annotations = _annotations(slide, tiles, source)
+            objects = {"ann": _annotations(slide, tiles, source)}
+            if slide.positive.any():
+                objects["heatmap"] = _heatmap(slide, source)
         except AttributeError as error:  # what the standard asks of every image, and highdicom copies
             why = f"its header lacks what DICOM asks for ({error})"
             rows.append({"slide_id": slide.slide_id, "tiles": 0, "warnings": [why]})
             continue
-        with replacing(out / f"{slide.slide_id}.ann.dcm") as file:
-            annotations.save_as(file)
+        for kind, each in objects.items():
+            with replacing(out / f"{slide.slide_id}.{kind}.dcm") as file:
+                each.save_as(file)
         rows.append({"slide_id": slide.slide_id, "tiles": len(tiles.rows), "warnings": []})
     return rows
 
@@ -135,6 +143,53 @@ def _annotations(slide: ScoredSlide, tiles: ScoredTiles, source: Any) -> Any:
         manufacturer_model_name=model[:64],
         software_versions=__version__,
         device_serial_number="0",
+        content_description="Research use only",
+    )
+
+
+def _heatmap(slide: ScoredSlide, source: Any) -> Any:
+    """Its first pixel's centre, half a step from the slide's corner, is where DICOM says that an image begins."""
+    import highdicom
+    from pydicom.sr.codedict import codes
+
+    raster = slide_raster(slide)
+    column, row = raster.step
+    measures = source.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    down, right = (float(mm) for mm in measures.PixelSpacing)
+    to_slide = highdicom.spatial.ImageToReferenceTransformer.for_image(source, for_total_pixel_matrix=True)
+    first = to_slide(np.array([[column / 2, row / 2]]))[0].tolist()
+    mapping = highdicom.pm.RealWorldValueMapping(
+        lut_label="probability",
+        lut_explanation=f"probability of {raster.channels[0]}"[:64],
+        unit=codes.UCUM.NoUnits,
+        value_range=(0.0, 1.0),
+        slope=1.0,
+        intercept=0.0,
+        quantity_definition=_concept("probability"),
+    )
+    return highdicom.pm.ParametricMap(
+        source_images=[source],
+        pixel_array=raster.values[0][None, :, :, None],
+        series_instance_uid=_uid(slide, "heatmap series"),
+        series_number=2,
+        sop_instance_uid=_uid(slide, "heatmap"),
+        instance_number=1,
+        manufacturer="wsi",
+        manufacturer_model_name=str(slide.numbers.get("provenance", {}).get("model", "unknown"))[:64],
+        software_versions=__version__,
+        device_serial_number="0",
+        contains_recognizable_visual_features=False,
+        real_world_value_mappings=[[mapping]],
+        voi_lut_transformations=[highdicom.VOILUTTransformation(window_center=0.5, window_width=1.0)],
+        pixel_measures=highdicom.PixelMeasuresSequence(
+            pixel_spacing=(down * row, right * column), slice_thickness=float(measures.SliceThickness)
+        ),
+        plane_orientation=highdicom.PlaneOrientationSequence(
+            "SLIDE", [float(cosine) for cosine in source.ImageOrientationSlide]
+        ),
+        plane_positions=[highdicom.PlanePositionSequence("SLIDE", first, (1, 1))],
+        tile_pixel_array=True,
+        tile_size=(_TILE_PX, _TILE_PX),
         content_description="Research use only",
     )
 
