@@ -2,8 +2,8 @@
 
     python benchmarks/bench_export.py [--tiles 1000000] [--peers 100000]
 
-Tiles with a class and three measurements, in files of at most 200,000, gzipped. Peers write as
-many rows as --peers says, uncompressed as they do it, in the same run.
+Tiles with a class and three measurements, in files of at most 200,000, gzipped, and once more plain. Peers write as many
+rows as --peers says, plain as they do it, in the same run.
 geopandas stands for itself (``GeoDataFrame.to_file``, through pyogrio) where it is installed. "WSInfer's way" is
 written from the description of its output: a dictionary a tile with an identifier of ``uuid.uuid4``, all of them in a
 list, and one ``json.dump``. Peak memory is that of a process of its own, above what the arrays and imports took before.
@@ -37,13 +37,17 @@ def tiles(n: int) -> tuple[TileGrid, np.ndarray]:
     return grid.keep(np.arange(n)), np.random.default_rng(0).random(n, np.float32)
 
 
-def ours(folder: Path, grid: TileGrid, p: np.ndarray) -> None:
+def plain(folder: Path, grid: TileGrid, p: np.ndarray) -> None:
+    ours(folder, grid, p, ".geojson")
+
+
+def ours(folder: Path, grid: TileGrid, p: np.ndarray, suffix: str = ".geojson.gz") -> None:
     boxes = grid.boxes()
     classes = [PathClass("Other", (255, 200, 0)), PathClass("Tumor", (200, 0, 0))]
     values = {"prob_other": 1 - p, "prob_tumor": p, "attention_percentile": p * 100}
     for i, part in enumerate(shards(grid.rows, MAX_TILES)):
         write_tiles(
-            folder / f"tiles-{i}.geojson.gz", boxes[part], classes, (p[part] > 0.5).astype(int),
+            folder / f"tiles-{i}{suffix}", boxes[part], classes, (p[part] > 0.5).astype(int),
             {key: each[part] for key, each in values.items()},
             bounds=Box(0, 0, 1e6, 1e6), slide_id="slide", first=part.start,
         )  # fmt: skip
@@ -100,7 +104,12 @@ def main() -> None:
     arguments = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     print(f"{'':14} {'tiles':>10} {'seconds':>9} {'s per 1M':>9} {'peak MiB':>9} {'MB':>8}")
-    for work, n in ((ours, arguments.tiles), (geopandas, arguments.peers), (wsinfers_way, arguments.peers)):
+    for work, n in (
+        (ours, arguments.tiles),
+        (plain, arguments.tiles),
+        (geopandas, arguments.peers),
+        (wsinfers_way, arguments.peers),
+    ):
         answers = spawn.Queue()
         process = spawn.Process(target=measure, args=(work, n, answers))
         process.start()

@@ -49,6 +49,8 @@ def test_bags_come_back(tmp_path: Path, layout: str, mpp: float, tile_mpp: float
         # CLAM's features do not say how large a tile is: the least step between tiles is taken.
         expected = grid.stride if layout == "clam" else grid.tile
         assert np.abs(bag.boxes[:, 2:] - expected).max() <= (1e-6 if layout == "stamp" else 1.0)
+    if layout == "clam":
+        assert (read_bag(place / "pt_files/a.pt").features == bag.features).all()
     assert bag.encoder == {"trident": "red", "stamp": "red"}.get(layout)
 
 

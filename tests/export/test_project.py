@@ -177,6 +177,14 @@ def test_what_is_no_results_folder_is_refused(tmp_path: Path):
     (row,) = export_qupath(tmp_path / "r", tmp_path / "out")
     assert row["tiles"] and "not in the project" in row["warnings"][0]
     assert json.loads((tmp_path / "out/project.qpproj").read_text())["images"] == []
+    kept = (tmp_path / "r/a/regions.geojson").read_text()
+    for damage in ("{", None):
+        (tmp_path / "r/a/regions.geojson").unlink()
+        if damage:
+            (tmp_path / "r/a/regions.geojson").write_text(damage)
+        with pytest.raises(ResultsError, match=r"regions\.geojson: cannot be read"):
+            export_qupath(tmp_path / "r", tmp_path / "out")
+    (tmp_path / "r/a/regions.geojson").write_text(kept)
     del numbers["class_names"]
     (tmp_path / "r/a/result.json").write_text(json.dumps(numbers))
     with pytest.raises(ResultsError, match="no scores"):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import shapely
 
 from wsi import __version__
+from wsi.errors import ResultsError
 from wsi.export.geojson import read_geojson
 from wsi.export.pseudonym import pseudonym
 from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
@@ -151,11 +152,16 @@ def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArra
 
 def slide_regions(slide: ScoredSlide, tiles: ScoredTiles, mpp: Mpp, config: QuPathConfig) -> list[Region]:
     """Return the tissue as it was outlined when scoring, and the positive regions at the threshold."""
+    path = slide.folder / "regions.geojson"
+    try:
+        drawn = read_geojson(path)
+    except (OSError, ValueError) as error:
+        raise ResultsError(path, f"cannot be read ({error})", "Score the slide again") from error
     found = [
         Region(shapely.transform(shapely.geometry.shape(each["geometry"]), lambda xy: xy + np.array(slide.origin)),
                PathClass("Tissue", (150, 200, 150)), each["properties"].get("name", ""),
                each["properties"].get("measurements", {}))
-        for each in read_geojson(slide.folder / "regions.geojson")
+        for each in drawn
         if each["properties"]["classification"]["name"] == "Tissue"
     ]  # fmt: skip
     if not slide.positive.any() or not len(tiles.grid):
