@@ -175,7 +175,10 @@ def write_tiles(
         for start in range(0, n, _BLOCK):
             chosen = start + np.flatnonzero(visible[start : start + _BLOCK])
             ids = identifiers(slide_id, "tile", (first + chosen).tolist())
-            x0s, y0s, x1s, y1s = ([repr(whole(v)) for v in side] for side in corners[chosen].T.tolist())
+            # Tiles of a grid share their edges: few numbers are written many times.
+            edges, which = np.unique(corners[chosen].T, return_inverse=True)
+            written = np.array([repr(whole(edge)) for edge in edges.tolist()], object)
+            x0s, y0s, x1s, y1s = written[which.reshape(4, -1)].tolist()
             called = class_index[chosen].tolist()
             numbers = [
                 texts(label, values[chosen]) for label, values in zip(labels, measurements.values(), strict=True)
