@@ -178,7 +178,7 @@ def _rasters(kind: str, results: Path, out: Path, key: Path | None, as_json: boo
 
 @export.command()
 def anndata(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write AnnData tables for scanpy and squidpy: features, scores, centres of tiles (pip install 'wsi[anndata]').
+    """Write AnnData tables for scanpy and squidpy: features, scores, centres of tiles. Needs wsi's extra anndata.
 
     Example:
       wsi export anndata results -o tables
@@ -203,7 +203,7 @@ def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool
 def dicom(results: Results, out: Out, as_json: AsJson = False) -> None:
     """Write, of DICOM slides, tiles as Bulk Simple Annotations and heatmaps as Parametric Maps.
 
-    Needs highdicom (pip install 'wsi[dicom]'). As confidential as the slides: patient and study are copied from them.
+    Needs wsi's extra dicom. As confidential as the slides: patient and study are copied from them.
 
     Example:
       wsi export dicom results -o dicom
