@@ -4,10 +4,11 @@
 # make soak   kill runs at 200 random moments and compare what they leave (half an hour)
 # make lint   what CI asks of the code's form
 # make bench-peers   other programs into .venv-peers, and wsi beside them
+# make test-readers   readers of other programs into .venv-readers, and what we export before them
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint bench-peers camelyon-phantom clean
+.PHONY: demo test soak test-readers lint bench-peers camelyon-phantom clean
 PHANTOM := camelyon-phantom
 
 demo: .venv/installed
@@ -63,5 +64,17 @@ PEERS := benchmarks/compare/requirements-peers
 	.venv-peers/bin/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
+# Only tests of exports: these packages bring versions of their own.
+READERS := torchmil anndata ome-zarr ome-zarr-models highdicom
+test-readers: .venv-readers/installed
+	.venv-readers/bin/python -m pytest -W ignore tests/export
+
+.venv-readers/installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find native -type f)
+	test -d .venv-readers || $(PYTHON) -m venv .venv-readers
+	.venv-readers/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	for reader in $(READERS); do \
+	  .venv-readers/bin/python -m pip install --quiet -c constraints.txt "$$reader" || echo "not installed: $$reader"; done
+	touch $@
+
 clean:
-	rm -rf .venv .venv-peers build demo camelyon-phantom
+	rm -rf .venv .venv-peers .venv-readers build demo camelyon-phantom

@@ -33,7 +33,7 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_verb_and_public_name_is_in_the_readme() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     for command in app.registered_commands:
-        assert f"wsi {command.callback.__name__}" in readme  # type: ignore[union-attr]
+        assert f"wsi {command.name or command.callback.__name__}" in readme  # type: ignore[union-attr]
     for group in app.registered_groups:
         for command in group.typer_instance.registered_commands:  # type: ignore[union-attr]
             verb = command.name or command.callback.__name__  # type: ignore[union-attr]

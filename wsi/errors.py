@@ -17,6 +17,7 @@
     |-- ConfigMismatch               also ValueError   a results folder of another configuration
     |-- ManifestError                also ValueError   a manifest row that cannot be used
     |-- AnnotationError              also ValueError   outlines or a mask that cannot be used
+    |-- ResultsError                 also ValueError   a results folder that cannot be used
     |-- EvaluationError              also ValueError   results and a reference that cannot be compared
     `-- OutputError                  also OSError      results cannot be written
 
@@ -107,6 +108,10 @@ class ManifestError(WsiError, ValueError):
 
 class AnnotationError(WsiError, ValueError):
     """An annotation file or mask that cannot be used."""
+
+
+class ResultsError(WsiError, ValueError):
+    """A results folder that holds no results, or not those that are needed."""
 
 
 class EvaluationError(WsiError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -40,6 +41,31 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+    """Read a file, unpacked where it is gzipped, and no more of it than `most_bytes`.
+
+    Raises
+    ------
+    ValueError
+        It is longer; a bomb is not unpacked further than the limit.
+    OSError
+        It cannot be read, or is no whole gzip file.
+
+    Examples
+    --------
+    >>> read_unpacked("regions.geojson.gz", 1 << 20)  # doctest: +SKIP
+    """
+    with Path(path).open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        size = 0 if packed else os.fstat(file.fileno()).st_size
+        raw = b"" if size > most_bytes else (gzip.GzipFile(fileobj=file) if packed else file).read(most_bytes + 1)
+    if max(size, len(raw)) > most_bytes:
+        told = f"{size / 2**20:,.0f} MiB" if size else f"more than {most_bytes / 2**20:,.0f} MiB unpacked"
+        raise ValueError(f"it is {told}, and at most {most_bytes / 2**20:,.0f} are read")
+    return raw
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from wsi.files import write_json
 
 #: Called with the stage, and how much of it is done out of how much.
@@ -91,6 +94,33 @@ class Laps:
         now = time.perf_counter()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
+
+
+def called(probabilities: npt.NDArray[Any], positive: npt.NDArray[np.bool_], threshold: float) -> npt.NDArray[np.int64]:
+    """Return the class that each tile or slide is called: a positive one where these together reach the threshold.
+
+    Parameters
+    ----------
+    probabilities : float (n, k)
+    positive : bool (k,)
+        With none, or with all, it is the likeliest class.
+    threshold : float
+
+    Returns
+    -------
+    int64 (n,)
+        Of the positive classes the likeliest, and else of the others the likeliest.
+
+    Examples
+    --------
+    >>> called(np.array([[0.4, 0.3, 0.3], [0.5, 0.3, 0.2]]), np.array([False, True, True]), 0.55).tolist()
+    [1, 0]
+    """
+    if not positive.any() or positive.all():
+        return np.asarray(probabilities.argmax(axis=1), np.int64)
+    is_positive = probabilities[:, positive].sum(axis=1) >= threshold
+    allowed = np.where(is_positive[:, None], positive, ~positive)
+    return np.asarray(np.where(allowed, probabilities, -1.0).argmax(axis=1), np.int64)
 
 
 class Clock:

@@ -4,36 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from wsi.cli import main
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def wsi(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call the command line in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        if arguments[:1] in (("score",), ("tile",)) and len(arguments) > 1 and "--workers" not in arguments:
-            arguments = (
-                *arguments,
-                "--workers",
-                0,
-            )  # patches of a test reach no other process; tests/archive has those
-        monkeypatch.setattr(sys, "argv", ["wsi", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
+from tests.conftest import Run as Run
 
 
 def rows(path: Path) -> list[dict[str, str]]:

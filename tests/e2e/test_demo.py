@@ -10,7 +10,7 @@ import pytest
 import shapely
 
 from wsi.cli import main
-from wsi.export.qupath import read_geojson
+from wsi.export.geojson import read_geojson
 
 
 def test_finds_the_tumours_where_they_are(

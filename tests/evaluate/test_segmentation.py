@@ -10,7 +10,7 @@ import shapely
 
 from tests.annotations.make import asap_xml, mask_tiff
 from tests.evaluate.make import scored
-from wsi.errors import EvaluationError
+from wsi.errors import EvaluationError, ResultsError
 from wsi.evaluate.cases import read_cohort
 from wsi.evaluate.report import write_report
 from wsi.evaluate.segmentation import SegmentationConfig, evaluate_segmentation, tile_cases
@@ -156,5 +156,5 @@ def test_one_file_for_many_slides_and_no_file_are_errors(tmp_path: Path):
             evaluate_segmentation(results, path)
         with pytest.raises(EvaluationError, match="annotations for 2 slides"):
             tile_cases(results, path)
-    with pytest.raises(EvaluationError, match="no results"):
+    with pytest.raises(ResultsError, match="no results"):
         evaluate_segmentation(tmp_path / "nowhere", tmp_path)

@@ -17,7 +17,8 @@ import shapely
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from wsi.export.qupath import PathClass, Region, read_geojson, write_regions, write_tiles
+from wsi.export.geojson import read_geojson
+from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
 from wsi.units import Box
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -188,7 +189,7 @@ def test_the_same_tiles_are_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path):
-    n = 4000
+    n = 20_000
     boxes = np.column_stack(
         [np.random.default_rng(0).uniform((1000, 2000), (1400, 2400), (n, 2)), np.full((n, 2), 9.0)]
     )
@@ -226,6 +227,28 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, boxes, index, values
 def test_a_class_qupath_would_refuse_is_refused(name, color):
     with pytest.raises(ValueError, match="QuPath"):
         PathClass(name, color)
+
+
+def test_lines_written_by_hand_are_what_a_json_encoder_gives(tmp_path: Path):
+    name, key = 'a "b" \\ é', 'prob "x" \u2028'
+    values = np.array([0.1, 1 / 3, 1e-12, 123456789.0, 5.0, -0.0, np.nan, np.inf], np.float32)
+    boxes = np.column_stack([np.arange(8) * 50 + 1000.125, np.full(8, 2000.5), np.full((8, 2), 20.25)])
+    write_tiles(
+        tmp_path / "a.geojson", boxes, [PathClass(name, (1, 2, 3))], np.zeros(8, int), {key: values, "n": values},
+        bounds=BOUNDS, slide_id=name,
+    )  # fmt: skip
+    lines = (tmp_path / "a.geojson").read_text("utf-8").split("\n")[1:-2]
+    assert len(lines) == 8
+    for line, value in zip(lines, values, strict=True):
+        tile = json.loads(line.rstrip(","), parse_constant=refuse_constant, object_pairs_hook=no_double_keys)
+        finite = bool(np.isfinite(value))
+        assert tile["properties"]["measurements"] == (
+            {key: float(f"{value:.7g}"), "n": float(f"{value:.7g}")} if finite else {}
+        )
+        assert tile["properties"]["classification"] == {"name": name, "color": [1, 2, 3]}
+        assert tile["id"] == str(uuid.UUID(tile["id"])) and uuid.UUID(tile["id"]).version == 5
+    for i, tile in enumerate(map(json.loads, (line.rstrip(",") for line in lines))):
+        assert tile["id"] == str(uuid.uuid5(uuid.NAMESPACE_URL, f"wsi:{name}/tile/{i}"))
 
 
 # --- regions -------------------------------------------------------------------------------------------------------
@@ -308,7 +331,8 @@ def test_any_polygon_is_accepted_and_keeps_its_area(tmp_path: Path, geometry, co
     bounds = Box(corner, corner / 3, 100.0, 90.555)
     found = written(tmp_path, geometry, bounds=bounds)
     clip = shapely.box(bounds.x, bounds.y, bounds.x + bounds.w, bounds.y + bounds.h)
-    expected = shapely.make_valid(geometry, method="structure", keep_collapsed=False).intersection(clip)
+    rough = shapely.transform(geometry, lambda xy: np.round(xy, 6))  # GEOS fails on the smallest of numbers
+    expected = shapely.make_valid(rough, method="structure", keep_collapsed=False).intersection(clip)
     parts = [p for p in shapely.get_parts(shapely.get_parts(expected)) if p.geom_type == "Polygon"]
     small = sum(p.area for p in parts if p.area < 3)  # on either side of one pixel after rounding
     tolerance = 0.02 * expected.length + small + 0.2

@@ -2,9 +2,10 @@
 
 ::
 
-    base       Annotation
-    asap       ASAP's XML (CAMELYON)
+    base       Annotation, Frame
+    xml        ASAP (CAMELYON), ImageScope, HALO, NDP.view
     geojson    QuPath's GeoJSON
+    viewers    Darwin V7, Sectra, Cytomine, HistomicsTK
     mask       mask images: TIFF pyramids, PNG
     areas      which outlines are lesions, which are holes in them; and their raster
 
@@ -17,38 +18,51 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from wsi.annotations import asap, geojson, mask
+from wsi.annotations import geojson, mask, viewers, xml
 from wsi.annotations.areas import LesionArea, lesion_area, rasterize
-from wsi.annotations.base import Annotation
+from wsi.annotations.base import Annotation, Frame
 from wsi.annotations.mask import read_mask
 from wsi.errors import AnnotationError
 
-__all__ = ["READERS", "Annotation", "LesionArea", "lesion_area", "rasterize", "read_annotations", "read_mask"]
+__all__ = ["READERS", "Annotation", "Frame", "LesionArea", "lesion_area", "rasterize", "read_annotations", "read_mask"]
 
-Reader = Callable[[Path, tuple[float, float]], list[Annotation]]
+Reader = Callable[[Path, Frame], list[Annotation]]
 
 #: Who reads what, by the end of the name.
 READERS: dict[str, Reader] = {
-    ".xml": asap.read,
+    ".xml": xml.read,
+    ".xml.gz": xml.read,
+    ".annotations": xml.read,
+    ".ndpa": xml.read,
     ".geojson": geojson.read,
     ".geojson.gz": geojson.read,
-    ".json": geojson.read,
+    ".json": viewers.read,
+    ".json.gz": viewers.read,
+    ".txt": viewers.read,
+    ".zip": geojson.read_zip,
+    ".tsv": viewers.read_table,
     ".tif": mask.read,
     ".tiff": mask.read,
     ".png": mask.read,
 }
 
 
-def read_annotations(path: str | os.PathLike[str], *, origin: tuple[float, float] = (0.0, 0.0)) -> list[Annotation]:
+def read_annotations(
+    path: str | os.PathLike[str], *, origin: tuple[float, float] = (0.0, 0.0), frame: Frame | None = None
+) -> list[Annotation]:
     """Read the annotations of one slide.
 
     Parameters
     ----------
     path : path
-        ASAP XML, QuPath GeoJSON (also gzipped), or a mask image whose first level is as large as the slide.
+        XML of ASAP, ImageScope, HALO or NDP.view; GeoJSON of QuPath and others, also gzipped or in a zip; JSON of
+        Darwin V7, Sectra or Cytomine; contours of HistomicsTK; or a mask image whose first level is as large as the
+        slide.
     origin : (float, float)
         Added to GeoJSON's coordinates: the corner of the slide's ``bounds``, from which QuPath counts. The other
         formats count from the corner of the whole slide.
+    frame : Frame, optional
+        In place of `origin` whatever is known of the slide; Sectra, Cytomine and NDP.view need it.
 
     Returns
     -------
@@ -58,7 +72,8 @@ def read_annotations(path: str | os.PathLike[str], *, origin: tuple[float, float
     Raises
     ------
     AnnotationError
-        Unknown format, damaged, hostile (entities in XML), or coordinates that are no numbers.
+        Unknown format, damaged, hostile (entities in XML, more than 256 MiB unpacked), coordinates that are no
+        numbers, or a format that counts in a way only the slide can tell.
     OSError
         The file cannot be read.
 
@@ -70,5 +85,5 @@ def read_annotations(path: str | os.PathLike[str], *, origin: tuple[float, float
     path = Path(path)
     for suffix, read in READERS.items():
         if path.name.lower().endswith(suffix):
-            return read(path, origin)
+            return read(path, frame or Frame(origin))
     raise AnnotationError(path, "is of no format that is known", f"Known: {' '.join(READERS)}")

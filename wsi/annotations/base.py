@@ -1,10 +1,22 @@
-"""One outline."""
+"""One outline, and what its coordinates may depend on."""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import shapely
+
+from wsi.errors import AnnotationError
+from wsi.slide import Slide
+from wsi.units import Mpp
+
+#: Text longer than this, unpacked, is refused: what is parsed of it takes many times the memory.
+MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -16,7 +28,7 @@ class Annotation:
     geometry : shapely.Geometry
         Level-0 pixels. Polygons and multipolygons are valid; points and lines have no area.
     group : str
-        ASAP's group, QuPath's class, or a mask's value; empty where there is none.
+        ASAP's group, QuPath's class, a layer's name, or a mask's value; empty where there is none.
     name : str
 
     Examples
@@ -30,8 +42,42 @@ class Annotation:
     name: str = ""
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What is known of the slide that a file belongs to; ASAP's, ImageScope's and HALO's files need nothing of it.
+
+    Attributes
+    ----------
+    origin : (float, float)
+        Corner of the slide's ``bounds`` in level-0 pixels, from which QuPath counts.
+    size : (int, int), optional
+        Width and height in level-0 pixels: Cytomine counts from the bottom, Sectra in widths.
+    mpp : Mpp, optional
+    centre_nm : (float, float), optional
+        From the middle of the glass to that of the image, in nanometres: NDP.view counts from there.
+
+    Examples
+    --------
+    >>> with open_slide("a.ndpi") as slide:                                                # doctest: +SKIP
+    ...     read_annotations("a.ndpi.ndpa", frame=Frame.of(slide))
+    """
+
+    origin: tuple[float, float] = (0.0, 0.0)
+    size: tuple[int, int] | None = None
+    mpp: Mpp | None = None
+    centre_nm: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, slide: Slide) -> Frame:
+        """Return what `slide` says."""
+        return cls((slide.bounds.x, slide.bounds.y), slide.size, slide.mpp, slide.centre_nm)
+
+
 def valid(geometry: shapely.Geometry) -> shapely.Geometry:
-    """Repair an outline that crosses itself, as freehand ones do; parts without area go.
+    """Repair outlines that cross themselves, as freehand ones do; parts without area go.
+
+    What is inside of a shell and of no hole of its own: a hole that lies beside its shell takes nothing away, and
+    adds nothing either.
 
     Examples
     --------
@@ -41,4 +87,71 @@ def valid(geometry: shapely.Geometry) -> shapely.Geometry:
     """
     if shapely.get_dimensions(geometry) < 2 or shapely.is_valid(geometry):
         return geometry
-    return shapely.make_valid(geometry, method="structure", keep_collapsed=False)
+    if geometry.geom_type not in ("Polygon", "MultiPolygon"):
+        return shapely.make_valid(geometry, method="structure", keep_collapsed=False)
+    parts = []
+    for part in shapely.get_parts(geometry):
+        shell, *holes = shapely.make_valid(
+            shapely.polygons(shapely.get_rings(part)), method="structure", keep_collapsed=False
+        )
+        parts.append(shapely.difference(shell, shapely.union_all(holes)))
+    return shapely.union_all(parts)
+
+
+def number(text: Any, where: str | os.PathLike[str]) -> float:
+    """Read a coordinate; some programs write the decimal comma of the computer they run on.
+
+    Raises
+    ------
+    AnnotationError
+        It is none, or not finite.
+
+    Examples
+    --------
+    >>> number("1,5", "a.xml")
+    1.5
+    """
+    try:
+        value = float(text.replace(",", ".") if isinstance(text, str) else text)
+    except (TypeError, ValueError):
+        raise AnnotationError(where, f"has a coordinate that is none: {text!r}") from None
+    if not math.isfinite(value):
+        raise AnnotationError(where, f"has a coordinate that is not finite: {text!r}")
+    return value
+
+
+def shape(kind: str, points: Sequence[tuple[float, float]]) -> shapely.Geometry | None:
+    """Build a shape from the points a viewer keeps; an area of fewer than three is the line or point left of it.
+
+    Parameters
+    ----------
+    kind : {"area", "line", "points", "box", "ellipse"}
+        Boxes and ellipses fill the extent of their points, of which viewers keep two or four.
+
+    Returns
+    -------
+    shapely.Geometry or None
+        None without points.
+
+    Examples
+    --------
+    >>> shape("area", [(0, 0), (4, 0), (4, 4)]).area, shape("box", [(0, 0), (4, 2)]).area
+    (8.0, 8.0)
+    """
+    if not points:
+        return None
+    if kind in ("box", "ellipse") and len(points) >= 2:
+        (x0, y0), (x1, y1) = np.min(points, axis=0).tolist(), np.max(points, axis=0).tolist()
+        if kind == "box":
+            return shapely.box(x0, y0, x1, y1)
+        turn = np.linspace(0, 2 * np.pi, 129)[:-1]
+        return shapely.Polygon(
+            np.column_stack(
+                [(x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turn), (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(turn)]
+            )
+        )
+    if kind == "area" and len(points) >= 3:
+        return valid(shapely.Polygon(points))
+    if kind in ("area", "line") and len(points) >= 2:
+        return shapely.LineString(points)
+    return shapely.Point(points[0]) if len(points) == 1 else shapely.MultiPoint(points)

@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
-from wsi.annotations.base import Annotation
+from wsi.annotations.base import Annotation, Frame
 from wsi.errors import AnnotationError
 from wsi.tissue import mask_polygons
 
@@ -24,7 +24,7 @@ _MAX_PIXELS = 1 << 28
 _PADDING_PX = 512
 
 
-def read(path: Path, origin: tuple[float, float] = (0.0, 0.0)) -> list[Annotation]:
+def read(path: Path, frame: Frame) -> list[Annotation]:
     """Read a mask as outlines, one annotation a connected piece; see ``read_annotations``. Its group is the value.
 
     Outlines follow the pixels of the finest level of at most 16 Mpx, so they are as coarse as that.

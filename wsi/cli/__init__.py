@@ -7,9 +7,12 @@ import sys
 
 import typer
 
+from wsi.cli.check import check
 from wsi.cli.demo import demo
 from wsi.cli.doctor import doctor
 from wsi.cli.evaluate import evaluate
+from wsi.cli.export import export
+from wsi.cli.imports import import_annotations
 from wsi.cli.info import info
 from wsi.cli.score import score
 from wsi.cli.tile import tile
@@ -25,9 +28,10 @@ app = typer.Typer(
     help="Whole-slide pathology analysis: slides in; grades, QuPath GeoJSON and heatmaps out. Research use only.",
     epilog="Start with [bold]wsi demo[/bold]; `wsi VERB --help` has examples.",
 )
-for verb in (score, tile, info, demo, doctor):
+for verb in (score, tile, info, check, demo, doctor):
     app.command()(verb)
-for group in (evaluate, train):
+app.command("import")(import_annotations)
+for group in (export, evaluate, train):
     app.add_typer(group)
 
 

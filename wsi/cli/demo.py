@@ -27,7 +27,7 @@ def demo(
     import shapely
 
     from wsi.archive import SlideRef, default_threads, score_archive
-    from wsi.export.qupath import read_geojson
+    from wsi.export.geojson import read_geojson
     from wsi.phantom import PhantomConfig, write_phantom
     from wsi.run import EngineConfig
 

@@ -11,8 +11,9 @@ import numpy as np
 from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
 from wsi.evaluate.detect import F64, DetectConfig, detect, write_detections
-from wsi.evaluate.inputs import ScoredSlide, annotation_of, read_detections, read_rows, scored_slides, unique
+from wsi.evaluate.inputs import annotation_of, read_detections, read_rows, unique
 from wsi.evaluate.report import packaged_rows
+from wsi.scored import ScoredSlide, scored_slides
 
 
 @dataclass(frozen=True)

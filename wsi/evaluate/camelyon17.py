@@ -11,7 +11,7 @@ import numpy as np
 
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
-from wsi.evaluate.inputs import ScoredSlide, read_rows, scored_slides, unique
+from wsi.evaluate.inputs import read_rows, unique
 from wsi.evaluate.report import Report, data_hash, leaderboard
 from wsi.files import write_csv
 from wsi.heatmap import major_axis_um
@@ -19,6 +19,7 @@ from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.kappa import NODE_STAGES, PN_STAGES, confusion, node_stage, patient_stage, quadratic_kappa
 from wsi.metrics.roc import proportion
+from wsi.scored import ScoredSlide, scored_slides
 from wsi.units import Box, Mpp
 
 _NODE = re.compile(r"(patient_\w+?)_node_(\w+)", re.IGNORECASE)

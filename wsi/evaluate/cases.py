@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi.errors import EvaluationError
-from wsi.evaluate.inputs import read_rows, scored_slides, unique
+from wsi.evaluate.inputs import read_rows, unique
 from wsi.metrics.kappa import isup_grade
+from wsi.scored import scored_slides
 
 #: Columns that name a case, the first that is there counts.
 ID_COLUMNS = ("slide_id", "image_id", "patch_id", "id", "slide", "patient")

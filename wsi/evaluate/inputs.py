@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,75 +13,8 @@ import numpy.typing as npt
 from wsi.annotations import READERS, lesion_area, rasterize, read_annotations, read_mask
 from wsi.annotations.areas import ROLES, Role
 from wsi.errors import AnnotationError, EvaluationError
-from wsi.heatmap import Heatmap
-from wsi.store import PatchStore
-from wsi.units import Mpp
 
 F64 = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class ScoredSlide:
-    """A slide that ``wsi score`` is done with: its folder and the content of result.json."""
-
-    slide_id: str
-    folder: Path
-    numbers: Mapping[str, Any]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in level-0 pixels."""
-        return int(self.numbers["size_px"][0]), int(self.numbers["size_px"][1])
-
-    @property
-    def mpp(self) -> float:
-        """Microns per level-0 pixel."""
-        return float(self.numbers["mpp"])
-
-    @property
-    def origin(self) -> tuple[float, float]:
-        """Corner from which QuPath counts."""
-        return float(self.numbers["bounds_px"][0]), float(self.numbers["bounds_px"][1])
-
-    @property
-    def tissue_px(self) -> float:
-        """Area of the tissue in level-0 pixels."""
-        return float(self.numbers["tissue_mm2"]) * 1e6 / Mpp(self.mpp, self.mpp).area_um2(1)
-
-    def heatmap(self) -> Heatmap:
-        """Return the probability of the positive classes on the tiles."""
-        names, positive = self.numbers.get("class_names"), self.numbers["positive_classes"]
-        if not names or not positive:
-            raise EvaluationError(
-                self.folder, "does not say which classes are positive", "Score the slide again, with --positive"
-            )
-        store = PatchStore.open(self.folder / "store.zarr")
-        columns = [names.index(name) for name in positive]
-        return Heatmap(store.grid, store.get("probabilities")[:, columns].sum(axis=1).clip(0, 1))
-
-
-def scored_slides(folder: Path) -> dict[str, ScoredSlide]:
-    """Return what is finished in a results folder, by slide id.
-
-    Raises
-    ------
-    EvaluationError
-        No results there.
-
-    Examples
-    --------
-    >>> scored_slides(Path("results"))["slide_1"].heatmap().regions(0.5, bounds)                  # doctest: +SKIP
-    """
-    found = {}
-    for path in sorted(folder.glob("*/result.json")):
-        try:
-            numbers = json.loads(path.read_text(encoding="utf-8"))
-            found[str(numbers["slide_id"])] = ScoredSlide(str(numbers["slide_id"]), path.parent, numbers)
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(path, f"is damaged ({error})", "Score the slide again") from error
-    if not found:
-        raise EvaluationError(folder, "holds no results of wsi score", "Give the folder that -o of wsi score named")
-    return found
 
 
 def read_detections(path: Path) -> F64:

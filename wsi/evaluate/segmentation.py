@@ -17,12 +17,13 @@ from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
 from wsi.evaluate.cases import Cases, Cohort, read_cohort
-from wsi.evaluate.inputs import ScoredSlide, annotation_of, lesion_mask, scored_slides
+from wsi.evaluate.inputs import annotation_of, lesion_mask
 from wsi.evaluate.report import Report, data_hash
 from wsi.evaluate.tables import MIN_EVENTS
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.overlap import dice, hausdorff, iou
+from wsi.scored import ScoredSlide, scored_slides
 from wsi.units import Box
 
 #: Columns of a slide's row.

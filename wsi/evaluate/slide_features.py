@@ -19,11 +19,12 @@ import numpy.typing as npt
 from skimage import measure
 
 from wsi.errors import EvaluationError
-from wsi.evaluate.inputs import read_rows, scored_slides, unique
+from wsi.evaluate.inputs import read_rows, unique
 from wsi.files import replacing, write_csv, write_json
 from wsi.heatmap import Heatmap
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.roc import auroc
+from wsi.scored import scored_slides
 
 F64 = npt.NDArray[np.float64]
 

@@ -11,31 +11,30 @@ QuPath 0.4 to 0.7.
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import shapely
 
-from wsi.files import replacing
+from wsi.export.geojson import (
+    MIN_AREA_PX,
+    Json,
+    acceptable,
+    encode,
+    finite,
+    identifiers,
+    texts,
+    whole,
+    within,
+    write_features,
+)
 from wsi.units import Box
 
-Json = dict[str, Any]
-
-#: QuPath keeps coordinates to 1/100 px, and shows what is smaller than a pixel as an empty object at (0, 0).
-_DECIMALS = 2
-_MIN_AREA_PX = 1.0
-#: Shells are joined and holes taken out of them; GEOS's other method fails on a shell without area.
-_REPAIR: Json = {"method": "structure", "keep_collapsed": False}
+#: Tiles formatted at once: enough for NumPy to pay, little enough to be no memory.
+_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -79,16 +78,16 @@ class Region:
 
     Attributes
     ----------
-    geometry : shapely.Polygon or shapely.MultiPolygon
-        Level-0 pixels; holes are kept. Need not be valid: it is repaired.
-    path_class : PathClass
+    geometry : shapely.Geometry
+        Polygons, points or one line, in level-0 pixels; holes are kept. Need not be valid: it is repaired.
+    path_class : PathClass, optional
     name : str
     measurements : dict of str to float
         Non-finite ones are left out.
     """
 
-    geometry: shapely.Polygon | shapely.MultiPolygon
-    path_class: PathClass
+    geometry: shapely.Geometry
+    path_class: PathClass | None
     name: str = ""
     measurements: Mapping[str, float] = field(default_factory=dict)
 
@@ -103,8 +102,10 @@ def write_tiles(
     bounds: Box,
     slide_id: str,
     metadata: Mapping[str, str] | None = None,
+    object_type: str = "tile",
+    first: int = 0,
 ) -> int:
-    """Write tiles, one QuPath tile object each, without holding more than one in memory.
+    """Write tiles, one QuPath object each, without holding more than a block of them in memory.
 
     Parameters
     ----------
@@ -123,6 +124,10 @@ def write_tiles(
         Identifiers are made of it and the tile's position, so the same slide gives the same file.
     metadata : mapping of str to str, optional
         Written once, beside ``features``; QuPath skips it, other programs may read it.
+    object_type : {"tile", "detection", "annotation"}
+        Tiles and detections are cheap in QuPath; thousands of annotations are not, but can be edited.
+    first : int
+        Number of the first of these tiles in its slide, where a slide's tiles are written to several files.
 
     Returns
     -------
@@ -158,25 +163,36 @@ def write_tiles(
     for name, values in measurements.items():
         if np.shape(values) != (n,):
             raise ValueError(f"measurement {name!r} must be {n} numbers, got {np.shape(values)}")
-    corners = _within(np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), bounds).reshape(n, 4)
-    visible = (corners[:, 2:] - corners[:, :2]).clip(0).prod(axis=1) >= _MIN_AREA_PX
-    class_json = [c._json() for c in classes]
+    corners = within(np.stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), bounds).reshape(n, 4)
+    visible = (corners[:, 2:] - corners[:, :2]).clip(0).prod(axis=1) >= MIN_AREA_PX
+    if object_type not in ("tile", "detection", "annotation"):
+        raise ValueError(f"object_type must be tile, detection or annotation, got {object_type!r}")
+    class_json = [encode(c._json()) for c in classes]
+    labels = [f"{encode(name)}:" for name in measurements]
 
-    def features() -> Iterator[Json]:
-        for i in np.flatnonzero(visible).tolist():
-            x0, y0, x1, y1 = map(_number, corners[i].tolist())
-            yield {
-                "type": "Feature",
-                "id": _id(slide_id, "tile", i),
-                "geometry": {"type": "Polygon", "coordinates": [[[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]]},
-                "properties": {
-                    "objectType": "tile",
-                    "classification": class_json[class_index[i]],
-                    "measurements": _finite({name: values[i] for name, values in measurements.items()}),
-                },
-            }
+    def features() -> Iterator[str]:
+        # A JSON encoder takes ten times as long for these few shapes of text, which are tested against one.
+        for start in range(0, n, _BLOCK):
+            chosen = start + np.flatnonzero(visible[start : start + _BLOCK])
+            ids = identifiers(slide_id, "tile", (first + chosen).tolist())
+            # Tiles of a grid share their edges: few numbers are written many times.
+            edges, which = np.unique(corners[chosen].T, return_inverse=True)
+            written = np.array([repr(whole(edge)) for edge in edges.tolist()], object)
+            x0s, y0s, x1s, y1s = written[which.reshape(4, -1)].tolist()
+            called = class_index[chosen].tolist()
+            numbers = [
+                texts(label, values[chosen]) for label, values in zip(labels, measurements.values(), strict=True)
+            ]
+            measured = [",".join(filter(None, row)) for row in zip(*numbers, strict=True)] or [""] * len(chosen)
+            for uid, x0, y0, x1, y1, k, found in zip(ids, x0s, y0s, x1s, y1s, called, measured, strict=True):
+                yield (
+                    f'{{"type":"Feature","id":"{uid}","geometry":{{"type":"Polygon","coordinates":'
+                    f"[[[{x0},{y0}],[{x1},{y0}],[{x1},{y1}],[{x0},{y1}],[{x0},{y0}]]]}},"
+                    f'"properties":{{"objectType":"{object_type}","classification":{class_json[k]},'
+                    f'"measurements":{{{found}}}}}}}'
+                )
 
-    return _write(path, features(), metadata)
+    return write_features(path, features(), metadata)
 
 
 def write_regions(
@@ -186,11 +202,12 @@ def write_regions(
     bounds: Box,
     slide_id: str,
     metadata: Mapping[str, str] | None = None,
+    clip: bool = True,
 ) -> int:
     """Write regions, one locked QuPath annotation each.
 
-    A geometry is clipped to `bounds`, repaired, rounded to 1/100 px so that it stays valid, and left out with its
-    parts of less than one square pixel.
+    A geometry is clipped to `bounds` unless `clip` is false, repaired, rounded to 1/100 px so that it stays valid, and
+    left out with its parts of less than one square pixel.
 
     Parameters
     ----------
@@ -203,6 +220,8 @@ def write_regions(
         Identifiers are made of it and the region's position, so the same slide gives the same file.
     metadata : mapping of str to str, optional
         Written with each annotation, where QuPath (0.5 and later) shows it, and once beside ``features``.
+    clip : bool
+        Leave out what lies outside `bounds`; what people drew may, and stays.
 
     Returns
     -------
@@ -221,146 +240,20 @@ def write_regions(
     ...     "regions.geojson", [region], bounds=slide.bounds, slide_id="slide_1")
     """
 
-    def features() -> Iterator[Json]:
+    def features() -> Iterator[str]:
         for i, region in enumerate(regions):
-            geometry = _acceptable(region.geometry, bounds)
+            geometry = acceptable(region.geometry, bounds, clip=clip)
             if geometry is None:
                 continue
-            yield {
-                "type": "Feature",
-                "id": _id(slide_id, "region", i),
-                "geometry": geometry,
-                "properties": {
-                    "objectType": "annotation",
-                    **({"name": region.name} if region.name else {}),
-                    "classification": region.path_class._json(),
-                    "isLocked": True,
-                    "measurements": _finite(region.measurements),
-                    **({"metadata": dict(metadata)} if metadata else {}),
-                },
+            (uid,) = identifiers(slide_id, "region", [i])
+            properties = {
+                "objectType": "annotation",
+                **({"name": region.name} if region.name else {}),
+                **({"classification": region.path_class._json()} if region.path_class else {}),
+                "isLocked": True,
+                "measurements": finite(region.measurements),
+                **({"metadata": dict(metadata)} if metadata else {}),
             }
+            yield encode({"type": "Feature", "id": uid, "geometry": geometry, "properties": properties})
 
-    return _write(path, features(), metadata)
-
-
-def read_geojson(path: str | os.PathLike[str]) -> list[Json]:
-    """Read the features of a GeoJSON file, in whichever shape QuPath or another program wrote it.
-
-    Accepts a FeatureCollection, a list, a single feature or a bare geometry; gzip; a byte order mark; ``NaN``;
-    and keys that occur twice (QuPath writes ``metadata`` so), of which the last counts.
-
-    Parameters
-    ----------
-    path : path
-
-    Returns
-    -------
-    list of dict
-        Each a Feature as it stands in the file: coordinates are not moved.
-
-    Raises
-    ------
-    ValueError
-        Not JSON, or not GeoJSON.
-    OSError
-        The file cannot be read.
-
-    Examples
-    --------
-    >>> [f["properties"]["objectType"] for f in read_geojson("regions.geojson")]     # doctest: +SKIP
-    ['annotation']
-    """
-    raw = Path(path).read_bytes()
-    if raw.startswith(b"\x1f\x8b"):
-        raw = gzip.decompress(raw)
-    return list(_features(json.loads(raw.decode("utf-8-sig")), os.fspath(path)))
-
-
-def _features(node: Any, where: str) -> Iterator[Json]:
-    if isinstance(node, list):
-        for item in node:
-            yield from _features(item, where)
-    elif isinstance(node, dict) and isinstance(node.get("features"), list):
-        yield from _features(node["features"], where)
-    elif isinstance(node, dict) and node.get("type") == "Feature":
-        yield node
-    elif isinstance(node, dict) and ("coordinates" in node or "geometries" in node):
-        yield {"type": "Feature", "geometry": node, "properties": {"objectType": "annotation"}}
-    else:
-        raise ValueError(f"{where}: is not GeoJSON")
-
-
-def _acceptable(geometry: shapely.Geometry, bounds: Box) -> Json | None:
-    """Return the geometry as QuPath accepts it, or None where nothing is left of it."""
-    w, h = _within(np.array([bounds.x + bounds.w, bounds.y + bounds.h]), bounds)
-    with np.errstate(all="ignore"):  # GEOS leaves floating-point flags behind that say nothing of its result
-        moved = shapely.transform(shapely.make_valid(geometry, **_REPAIR), lambda xy: xy - (bounds.x, bounds.y))
-        clipped = shapely.intersection(moved, shapely.box(0, 0, w, h))
-        # Snap rounding: unlike rounding each coordinate, it cannot make edges cross.
-        snapped = shapely.set_precision(clipped, 10.0**-_DECIMALS)
-        rounded = shapely.make_valid(shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS)), **_REPAIR)
-    parts = [
-        part
-        for part in shapely.get_parts(shapely.get_parts(rounded))
-        if part.geom_type == "Polygon" and part.area >= _MIN_AREA_PX
-    ]
-    if not parts:
-        return None
-    polygons = [
-        [
-            [[_number(x), _number(y)] for x, y in shapely.get_coordinates(ring).tolist()]
-            for ring in shapely.get_rings(part)
-        ]
-        for part in parts
-    ]
-    if len(polygons) == 1:
-        return {"type": "Polygon", "coordinates": polygons[0]}
-    return {"type": "MultiPolygon", "coordinates": polygons}
-
-
-def _within(xy: npt.NDArray[np.float64], bounds: Box) -> npt.NDArray[np.float64]:
-    """Level-0 points (..., 2) as QuPath counts them: from the corner of `bounds`, inside it, two decimals."""
-    last = np.floor(np.array([bounds.w, bounds.h]) * 10**_DECIMALS) / 10**_DECIMALS
-    return np.asarray(np.clip(np.round(xy - (bounds.x, bounds.y), _DECIMALS), 0, last))
-
-
-def _id(slide_id: str, kind: str, i: int) -> str:
-    """A UUID that the same object of the same slide always gets."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"wsi:{slide_id}/{kind}/{i}"))
-
-
-def _number(value: float) -> float | int:
-    """Whole numbers without a decimal point: a third less to read."""
-    return int(value) if value == int(value) else value
-
-
-def _finite(measurements: Mapping[str, Any]) -> dict[str, float]:
-    """The finite ones, to seven digits. QuPath 0.4 refuses a file that holds any other."""
-    return {name: float(f"{float(value):.7g}") for name, value in measurements.items() if math.isfinite(value)}
-
-
-def _write(path: str | os.PathLike[str], features: Iterator[Json], metadata: Mapping[str, str] | None) -> int:
-    """Write a FeatureCollection as the features come; return how many."""
-    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
-        raise ValueError("QuPath metadata are strings by name")
-    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-    n = 0
-    with _opened(path) as file:
-        head = f'"metadata":{encode(dict(metadata))},' if metadata else ""
-        file.write(f'{{"type":"FeatureCollection",{head}"features":['.encode())
-        for feature in features:
-            file.write(f"{',' if n else ''}\n{encode(feature)}".encode())
-            n += 1
-        file.write(b"\n]}\n")
-    return n
-
-
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    with replacing(path) as file:
-        if not os.fspath(path).endswith(".gz"):
-            yield file
-            return
-        # No name and no time inside: the same tiles are the same bytes.
-        with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
-            yield cast(IO[bytes], packed)
+    return write_features(path, features(), metadata)

@@ -22,6 +22,7 @@ from wsi.nn.checkpoint import (
 from wsi.nn.mil import MIL_NETS, MilNet, make_net
 from wsi.nn.patch import PatchModel
 from wsi.nn.uncertainty import Uncertainty, prediction_set, uncertainty
+from wsi.result import called
 
 
 class SlideGrade(NamedTuple):
@@ -174,11 +175,7 @@ def pick_class(
 ) -> npt.NDArray[np.int64]:
     """Return the class index, int64 (n,), that each row of probabilities (n, k) is called; see ``MilModel.grade``."""
     positive = np.array([name in config.positive_classes for name in config.class_names])
-    if not positive.any() or positive.all():
-        return np.asarray(probabilities.argmax(axis=1))
-    is_positive = probabilities[:, positive].sum(axis=1) >= (config.threshold if threshold is None else threshold)
-    allowed = np.where(is_positive[:, None], positive, ~positive)
-    return np.asarray(np.where(allowed, probabilities, -1.0).argmax(axis=1))
+    return called(probabilities, positive, config.threshold if threshold is None else threshold)
 
 
 def load_mil_model(name: str | Path, encoder: PatchModel | None = None) -> MilModel:

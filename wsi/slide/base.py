@@ -98,6 +98,8 @@ class Slide(ABC):
         Where `mpp` comes from: "vendor:<name>", "tiff-tags", "user" or "manifest".
     bounds : Box
         The scanned part of the level-0 plane; the whole plane where the file names none.
+    centre_nm : (float, float), optional
+        From the middle of the glass to that of the image, in nanometres; Hamamatsu's files tell.
     """
 
     path: str
@@ -107,6 +109,7 @@ class Slide(ABC):
     mpp: Mpp
     mpp_source: str
     bounds: Box
+    centre_nm: tuple[float, float] | None = None
     decode: str = "full"
 
     @cached_property

@@ -60,6 +60,7 @@ class OpenSlideReader(Slide):
                     raise SlideUnreadable(path, f"is damaged or incomplete ({_brief(error)})", _AGAIN) from error
             self.mpp, self.mpp_source = resolve_mpp(path, given, _mpp_of(properties), source)
             self.bounds = _bounds_of(properties, self.size)
+            self.centre_nm = _centre_of(properties)
         except BaseException:
             self._slide.close()
             raise
@@ -128,6 +129,14 @@ def _bounds_of(properties: Any, size: tuple[int, int]) -> Box:
     except (KeyError, ValueError):
         return whole
     return bounds if bounds.w > 0 and bounds.h > 0 else whole
+
+
+def _centre_of(properties: Any) -> tuple[float, float] | None:
+    try:
+        x, y = (float(properties[f"hamamatsu.{axis}OffsetFromSlideCentre"]) for axis in "XY")
+    except (KeyError, ValueError):
+        return None
+    return x, y
 
 
 def _brief(error: BaseException) -> str:

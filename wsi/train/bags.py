@@ -5,6 +5,8 @@
     results/<slide>/store.zarr                      wsi score, wsi embed
     h5_files/<slide>.h5, pt_files/<slide>.pt        CLAM: features (n, d) and coords (n, 2); a tensor (n, d)
     .../features_<encoder>/<slide>.h5               TRIDENT: the same, and attributes
+    <encoder>/<slide>.h5                            STAMP: feats (n, d), coords in microns
+    features/<slide>.npy                            torchmil: coords/<slide>.npy beside, positions on the lattice
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi.errors import StoreError, TrainError
+from wsi.files import replacing
 from wsi.store import PatchStore
 
-_FILES = (".h5", ".pt")
+_FILES = (".h5", ".pt", ".npy")
 
 
 class Bag(NamedTuple):
@@ -75,8 +78,8 @@ def read_bag(path: Path) -> Bag:
         It is empty, not a table of finite numbers, or damaged; the bag is named.
     """
     try:
-        bag = {".h5": _read_h5, ".pt": _read_pt}.get(path.suffix, _read_store)(path)
-    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError, StoreError) as error:
+        bag = {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy}.get(path.suffix, _read_store)(path)
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError, StoreError) as error:
         raise TrainError(path, f"cannot be read ({error})", "Compute its features again") from error
     features = bag.features
     if features.ndim != 2 or features.dtype.kind != "f":
@@ -105,7 +108,8 @@ def _bags_in(place: Path) -> Iterable[tuple[str, Path]]:
     if stores:
         return [(store.parent.name, store) for store in stores]
     folders = [folder for folder in (place / "h5_files", place / "pt_files") if folder.is_dir()][:1]
-    folders = folders or [place, *sorted(place.glob("features_*")), *sorted(place.glob("*/features_*"))]
+    named = [*sorted(place.glob("features_*")), *sorted(place.glob("*/features_*")), place / "features"]
+    folders = folders or [place, *named]
     files = [[file for suffix in _FILES for file in sorted(folder.glob(f"*{suffix}"))] for folder in folders]
     full = [(folder, bags) for folder, bags in zip(folders, files, strict=True) if bags]
     if len(full) > 1:
@@ -123,6 +127,8 @@ def _read_h5(path: Path) -> Bag:
     import h5py
 
     with h5py.File(path, "r") as file:
+        if "feats" in file:
+            return _read_stamp(file)
         dataset = file["features"]
         features = np.asarray(dataset)
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
@@ -130,6 +136,25 @@ def _read_h5(path: Path) -> Bag:
         coords = file.get("coords")
         boxes = None if coords is None else _boxes(np.asarray(coords, np.float64), dict(coords.attrs))
     return Bag(features, boxes, None if encoder in (None, "None") else str(encoder))
+
+
+def _read_stamp(file: Any) -> Bag:
+    """Microns to pixels only where the file says how large a pixel is, which STAMP's own do not."""
+    coords, mpp = np.asarray(file["coords"], np.float64)[:, :2], file.attrs.get("wsi_slide_mpp")
+    boxes = None
+    if mpp is not None:
+        side = np.full((len(coords), 2), float(file.attrs["tile_size_um"]))
+        boxes = np.concatenate([coords, side], axis=1) / np.tile(np.asarray(mpp, np.float64), 2)
+    return Bag(
+        np.asarray(file["feats"]), boxes, str(file.attrs.get("extractor")) if "extractor" in file.attrs else None
+    )
+
+
+def _read_npy(path: Path) -> Bag:
+    features = np.load(path, allow_pickle=False)
+    beside = path.parent.parent / "coords" / path.name
+    coords = np.load(beside, allow_pickle=False).astype(np.float64) if beside.is_file() else None
+    return Bag(features, None if coords is None else np.concatenate([coords, np.ones_like(coords)], axis=1), None)
 
 
 def _boxes(coords: npt.NDArray[np.float64], attributes: dict[str, Any]) -> npt.NDArray[np.float64]:
@@ -152,3 +177,11 @@ def _read_pt(path: Path) -> Bag:
     if not isinstance(value, torch.Tensor):
         raise TrainError(path, f"holds a {type(value).__name__}, not a tensor", "Is it a bag?")
     return Bag((value.float() if value.dtype == torch.bfloat16 else value).numpy(), None, None)
+
+
+def write_pt(path: Path, features: npt.NDArray[np.float32]) -> None:
+    """Write a bag as CLAM's ``pt_files`` hold it: a tensor (n, d)."""
+    import torch
+
+    with replacing(path) as file:
+        torch.save(torch.from_numpy(np.ascontiguousarray(features)), file)

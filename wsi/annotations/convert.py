@@ -1,0 +1,61 @@
+"""Anybody's outlines to GeoJSON that QuPath reads, and that we read back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from wsi.annotations.base import Annotation
+from wsi.export.qupath import PathClass, Region, write_regions
+from wsi.units import Box
+
+#: QuPath's own classes keep its colours; others get one of these by the order in which they come.
+_KNOWN_RGB = {"tumor": (200, 0, 0), "stroma": (150, 200, 150), "necrosis": (50, 50, 50), "other": (255, 200, 0)}
+_RGB = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (90, 90, 90))
+
+
+def write_annotations(
+    path: str | os.PathLike[str],
+    annotations: Sequence[Annotation],
+    *,
+    bounds: Box | None = None,
+    slide_id: str,
+    classes: Mapping[str, str] | None = None,
+) -> int:
+    """Write annotations as QuPath's GeoJSON; ``read_annotations`` gives them back.
+
+    Parameters
+    ----------
+    path : path
+        Gzipped when the name ends in ``.gz``.
+    annotations : sequence of Annotation
+        Level-0 pixels.
+    bounds : Box, optional
+        The slide's ``bounds``, from whose corner coordinates then count. Nothing is clipped to it.
+    slide_id : str
+        Identifiers are made of it and the annotation's position.
+    classes : mapping of str to str, optional
+        What groups are called instead.
+
+    Returns
+    -------
+    int
+        How many were written: what is smaller than a pixel is nothing to QuPath.
+
+    Raises
+    ------
+    ValueError
+        A group that can be no class of QuPath: a line break in it.
+    OSError
+        The file cannot be written.
+
+    Examples
+    --------
+    >>> write_annotations("a.geojson", read_annotations("a.xml"), slide_id="a")                    # doctest: +SKIP
+    """
+    names = [(classes or {}).get(each.group, each.group).strip() for each in annotations]
+    kinds = {}
+    for i, name in enumerate(dict.fromkeys(filter(None, names))):
+        kinds[name] = PathClass(name, _KNOWN_RGB.get(name.lower(), _RGB[i % len(_RGB)]))
+    regions = (Region(a.geometry, kinds.get(name), a.name) for a, name in zip(annotations, names, strict=True))
+    return write_regions(path, regions, bounds=bounds or Box(0, 0, 0, 0), slide_id=slide_id, clip=False)

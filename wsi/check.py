@@ -1,0 +1,260 @@
+"""What a file or folder is, what is wrong with it, and what it would tell of a patient.
+
+Everything here only looks. A problem is a line that says what is wrong; what reads well has none.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from wsi.annotations import READERS, Frame, read_annotations
+from wsi.annotations.mask import read_mask
+from wsi.errors import AnnotationError, SlideError, StoreError, TrainError, WsiError
+from wsi.export.rules import problems, slides_of
+from wsi.result import read_result
+from wsi.slide import open_slide
+from wsi.slide.leaks import leaks
+from wsi.store import PatchStore
+from wsi.train.bags import find_bags, read_bag
+from wsi.units import Mpp
+
+_IMAGES = (".tif", ".tiff", ".png")
+_TEXTS = (".json", ".csv", ".geojson", ".geojson.gz", ".qpproj", ".groovy", ".log", ".txt", ".html")
+#: Of a text that is looked through for names.
+_MOST_TEXT = 64 << 20
+#: Annotation formats that count in a size that nobody gave are looked through with this one.
+_SOME_SLIDE = Frame(size=(100_000, 100_000), mpp=Mpp(0.25, 0.25), centre_nm=(0.0, 0.0))
+
+
+@dataclass
+class Found:
+    """What something is.
+
+    Attributes
+    ----------
+    path : str
+    kind : str
+        In words; "unknown" where nothing here reads it.
+    facts : dict
+        Numbers worth knowing, JSON-able.
+    problems : list of str
+    """
+
+    path: str
+    kind: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def check(path: Path) -> Found:
+    """Say what a file or folder is and what is wrong with it.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing is there.
+
+    Examples
+    --------
+    >>> check(Path("results")).problems                                                   # doctest: +SKIP
+    ['slide_7: was not finished']
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    if path.is_dir():
+        return _folder(path)
+    name = path.name.lower()
+    if name.endswith(".qpproj"):
+        return _project(path)
+    if name.endswith((".h5", ".pt")):
+        return _bags(path)
+    if name.endswith(_IMAGES):
+        return _image(path)
+    if any(name.endswith(suffix) for suffix in READERS):
+        return _annotations(path)
+    return _slide(path)
+
+
+def phi(path: Path) -> Iterator[tuple[str, str, str]]:
+    """List what would leave the house with a slide or a folder, as (file, where, what); never the values themselves.
+
+    Of a folder: paths of slides and their names in every text file, in the names of files and folders, and what the
+    slides in it hold. Pictures are named where there are any: nobody can say what is written in them.
+
+    Examples
+    --------
+    >>> list(phi(Path("results")))                                                        # doctest: +SKIP
+    [('run.json', 'text', 'path of a file')]
+    """
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    ids = {slide_id for file in files if file.name == "result.json" for slide_id in _names_in(file)}
+    for file in files:
+        shown = str(file.relative_to(path)) if path.is_dir() else file.name
+        name = file.name.lower()
+        if name == "zarr.json" or name.endswith(_TEXTS):
+            text = _text(file)
+            if re.search(r"file:/|(?:^|[\"\s,=])(?:/[^/\"\s,]+){2,}|[A-Za-z]:\\\\", text):
+                yield shown, "text", "path of a file"
+            if any(slide_id in text for slide_id in ids):
+                yield shown, "text", "name of a slide"
+        elif name.endswith((".png", ".jpg", ".jpeg")):
+            yield shown, "picture", "of tissue, and whatever is written on it"
+        elif not any(part.endswith(".zarr") for part in file.parts):
+            for where, what in leaks(file):
+                yield shown, where, what
+    for slide_id in sorted(ids):
+        if any(slide_id in part for file in files for part in file.relative_to(path).parts[:-1]):
+            yield slide_id, "name of a folder", "name of a slide"
+
+
+def _names_in(file: Path) -> list[str]:
+    result = read_result(file.parent)
+    return [str(result.numbers["slide_id"])] if result else []
+
+
+def _text(file: Path) -> str:
+    with file.open("rb") as raw, gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw as opened:
+        try:
+            return opened.read(_MOST_TEXT).decode("utf-8", "replace")
+        except (OSError, EOFError):
+            return ""
+
+
+def _folder(path: Path) -> Found:
+    if (path / "zarr.json").is_file():
+        return _store(path)
+    if list(path.glob("*.qpproj")):
+        return _project(min(path.glob("*.qpproj")))
+    if (path / "run.json").is_file() or (path / "result.json").is_file():
+        return _results(path)
+    if (path / "config.json").is_file():
+        return Found(str(path), "model folder", json.loads((path / "config.json").read_text(encoding="utf-8")))
+    try:
+        return _bags(path)
+    except TrainError:
+        return Found(str(path), "unknown", problems=["holds nothing that is known here"])
+
+
+def _results(path: Path) -> Found:
+    found = Found(str(path), "results of wsi")
+    folders = [path] if (path / "result.json").is_file() else sorted(p for p in path.iterdir() if p.is_dir())
+    done = 0
+    for folder in folders:
+        if (folder / "failure.json").is_file():
+            found.problems.append(f"{folder.name}: failed; see failures.csv")
+        elif (folder / "store.zarr").is_dir() and not (folder / "result.json").is_file():
+            found.problems.append(f"{folder.name}: was not finished; the same command goes on")
+        elif (folder / "result.json").is_file():
+            done += 1
+            if read_result(folder) is None:
+                found.problems.append(f"{folder.name}: result.json is damaged")
+            found.problems += [f"{folder.name}: {each}" for each in _store(folder / "store.zarr").problems]
+            geojson = [each for each in (folder / "regions.geojson", folder / "tiles.geojson.gz") if each.exists()]
+            found.problems += [f"{folder.name}: {each.name}: {line}" for each in geojson for line in _qupath(each)]
+    found.facts = {"slides": done}
+    return found
+
+
+def _qupath(file: Path) -> list[str]:
+    try:
+        return problems(file)
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+        return [f"cannot be read ({error})"]
+
+
+def _store(path: Path) -> Found:
+    found = Found(str(path), "patch store")
+    try:
+        store = PatchStore.open(path)
+    except StoreError as error:
+        found.problems.append(error.what)
+        return found
+    found.facts = {"tiles": len(store), "tile_px": store.grid.tile_px, "mpp": store.grid.mpp, "arrays": store.arrays}
+    for name in store.arrays:
+        missing = store.missing(name) if name != "unreadable" else []
+        if missing:
+            found.problems.append(f"{name}: {len(missing)} of {len(store.shards)} shards are missing")
+    return found
+
+
+def _project(path: Path) -> Found:
+    found = Found(str(path), "QuPath project")
+    try:
+        slides = slides_of(path)
+    except ValueError as error:
+        found.problems.append(f"is damaged ({error})")
+        return found
+    found.facts = {"slides": [name for name, _ in slides]}
+    for name, address in slides:
+        parts = urlparse(address)
+        if parts.scheme == "file" and not Path(unquote(parts.path)).exists():
+            found.problems.append(f"{name}: its slide is not where the project says")
+    for file in sorted((path.parent / "objects").glob("*/*.geojson*")):
+        found.problems += [f"{file.parent.name}/{file.name}: {line}" for line in _qupath(file)]
+    return found
+
+
+def _bags(path: Path) -> Found:
+    bags = find_bags([path])
+    found = Found(str(path), "bags of features", {"bags": len(bags)})
+    for slide_id, place in bags.items():
+        try:
+            bag = read_bag(place)
+        except TrainError as error:
+            found.problems.append(f"{slide_id}: {error.what}")
+            continue
+        found.facts |= {"width": bag.features.shape[1], "encoder": bag.encoder}
+        found.facts["tiles"] = found.facts.get("tiles", 0) + len(bag.features)
+        if bag.boxes is None:
+            found.problems.append(f"{slide_id}: has no coordinates")
+    return found
+
+
+def _image(path: Path) -> Found:
+    """A picture with a resolution is a slide; one without may be a mask."""
+    found = _slide(path)
+    if found.kind == "unknown":
+        try:
+            mask = read_mask(path, downsample=1)
+        except (WsiError, OSError):
+            return found
+        return Found(str(path), "mask image", {"size_px": [mask.shape[1], mask.shape[0]], "highest": int(mask.max())})
+    return found
+
+
+def _slide(path: Path) -> Found:
+    try:
+        with open_slide(str(path)) as slide:
+            facts = {"size_px": list(slide.size), "mpp": list(slide.mpp), "mpp_source": slide.mpp_source}
+            facts |= {"vendor": slide.vendor, "reader": slide.reader, "levels": len(slide.level_sizes)}
+            found = Found(str(path), "slide", facts)
+            if tuple(slide.bounds) != (0, 0, *slide.size):
+                found.facts["bounds_px"] = list(slide.bounds)
+            return found
+    except SlideError as error:
+        return Found(str(path), "unknown", problems=[f"as a slide: {error.what}. {error.remedy}".strip()])
+
+
+def _annotations(path: Path) -> Found:
+    found = Found(str(path), "annotations")
+    try:
+        drawn = read_annotations(path, frame=_SOME_SLIDE)
+    except AnnotationError as error:
+        return Found(str(path), "unknown", problems=[f"as annotations: {error.what}. {error.remedy}".strip()])
+    groups: dict[str, int] = {}
+    for each in drawn:
+        groups[each.group or "(none)"] = groups.get(each.group or "(none)", 0) + 1
+    found.facts = {"outlines": len(drawn), "groups": groups}
+    if not drawn:
+        found.problems.append("holds nothing")
+    if path.name.lower().endswith((".geojson", ".geojson.gz")):
+        found.problems += [f"QuPath: {line}" for line in _qupath(path)]
+    return found

@@ -1,0 +1,90 @@
+"""``wsi import``: anybody's outlines to our GeoJSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wsi.cli.display import say
+from wsi.errors import AnnotationError, OutputError, WsiError
+
+
+def import_annotations(
+    files: Annotated[list[Path], typer.Argument(help="Files of ASAP, ImageScope, HALO, NDP.view, QuPath, ...")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for <name>.geojson.")],
+    slide: Annotated[Path | None, typer.Option(help="The slide of these files, or a folder with one for each.")] = None,
+    class_names: Annotated[
+        list[str] | None, typer.Option("--class", help="OLD=NEW: what a group is called instead (repeatable).")
+    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, where the slide does not say.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a row a file as JSON.")] = False,
+) -> None:
+    """Read outlines of whatever program and write GeoJSON: for QuPath, and for `wsi evaluate --annotations`.
+
+    Coordinates of GeoJSON count from the corner of the slide's bounds. Where a slide has such (MIRAX, Leica), and for
+    files of NDP.view, Sectra and Cytomine, name it.
+
+    Examples:
+      wsi import annotations/*.xml -o geojson
+
+      wsi import slide.ndpi.ndpa --slide slide.ndpi --class AN1=Tumor -o geojson
+    """
+    from wsi.annotations import Frame, read_annotations
+    from wsi.annotations.convert import write_annotations
+    from wsi.slide import open_slide
+
+    renamed = dict(_pair(text) for text in class_names or ())
+    rows: list[dict[str, Any]] = []
+    stems = [_stem(file) for file in files]
+    twice = [stem for stem, n in Counter(stems).items() if n > 1]
+    if twice:
+        raise AnnotationError(twice[0], "is the name of two of these files", "Import them one by one")
+    for file, stem in zip(files, stems, strict=True):
+        frame, bounds = Frame(), None
+        belongs = slide if slide is None or not slide.is_dir() else _slide_of(slide, stem)
+        if belongs is not None:
+            with open_slide(str(belongs), mpp=mpp) as opened:
+                frame, bounds = Frame.of(opened), opened.bounds
+        found = read_annotations(file, frame=frame)
+        target = out / f"{stem}.geojson"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            n = write_annotations(target, found, bounds=bounds, slide_id=stem, classes=renamed)
+        except ValueError as error:
+            raise AnnotationError(file, f"cannot be written ({error})", "Rename it with --class") from error
+        except OSError as error:
+            raise error if isinstance(error, WsiError) else OutputError.of(error, out) from error
+        groups = Counter(renamed.get(each.group, each.group) or "(none)" for each in found)
+        rows.append({"file": str(file), "geojson": str(target), "annotations": n, "groups": dict(groups)})
+        if n < len(found):
+            say(f"wsi: {file}: {len(found) - n} outlines are smaller than a pixel, and left out")
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for row in rows:
+        groups_text = ", ".join(f"{name} {n}" for name, n in row["groups"].items()) or "nothing"
+        print(f"{row['geojson']}: {row['annotations']} annotations ({groups_text})")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not equals or not new.strip():
+        raise AnnotationError(f"--class {text!r}", "is not OLD=NEW", "For example --class _0=Tumor")
+    return old, new.strip()
+
+
+def _stem(file: Path) -> str:
+    """The slide's name: without what NDP.view, gzip and others append."""
+    name = file.name.removesuffix(".gz")
+    return Path(name.removesuffix(".ndpa")).stem if name.endswith(".ndpa") else Path(name).stem
+
+
+def _slide_of(folder: Path, stem: str) -> Path:
+    found = [path for path in sorted(folder.iterdir()) if path.stem.lower() == stem.lower() and path.is_file()]
+    if len(found) != 1:
+        raise AnnotationError(folder, f"holds {len(found)} slides named {stem}", "Name the slide itself")
+    return found[0]

@@ -1,0 +1,214 @@
+"""GeoJSON as QuPath takes it: geometries it accepts, numbers, identifiers, files; and reading whatever others wrote.
+
+QuPath rejects a whole file for one feature it dislikes: rings must be closed, geometries valid after rounding to
+1/100 px, numbers finite. Rules: ``ROITypeAdapters.java`` of QuPath 0.4 to 0.7.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import IO, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from wsi.files import read_unpacked, replacing
+from wsi.units import Box
+
+Json = dict[str, Any]
+
+#: QuPath keeps coordinates to 1/100 px, and shows what is smaller than a pixel as an empty object at (0, 0).
+_DECIMALS = 2
+MIN_AREA_PX = 1.0
+#: Shells are joined and holes taken out of them; GEOS's other method fails on a shell without area.
+_REPAIR: Json = {"method": "structure", "keep_collapsed": False}
+#: What a repair adds must be rounded again; it settles at once or twice.
+_MAX_REPAIRS = 10
+#: A Python object takes some ten times the text it was written in.
+_MAX_READ_BYTES = 256 << 20
+
+
+def read_geojson(path: str | os.PathLike[str]) -> list[Json]:
+    """Read the features of a GeoJSON file, in whichever shape QuPath or another program wrote it.
+
+    Accepts a FeatureCollection, a list, a single feature or a bare geometry; gzip; a byte order mark; ``NaN``;
+    and keys that occur twice (QuPath writes ``metadata`` so), of which the last counts.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    list of dict
+        Each a Feature as it stands in the file: coordinates are not moved.
+
+    Raises
+    ------
+    ValueError
+        Not JSON, not GeoJSON, or more of it than 256 MiB, unpacked.
+    OSError
+        The file cannot be read.
+
+    Examples
+    --------
+    >>> [f["properties"]["objectType"] for f in read_geojson("regions.geojson")]     # doctest: +SKIP
+    ['annotation']
+    """
+    return features_of(read_unpacked(path, _MAX_READ_BYTES), path)
+
+
+def features_of(text: bytes, where: str | os.PathLike[str]) -> list[Json]:
+    """Return the features of GeoJSON in memory, as ``read_geojson`` does; `where` is named in errors."""
+    return list(_features(json.loads(text.decode("utf-8-sig")), os.fspath(where)))
+
+
+def _features(node: Any, where: str) -> Iterator[Json]:
+    if isinstance(node, list):
+        for item in node:
+            yield from _features(item, where)
+    elif isinstance(node, dict) and isinstance(node.get("features"), list):
+        yield from _features(node["features"], where)
+    elif isinstance(node, dict) and node.get("type") == "Feature":
+        yield node
+    elif isinstance(node, dict) and ("coordinates" in node or "geometries" in node):
+        yield {"type": "Feature", "geometry": node, "properties": {"objectType": "annotation"}}
+    else:
+        raise ValueError(f"{where}: is not GeoJSON")
+
+
+def acceptable(geometry: shapely.Geometry, bounds: Box, *, clip: bool = True) -> Json | None:
+    """Return a geometry as QuPath accepts it, from the corner of `bounds`, or None where nothing is left of it.
+
+    Parameters
+    ----------
+    geometry : shapely.Geometry
+        Polygons, points or one line, in level-0 pixels; need not be valid.
+    bounds : Box
+    clip : bool
+        Leave out what lies outside `bounds`.
+
+    Examples
+    --------
+    >>> acceptable(shapely.LineString([(10, 10), (14, 13.337)]), Box(10, 0, 100, 100))
+    {'type': 'LineString', 'coordinates': [[0, 10], [4, 13.34]]}
+    """
+    w, h = within(np.array([bounds.x + bounds.w, bounds.y + bounds.h]), bounds)
+    with np.errstate(all="ignore"):  # GEOS leaves floating-point flags behind that say nothing of its result
+        simple = shapely.transform(geometry, lambda xy: np.round(xy - (bounds.x, bounds.y), _DECIMALS))
+        (x0, y0, x1, y1), kind = simple.bounds, simple.geom_type
+        inside = not clip or (x0 >= 0 and y0 >= 0 and x1 <= w and y1 <= h)
+        if kind in ("Point", "MultiPoint", "LineString"):
+            return _open_shape(simple) if inside and not simple.is_empty else None
+        if kind.endswith("Polygon") and inside and simple.is_valid:
+            return _coordinates(simple)  # most are; what follows takes ten times as long
+        # GEOS fails on the smallest of floating-point numbers: a millionth of a pixel is small enough.
+        moved = shapely.transform(geometry, lambda xy: np.round(xy - (bounds.x, bounds.y), 6))
+        found = shapely.make_valid(moved, **_REPAIR)
+        if clip:
+            found = shapely.intersection(found, shapely.box(0, 0, w, h))
+        for _ in range(_MAX_REPAIRS):
+            # Snap rounding: unlike rounding each coordinate, it cannot make edges cross.
+            snapped = shapely.set_precision(found, 10.0**-_DECIMALS)
+            found = shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS))
+            if found.is_valid:
+                return _coordinates(found)
+            found = shapely.make_valid(found, **_REPAIR)
+    return None
+
+
+def _open_shape(geometry: shapely.Geometry) -> Json:
+    """Points and lines as GeoJSON; of several points QuPath wants at least two."""
+    points = [[whole(x), whole(y)] for x, y in shapely.get_coordinates(geometry).tolist()]
+    if len(points) == 1:
+        return {"type": "Point", "coordinates": points[0]}
+    return {"type": geometry.geom_type, "coordinates": points}
+
+
+def _coordinates(geometry: shapely.Geometry) -> Json | None:
+    """The polygons in it that QuPath can show, as GeoJSON."""
+    parts = [
+        part
+        for part in shapely.get_parts(shapely.get_parts(geometry))
+        if part.geom_type == "Polygon" and part.area >= MIN_AREA_PX
+    ]
+    if not parts:
+        return None
+    polygons = [
+        [[[whole(x), whole(y)] for x, y in shapely.get_coordinates(ring).tolist()] for ring in shapely.get_rings(part)]
+        for part in parts
+    ]
+    if len(polygons) == 1:
+        return {"type": "Polygon", "coordinates": polygons[0]}
+    return {"type": "MultiPolygon", "coordinates": polygons}
+
+
+def within(xy: npt.NDArray[np.float64], bounds: Box) -> npt.NDArray[np.float64]:
+    """Level-0 points (..., 2) as QuPath counts them: from the corner of `bounds`, inside it, two decimals."""
+    last = np.floor(np.array([bounds.w, bounds.h]) * 10**_DECIMALS) / 10**_DECIMALS
+    return np.asarray(np.clip(np.round(xy - (bounds.x, bounds.y), _DECIMALS), 0, last))
+
+
+def identifiers(slide_id: str, kind: str, numbers: Sequence[int]) -> Iterator[str]:
+    """UUIDs of version 5 (RFC 9562, 5.5) of ``wsi:<slide>/<kind>/<number>``: the same object always gets the same."""
+    begun = hashlib.sha1(uuid.NAMESPACE_URL.bytes + f"wsi:{slide_id}/{kind}/".encode(), usedforsecurity=False)
+    for number in numbers:
+        ended = begun.copy()
+        ended.update(b"%d" % number)
+        h = ended.hexdigest()
+        yield f"{h[:8]}-{h[8:12]}-5{h[13:16]}-{'89ab'[int(h[16], 16) & 3]}{h[17:20]}-{h[20:32]}"
+
+
+def whole(value: float) -> float | int:
+    """Whole numbers without a decimal point: a third less to read."""
+    return int(value) if value == int(value) else value
+
+
+def finite(measurements: Mapping[str, Any]) -> dict[str, float]:
+    """The finite ones, to seven digits. QuPath 0.4 refuses a file that holds any other."""
+    return {name: float(f"{float(value):.7g}") for name, value in measurements.items() if math.isfinite(value)}
+
+
+def texts(label: str, values: npt.NDArray[np.floating]) -> list[str]:
+    """What ``finite`` gives, as text: empty for what is not finite."""
+    finite = np.isfinite(values).tolist()
+    return [f"{label}{value:.7g}" if good else "" for value, good in zip(values.tolist(), finite, strict=True)]
+
+
+def encode(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def write_features(path: str | os.PathLike[str], features: Iterator[str], metadata: Mapping[str, str] | None) -> int:
+    """Write a FeatureCollection as the features come; return how many."""
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise ValueError("QuPath metadata are strings by name")
+    n = 0
+    with _opened(path) as file:
+        head = f'"metadata":{encode(dict(metadata))},' if metadata else ""
+        file.write(f'{{"type":"FeatureCollection",{head}"features":['.encode())
+        while some := list(islice(features, 1024)):
+            file.write((",\n" if n else "\n").encode() + ",\n".join(some).encode())
+            n += len(some)
+        file.write(b"\n]}\n")
+    return n
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    with replacing(path) as file:
+        if not os.fspath(path).endswith(".gz"):
+            yield file
+            return
+        # No name and no time inside: the same tiles are the same bytes.
+        with gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as packed:
+            yield cast(IO[bytes], packed)

@@ -1,0 +1,52 @@
+"""Slide names that tell nothing: keyed hashes.
+
+Names of files often hold a patient's or a case's number. HMAC (RFC 2104) with SHA-256: the same key gives a slide the
+same pseudonym in every export, and nobody without the key can find out which name stands behind one by trying names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+
+from wsi.errors import OutputError
+
+_MIN_KEY_BYTES = 16
+_MAX_KEY_BYTES = 4096
+
+
+def read_key(path: str | os.PathLike[str]) -> bytes:
+    """Read a key file: all its bytes, without blanks at either end.
+
+    Raises
+    ------
+    OutputError
+        Fewer than 16 bytes, which could be guessed, or so many that it can be no key.
+    OSError
+        It cannot be read.
+
+    Examples
+    --------
+    >>> _ = Path("key").write_text("correct horse battery staple")
+    >>> read_key("key")
+    b'correct horse battery staple'
+    """
+    with Path(path).open("rb") as file:
+        key = file.read(_MAX_KEY_BYTES + 1).strip()
+    if not _MIN_KEY_BYTES <= len(key) <= _MAX_KEY_BYTES:
+        what = f"is no key of {_MIN_KEY_BYTES} to {_MAX_KEY_BYTES} bytes"
+        raise OutputError(path, what, "Make one: openssl rand -hex 32 > key")
+    return key
+
+
+def pseudonym(slide_id: str, key: bytes | None) -> str:
+    """Return what a slide is called outside: its own id without a key.
+
+    Examples
+    --------
+    >>> pseudonym("Doe_John_2019", b"correct horse battery staple")
+    's-61c241981bc8d22bd45d'
+    """
+    return slide_id if key is None else "s-" + hmac.new(key, slide_id.encode(), hashlib.sha256).hexdigest()[:20]

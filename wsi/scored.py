@@ -1,0 +1,144 @@
+"""What ``wsi score`` left of a slide: the one way in for whoever reads results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi.errors import ResultsError
+from wsi.grid import TileGrid
+from wsi.heatmap import Heatmap
+from wsi.store import PatchStore
+from wsi.units import Box, Mpp
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredTiles:
+    """The tiles of a slide that have a score.
+
+    Attributes
+    ----------
+    grid : TileGrid
+    rows : int64 (n,)
+        Their numbers in the store, which also holds tiles that the slide could not be read at.
+    probabilities : float32 (n, k)
+    attention : float32 (n,), optional
+        Sums to 1; None where no MIL model graded the slide.
+    """
+
+    grid: TileGrid
+    rows: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float32]
+    attention: npt.NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class ScoredSlide:
+    """A slide that ``wsi score`` is done with: its folder and the content of result.json."""
+
+    slide_id: str
+    folder: Path
+    numbers: Mapping[str, Any]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in level-0 pixels."""
+        return int(self.numbers["size_px"][0]), int(self.numbers["size_px"][1])
+
+    @property
+    def mpp(self) -> float:
+        """Microns per level-0 pixel."""
+        return float(self.numbers["mpp"])
+
+    @property
+    def bounds(self) -> Box:
+        """The scanned part of the level-0 plane."""
+        return Box(*map(float, self.numbers["bounds_px"]))
+
+    @property
+    def origin(self) -> tuple[float, float]:
+        """Corner from which QuPath counts."""
+        return self.bounds.x, self.bounds.y
+
+    @property
+    def tissue_px(self) -> float:
+        """Area of the tissue in level-0 pixels."""
+        return float(self.numbers["tissue_mm2"]) * 1e6 / Mpp(self.mpp, self.mpp).area_um2(1)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the columns of the probabilities."""
+        return tuple(self.numbers.get("class_names") or ())
+
+    @property
+    def positive(self) -> npt.NDArray[np.bool_]:
+        """Which classes the heatmap shows, bool (k,)."""
+        return np.array([name in self.numbers["positive_classes"] for name in self.class_names], bool)
+
+    def store(self) -> PatchStore:
+        """Open what was computed for each tile."""
+        return PatchStore.open(self.folder / "store.zarr")
+
+    def pixel_size(self, store: PatchStore) -> Mpp:
+        """Microns per level-0 pixel along both axes, exactly; result.json has them rounded to six digits."""
+        exact = store.attributes.get("slide", {}).get("mpp")
+        return Mpp(*map(float, exact)) if exact else Mpp(self.mpp, self.mpp)
+
+    def tiles(self, store: PatchStore) -> ScoredTiles:
+        """Return the tiles that have a score.
+
+        Raises
+        ------
+        ResultsError
+            The folder holds patches without scores (``wsi tile``), or the classes have no names.
+        """
+        if not self.class_names or "probabilities" not in store.arrays:
+            raise ResultsError(self.folder, "holds no scores", "Score the slide: wsi score")
+        readable = np.flatnonzero(~store.get("unreadable"))
+        attention = store.get("attention")[readable] if "attention" in store.arrays and len(readable) else None
+        return ScoredTiles(store.grid.keep(readable), readable, store.get("probabilities")[readable], attention)
+
+    def heatmap(self) -> Heatmap:
+        """Return the probability of the positive classes on the tiles.
+
+        Raises
+        ------
+        ResultsError
+            Nobody said which classes are positive.
+        """
+        if not self.class_names or not self.numbers["positive_classes"]:
+            raise ResultsError(
+                self.folder, "does not say which classes are positive", "Score the slide again, with --positive"
+            )
+        tiles = self.tiles(self.store())
+        return Heatmap(tiles.grid, tiles.probabilities[:, self.positive].sum(axis=1).clip(0, 1))
+
+
+def scored_slides(folder: Path) -> dict[str, ScoredSlide]:
+    """Return what is finished in a results folder, or in that of a single slide, by slide id.
+
+    Raises
+    ------
+    ResultsError
+        No results there.
+
+    Examples
+    --------
+    >>> scored_slides(Path("results"))["slide_1"].heatmap().regions(0.5, bounds)                  # doctest: +SKIP
+    """
+    found = {}
+    for path in sorted(folder.glob("*/result.json")) or sorted(folder.glob("result.json")):
+        try:
+            numbers = json.loads(path.read_text(encoding="utf-8"))
+            found[str(numbers["slide_id"])] = ScoredSlide(str(numbers["slide_id"]), path.parent, numbers)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResultsError(path, f"is damaged ({error})", "Score the slide again") from error
+    if not found:
+        raise ResultsError(folder, "holds no results of wsi score", "Give the folder that -o of wsi score named")
+    return found
