@@ -243,7 +243,7 @@ class _Run:
             raise ModelError(config.architecture, f"arguments do not fit: {error}", "See its docstring") from error
         net.set_scale(*scale_of([bags.stats[i] for i in split.train]))
         net.to(device)
-        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         return cls(cohort, bags, split, config, head, device, net, optimiser, {}, [])
 
     @property

@@ -141,10 +141,10 @@ class Ppeg(nn.Module):
         seven, five, three = (conv.weight for conv in self._three())
         weight = seven + functional.pad(five, [1] * 4) + functional.pad(three, [2] * 4)
         bias = torch.stack([conv.bias for conv in self._three() if conv.bias is not None]).sum(0)
-        columns, width = int(layout.columns.max()) + 1, x.shape[1]
-        height = max(1, _TOKENS // columns)
+        columns, rows, width = int(layout.columns.max()) + 1, int(layout.rows[-1]) + 1, x.shape[1]
+        height = min(max(1, _TOKENS // columns), rows)
         out = []
-        for top in range(0, int(layout.rows[-1]) + 1, height):
+        for top in range(0, rows, height):
             lo, start, stop, hi = np.searchsorted(layout.rows, [top - _REACH, top, top + height, top + height + _REACH])
             if start == stop:
                 continue
