@@ -9,6 +9,7 @@ import typer
 
 from wsi.cli.demo import demo
 from wsi.cli.doctor import doctor
+from wsi.cli.embed import embed
 from wsi.cli.evaluate import evaluate
 from wsi.cli.info import info
 from wsi.cli.score import score
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Whole-slide pathology analysis: slides in; grades, QuPath GeoJSON and heatmaps out. Research use only.",
     epilog="Start with [bold]wsi demo[/bold]; `wsi VERB --help` has examples.",
 )
-for verb in (score, tile, info, demo, doctor):
+for verb in (score, tile, embed, info, demo, doctor):
     app.command()(verb)
 for group in (evaluate, train):
     app.add_typer(group)

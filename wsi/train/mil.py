@@ -101,6 +101,8 @@ class Bags:
     Parameters
     ----------
     paths : mapping of slide id to path
+    encoder : str, optional
+        Which features of stores that hold several; see ``read_bag``.
     keep_bytes : int
 
     Attributes
@@ -116,14 +118,14 @@ class Bags:
         A bag cannot be used, or is of another width or encoder than the first.
     """
 
-    def __init__(self, paths: Mapping[str, Path], *, keep_bytes: int = 4 << 30) -> None:
-        self._paths = dict(paths)
+    def __init__(self, paths: Mapping[str, Path], *, encoder: str | None = None, keep_bytes: int = 4 << 30) -> None:
+        self._paths, self._which = dict(paths), encoder
         self._kept: dict[str, TrainingBag] = {}
         self._left = keep_bytes
         self.stats: dict[str, BagStats] = {}
         first, self.in_features, self.encoder = "", 0, None
         for slide_id, path in self._paths.items():
-            bag = read_bag(path)
+            bag = read_bag(path, encoder)
             d = bag.features.shape[1]
             if not first:
                 first, self.in_features, self.encoder = slide_id, d, bag.encoder
@@ -141,7 +143,7 @@ class Bags:
         """Return a bag, its features in the precision of its file."""
         if slide_id in self._kept:
             return self._kept[slide_id]
-        bag = read_bag(self._paths[slide_id])
+        bag = read_bag(self._paths[slide_id], self._which)
         return self._keep(slide_id, bag.features, bag.boxes)
 
     def _keep(self, slide_id: str, features: Array, boxes: Array | None) -> TrainingBag:
