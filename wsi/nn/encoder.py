@@ -119,7 +119,7 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto") ->
     Examples
     --------
     >>> load_encoder("phantom").num_features
-    32
+    256
     """
     known, _, folder_given = name.partition("=")
     recipe = KNOWN.get(known)

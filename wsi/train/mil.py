@@ -269,14 +269,14 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr * 0.5 * (1 + np.cos(np.pi * number / config.epochs))
         self.net.train()
-        total = 0.0
+        total, weights = 0.0, list(self.net.parameters())
         for start in range(0, len(ids), config.batch):
             some = ids[start : start + config.batch]
             batch = [_on(self.bags[i], self.device) for i in some]
             loss = self.net.loss(batch, self._targets(some), self.head.loss)
             self.optimiser.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
+            torch.nn.utils.clip_grad_norm_(weights, 5.0)
             self.optimiser.step()
             total += loss.item() * len(some)
         if not np.isfinite(total):
