@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from wsi.errors import ModelError, TrainError
 from wsi.files import replacing
+from wsi.metrics.kappa import quadratic_kappa
 from wsi.nn.mil import MIL_NETS, Head, MilNet, Targets, TrainingBag, make_net
 from wsi.nn.mil.heads import KINDS, Kind, breslow
 from wsi.nn.mil.net import BLOCK
@@ -360,7 +361,7 @@ def measure(cases: Sequence[Case], probabilities: Array, head: Head) -> dict[str
         return {"concordance": _digits(figures.concordance(time, event, figures.risk_of(probabilities)))}
     if head.kind == "ordinal":
         called = (probabilities.cumsum(1) < 0.5 - 1e-12).sum(1)
-        kappa = figures.quadratic_kappa(label, called, head.num_classes)
+        kappa = quadratic_kappa(label, called, head.num_classes).value
         return {"quadratic_kappa": _digits(kappa), "accuracy": _digits(float((called == label).mean()))}
     called = probabilities.argmax(1)
     return {
