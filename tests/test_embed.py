@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.e2e.conftest import Run, wsi  # noqa: F401  a fixture
+from tests.e2e.conftest import Run, rows, wsi  # noqa: F401  a fixture
 from tests.nn.make import write_model
 from tests.nn.test_encoder import write_timm
 from tests.slide.make import halved, section, write_pyramid
@@ -18,6 +18,7 @@ from tests.train.make import write_labels
 from wsi.embed import embed_slide
 from wsi.errors import ConfigMismatch, ModelError, StoreError, WsiError
 from wsi.nn.encoder import load_encoder
+from wsi.nn.grade import load_mil_model
 from wsi.nn.patch import PatchModel
 from wsi.store import PatchStore
 from wsi.tile import TileConfig, tile_slide
@@ -147,6 +148,16 @@ def test_from_slides_to_a_grader_by_the_command_line(wsi: Run, tmp_path: Path) -
     assert wsi(*train, tmp_path / "grader", "--encoder", first)[0] == 0
     config = json.loads((tmp_path / "grader" / "config.json").read_text())
     assert config["encoder_sha256"] == told["embedded"][0]["encoder_sha256"]
+
+    code, out, err = wsi("embed", stores, "--encoder", first, "--mil", tmp_path / "grader", "--json")
+    table = rows(stores / "grades.csv")
+    assert code == 0 and "6 grades" in err and [row["slide_id"] for row in table] == [str(i) for i in range(6)]
+    head, bag = load_mil_model(tmp_path / "grader"), read_bag(stores / "2" / "store.zarr", str(first))
+    grade = head(bag.features, bag.boxes)
+    assert float(table[2]["prob_b"]) == pytest.approx(grade.probabilities[1], abs=1e-6)
+    assert table[2]["grade"] == head.grade(grade.probabilities) == json.loads(out)["graded"][2]["grade"]
+    code, _, err = wsi("embed", stores, "--encoder", second, "--mil", tmp_path / "grader")
+    assert code == 2 and "trained on the features of another patch model" in err
 
     (tmp_path / "slides" / "3.svs").write_bytes(b"")  # one is lost: the rest go on
     shutil.rmtree(stores / "3" / "store.zarr" / told["embedded"][3]["features"])

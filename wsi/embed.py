@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from wsi import __version__
 from wsi.errors import ModelError, StoreError
+from wsi.nn.grade import MilModel
 from wsi.nn.patch import PatchModel
 from wsi.result import Clock, Progress, SlideResult, rounded
 from wsi.slide import open_slide
@@ -122,6 +123,49 @@ def embed_slide(
         **about,
     }
     return SlideResult(numbers, clock.seconds)
+
+
+def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]:
+    """Grade a slide from the features in its store that a MIL head was trained on.
+
+    Parameters
+    ----------
+    folder : path
+        What ``embed_slide`` was given.
+    mil : MilModel
+        ``config.encoder_sha256`` says which features.
+
+    Returns
+    -------
+    dict
+        grade, prob_<class>, entropy, mutual_information, prediction_set, abstain; None and `reason` of a slide without
+        a readable tile.
+
+    Raises
+    ------
+    ModelError
+        The head does not say which encoder it was trained on.
+    StoreError
+        The store holds no features of it.
+    """
+    folder, sha256 = Path(folder), mil.config.encoder_sha256
+    store = PatchStore.open(folder / "store.zarr")
+    if sha256 is None:
+        raise ModelError(mil.config.folder, "does not say which encoder it was trained on", "Train it on our stores")
+    name = f"features-{sha256[:12]}"
+    if name not in store.arrays or store.about(name).get("encoder_sha256") != sha256:
+        raise StoreError(store.path, f"holds no features of the encoder {sha256[:12]}", "Run wsi embed with it")
+    features = store.get(name)
+    readable = ~store.get("unreadable") if len(store) else np.zeros(0, bool)
+    row: dict[str, Any] = {"slide_id": folder.resolve().name, "slide": store.attributes.get("slide_path")}
+    if not readable.any():
+        return row | {"grade": None, "reason": "no tile that can be read"}
+    grade = mil(features[readable], store.grid.keep(readable).boxes())
+    doubts = mil.doubts(grade, features[readable], unreadable=1 - float(readable.mean())).as_json()
+    row["grade"] = mil.grade(grade.probabilities)
+    row |= {f"prob_{k}": rounded(float(p)) for k, p in zip(mil.config.class_names, grade.probabilities, strict=True)}
+    chosen = doubts.pop("prediction_set")
+    return row | doubts | {"prediction_set": None if chosen is None else " or ".join(chosen), "reason": None}
 
 
 _Batches = Iterator[tuple[range, npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]

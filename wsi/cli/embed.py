@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,12 @@ def embed(
             "in a folder; hf-hub:OWNER/NAME; a name of timm's; a patch model of ours; a folder.",
         ),
     ],
+    mil: Annotated[
+        str | None,
+        typer.Option(
+            help="Also grade the slides by this MIL model, trained on these features, into grades.csv beside their folders."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Patches a forward pass.")] = 64,
@@ -40,28 +46,40 @@ def embed(
       wsi embed stores --encoder uni
 
       wsi train mil stores --encoder uni --labels labels.csv -o grader
+
+      wsi embed new_stores --encoder uni --mil grader
     """
-    from wsi.embed import embed_slide
+    from wsi.embed import embed_slide, grade_slide
+    from wsi.files import write_csv
     from wsi.nn.encoder import load_encoder
+    from wsi.nn.grade import load_mil_model
 
     folders = [folder for place in stores for folder in _slides_in(place)]
     model = load_encoder(encoder, device=device, precision=precision)
-    done, failed = [], []
+    head = load_mil_model(mil, model) if mil else None
+    done: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    grades: list[dict[str, Any]] = []
     with watching(len(folders), quiet=quiet) as watcher:
         for i, folder in enumerate(folders):
             watcher.started(i, folder.name)
             try:
                 result = embed_slide(folder, model, batch_size=batch_size, threads=threads, progress=watcher.progress)
                 done.append(result.numbers)
+                if head is not None:
+                    grades.append(grade_slide(folder, head))
             except WsiError as error:
-                failed.append(
-                    {"slide_id": folder.name, "error": f"{error.where}: {error.what}", "remedy": error.remedy}
-                )
+                failure = {"slide_id": folder.name, "error": f"{error.where}: {error.what}", "remedy": error.remedy}
+                failed.append(failure)
                 say(f"wsi: {folder.name}: {error}")
     if as_json:
-        print(json.dumps({"embedded": done, "failed": failed}, indent=2))
+        print(json.dumps({"embedded": done, "graded": grades, "failed": failed}, indent=2))
     name = done[0]["features"] if done else "no features"
     say(f"{len(done)} of {len(folders)} slides: {name} of {model.num_features} in their store.zarr", quiet=quiet)
+    if grades:
+        table = folders[0].parent / "grades.csv"
+        write_csv(table, list(dict.fromkeys(column for row in grades for column in row)), grades)
+        say(f"{len(grades)} grades: {table}", quiet=quiet)
     if failed:
         raise typer.Exit(3 if done else 2)
 
