@@ -28,7 +28,7 @@ def embed(
     mil: Annotated[
         str | None,
         typer.Option(
-            help="Also grade the slides by this MIL model, trained on these features, into grades.csv beside their folders."
+            help="Grade the slides too, by this MIL model, trained on these features: grades.csv beside their folders."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
