@@ -1,7 +1,7 @@
 """Our MIL networks beside those of torchmil: accuracy on the same folds, CPU time of an epoch, a bag of 100,000 tiles.
 
-    python -m venv mil-peers && mil-peers/bin/pip install -c constraints.txt -e . torchmil==1.0.2
-    mil-peers/bin/python benchmarks/compare/mil.py --data ../shared/data/mil
+    .venv-peers/bin/python benchmarks/compare/mil.py                              # large bags, as make bench-peers does
+    .venv-peers/bin/python benchmarks/compare/mil.py --data ../shared/data/mil    # and MUSK1
 
 The same widths, optimiser (AdamW), epochs, standardisation, order of bags and folds for both; torchmil's networks in
 a plain loop of ours, without its Trainer and loaders, which flatters it. One thread; seconds are the CPU's. Large bags:

@@ -313,14 +313,15 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
+
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=["config.json", "*.safetensors", "pytorch_model.bin", TORCHSCRIPT, "mil/*"],
-            )
-        )
+        folder = fetch("config.json", "*.safetensors", TORCHSCRIPT, "mil/*")
+        if not any((folder / weights).is_file() for weights in (*_SAFE_WEIGHTS, TORCHSCRIPT)):
+            folder = fetch("pytorch_model.bin")  # often the same weights again, gigabytes
+        return folder
     except GatedRepoError as error:
         raise ModelError(
             name,
