@@ -111,6 +111,8 @@ class TestRefused:
         folder = tiled(slide, tmp_path / "a")
         name = embed_slide(folder, encoder).numbers["features"]
         other = load_encoder(str(encoder.config.folder), precision="bfloat16")
+        assert embed_slide(folder, other).numbers["precision"] == "float32"  # they are there: nothing to compute
+        (folder / "store.zarr" / name / "c" / "0" / "0").unlink()
         with pytest.raises(ConfigMismatch, match='precision "float32", now "bfloat16"'):
             embed_slide(folder, other)
         shutil.rmtree(folder / "store.zarr" / name)  # as the remedy says

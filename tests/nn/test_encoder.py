@@ -60,7 +60,9 @@ def test_a_timm_folder_gives_what_timm_gives(tmp_path: Path, classes: int) -> No
     assert encoder.sha256 == checkpoint.sha256_of(folder / "model.safetensors")
 
 
-def test_a_known_name_with_its_files_in_a_folder_is_pooled_as_its_authors_pool(tmp_path: Path) -> None:
+def test_a_known_name_with_its_files_in_a_folder_is_pooled_as_its_authors_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import timm
     from safetensors.torch import load_file
 
@@ -77,6 +79,9 @@ def test_a_known_name_with_its_files_in_a_folder_is_pooled_as_its_authors_pool(t
     both = np.concatenate([tokens[:, 0], tokens[:, 5:].mean(1)], 1)
     np.testing.assert_allclose(encoder(patches(224)).features, both, atol=1e-5)
     assert (encoder.name, encoder.config.mpp, encoder.config.tile_px) == ("virchow2", 0.5, 224)
+    monkeypatch.setattr(checkpoint, "_from_hub", lambda name: {"hf-hub:paige-ai/Virchow2@v1": tmp_path / "m"}[name])
+    by_address = load_encoder("hf-hub:paige-ai/Virchow2@v1", precision="float32")
+    assert (by_address.name, by_address.num_features) == ("virchow2", 64)
     assert load_file is not None
 
 

@@ -122,10 +122,15 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto") ->
     256
     """
     known, _, folder_given = name.partition("=")
+    addresses = {f"{HUB_PREFIX}{recipe.repository}".lower(): key for key, recipe in KNOWN.items()}
+    known = addresses.get(name.partition("@")[0].lower(), known)
     recipe = KNOWN.get(known)
     if recipe is None and folder_given:
         raise ModelNotFound(f"encoder {known!r}", "is not known", f"Known: {', '.join(KNOWN)}")
-    folder = find_model(folder_given or f"{HUB_PREFIX}{recipe.repository}") if recipe else _find(name)
+    if recipe is None:
+        folder = _find(name)
+    else:
+        folder = find_model(folder_given or (f"{HUB_PREFIX}{recipe.repository}" if name == known else name))
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "patch_size_pixels" in raw and recipe is None:
@@ -157,8 +162,9 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto") ->
     state = {key: value for key, value in state.items() if key in own or not key.startswith(net.classifier_names)}
     fit_weights(net.net, state, config)
     device = pick_device(device)
+    shown = known if recipe else folder.resolve().name if Path(name).is_dir() else name
     return PatchModel(
-        config, net, name=known if recipe else name, num_features=net.num_features, sha256=weights_sha256(config),
+        config, net, name=shown, num_features=net.num_features, sha256=weights_sha256(config),
         device=device, precision=pick_precision(precision, device),
     )  # fmt: skip
 

@@ -133,7 +133,11 @@ def _read_store(path: Path, encoder: str | None) -> Bag:
         found["features"] = ("the scoring model", store.attributes.get("model_sha256") or "")
     there = ", ".join(f"{name} ({sha256[:12]})" for name, sha256 in found.values())
     if encoder is not None:
-        found = {array: by for array, by in found.items() if encoder == by[0] or by[1].startswith(encoder)}
+        found = {
+            array: by
+            for array, by in found.items()
+            if by[0] in (encoder, Path(encoder).name) or by[1].startswith(encoder)
+        }
     if len({sha256 for _, sha256 in found.values()}) != 1:
         what = f"holds features of {there or 'no encoder'}" + (f", not of {encoder!r} alone" if encoder else "")
         raise TrainError(path, what, "Name one with --encoder" if there else "Run wsi embed")
