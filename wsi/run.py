@@ -27,6 +27,7 @@ from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.grade import MilModel, SlideGrade, load_mil_model, pick_class
 from wsi.nn.patch import PatchModel, load_patch_model
 from wsi.result import Clock, Progress, SlideResult, rounded, write_result
+from wsi.sheet import save_sheet
 from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
 from wsi.stain import METHODS, TARGETS, StainTransform, fit
 from wsi.store import KINDS, PatchStore, copy_tiles, pixel_bytes, stored_tiles
@@ -189,7 +190,8 @@ def score_slide(
     path : str
         The slide.
     folder : Path
-        Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, and last result.json.
+        Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, with a MIL head tiles.png, and last
+        result.json.
     engine : Engine
     config : ScoreConfig, optional
     mpp : float, optional
@@ -259,13 +261,15 @@ def score_slide(
             if engine.mil is not None and readable.any():
                 features = store.get("features")[readable]
                 slide_scores = engine.mil(features, grid.keep(readable).boxes())
-                doubts = engine.mil.doubts(slide_scores, features)
+                doubts = engine.mil.doubts(slide_scores, features, unreadable=lost)
                 attention = np.full(len(store), np.nan, np.float32)
                 attention[readable] = slide_scores.attention
                 store.put("attention", attention)
         with clock.stage("export"):
             probabilities, scored = store.get("probabilities")[readable], grid.keep(readable)
             numbers = _export(folder, slide, slide_id, tissue, scored, probabilities, slide_scores, engine, config)
+            if engine.mil is not None and slide_scores is not None:
+                save_sheet(folder / "tiles.png", slide, scored, engine.mil.evidence(slide_scores))
             numbers |= {"n_unreadable": int(unreadable.sum()), "unreadable_tissue": rounded(lost)}
             if unreadable.any():
                 numbers["flags"].append("unreadable-tiles")

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from wsi.metrics.roc import auroc
 from wsi.nn.mil import MIL_NETS, TrainingBag
 from wsi.train.cohort import Case, Cohort, Split, k_fold
-from wsi.train.figures import auroc
 from wsi.train.mil import BagStats, MilConfig, train_member
 
 EPOCHS, FOLDS, LR, WEIGHT_DECAY = 50, 10, 5e-4, 5e-3
@@ -74,7 +74,7 @@ def summary(table: Table, rows: list[dict]) -> str:
         score = np.array(list(row["said"].values()))
         right.append(float(((score >= 0.5) == label).mean()))
         by_repeat.setdefault(row["repeat"], []).append(right[-1])
-        found = auroc(label == 1, score)
+        found = auroc(label, score).value
         area += [] if found is None else [found]
     repeats = [np.mean(values) for values in by_repeat.values() if len(values) == FOLDS]
     spread = f"{np.std(repeats, ddof=1):.3f}" if len(repeats) > 1 else "-"

@@ -27,7 +27,8 @@ from wsi.stain import StainTransform
 from wsi.store import PatchStore
 from wsi.units import Box
 
-NUMBERS = ("store.zarr", "tiles.geojson.gz", "regions.geojson", "overlay.png", "seconds.json", "result.json")
+PICTURES = ("overlay.png", "tiles.png")
+NUMBERS = ("store.zarr", "tiles.geojson.gz", "regions.geojson", *PICTURES, "seconds.json", "result.json")
 
 
 @pytest.fixture(scope="session")
@@ -93,8 +94,9 @@ class TestResults:
             assert len(tiles) == len(store)
             measured = [feature["properties"]["measurements"]["prob_tumour"] for feature in tiles]
             np.testing.assert_allclose(measured, store.get("probabilities")[:, 1], atol=1e-4)
-            with Image.open(folder / "overlay.png") as picture:
-                assert min(picture.size) > 300
+            for name in PICTURES:
+                with Image.open(folder / name) as picture:
+                    assert min(picture.size) > 300
 
     def test_the_store_holds_what_the_model_says_of_the_slide(
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path

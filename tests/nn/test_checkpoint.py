@@ -240,6 +240,10 @@ def test_hub_addresses_go_to_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Pa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert find_model("hf-hub:owner/name@v2") == folder
     assert asked["repository"] == "owner/name" and asked["revision"] == "v2"
+    assert "pytorch_model.bin" not in asked["allow_patterns"]  # the safe weights are there
+    (folder / "weights.safetensors").rename(folder / "other.bin")
+    find_model("hf-hub:owner/name")
+    assert asked["allow_patterns"] == ["pytorch_model.bin"]
 
     def refuse(repository: str, **arguments: Any) -> str:
         raise OSError("no network")

@@ -96,6 +96,26 @@ def test_abstaining_says_why(tmp_path: Path) -> None:
     assert "no grade is likely enough" in (none.abstain or "")
     assert "outside the range of the training slides" in (sure.doubts(grade, features + 60).abstain or "")
     assert load_mil_model(gated(tmp_path / "plain")).doubts(grade, features)[1:] == (None, None)
+    blind = sure.doubts(grade, features, unreadable=0.38).abstain
+    assert blind == "38% of tissue unreadable" and sure.doubts(grade, features, unreadable=0.09).abstain is None
+
+
+def test_evidence_is_what_moves_a_class_against_the_others(tmp_path: Path) -> None:
+    features = a_bag(12)[0].numpy()
+    three = load_mil_model(gated(tmp_path / "three"))
+    grade = three(features)
+    found = three.evidence(grade)
+    assert list(found) == ["a", "b", "c"] and grade.contributions is not None
+    np.testing.assert_allclose(sum(found.values()), 0, atol=1e-6)
+    shifted = grade._replace(contributions=grade.contributions + np.arange(12)[:, None])  # softmax does not see it
+    np.testing.assert_allclose(three.evidence(shifted)["a"], found["a"], atol=1e-5)
+    two = load_mil_model("phantom")
+    grade = two(np.zeros((5, 256), np.float32) + np.arange(5)[:, None])
+    found = two.evidence(grade)
+    assert list(found) == [two.config.class_names[1]] and grade.contributions is not None
+    odds = np.log(grade.probabilities[1] / grade.probabilities[0])
+    assert float(sum(found.values()).sum()) == pytest.approx(odds, abs=1e-4)  # contributions sum to the logits
+    np.testing.assert_array_equal(two.evidence(grade._replace(contributions=None))["attention"], grade.attention)
 
 
 def test_the_shift_is_that_of_the_mean_in_deviations() -> None:

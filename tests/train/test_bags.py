@@ -12,6 +12,7 @@ import torch
 
 from tests.train.make import WIDTH, write_bags
 from wsi.errors import TrainError
+from wsi.store import PatchStore
 from wsi.train import mil
 from wsi.train.bags import find_bags, read_bag
 from wsi.train.mil import Bags
@@ -53,6 +54,38 @@ def test_a_leading_axis_of_one_and_atlas_coordinates(tmp_path: Path) -> None:
         file["coords"].attrs["patch_size_level0"] = "None"
     bag = read_bag(tmp_path / "a.h5")
     assert bag.features.shape == (4, 3) and bag.boxes is not None and bag.boxes[1].tolist() == [300, 0, 300, 300]
+
+
+class TestOfSeveralEncoders:
+    """A store with the scoring model's features, and those of two encoders."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        path = write_bags(tmp_path, {"a": 0}, layout="store") / "a" / "store.zarr"
+        store = PatchStore.open(path)
+        for name, letter in (("uni", "b"), ("virchow", "c")):
+            store.add(f"features-{letter}", (3,), "float16", {"encoder": name, "encoder_sha256": letter * 64})
+            store.put(f"features-{letter}", np.full((len(store), 3), ord(letter), np.float16))
+        return path
+
+    def test_one_is_named_by_name_or_hash(self, path: Path) -> None:
+        for asked, letter in (("uni", "b"), ("ccc", "c"), ("aa", "a")):
+            bag = read_bag(path, asked)
+            assert bag.encoder == letter * 64
+            assert letter == "a" or (bag.features == ord(letter)).all()
+
+    @pytest.mark.parametrize("asked", [None, "phikon"])
+    def test_otherwise_it_is_asked(self, path: Path, asked: str | None) -> None:
+        with pytest.raises(TrainError, match=r"uni \(b+\), virchow \(c+\), the scoring model \(a+\).*--encoder"):
+            read_bag(path, asked)
+
+    def test_unreadable_tiles_are_left_out(self, path: Path) -> None:
+        store = PatchStore.open(path)
+        bad = np.arange(len(store)) == 2
+        store.write(0, {"unreadable": bad, "features-b": np.where(bad[:, None], np.nan, np.ones((len(store), 3)))})
+        bag = read_bag(path, "uni")
+        assert len(bag.features) == len(store) - 1 and bag.boxes is not None
+        np.testing.assert_array_equal(bag.boxes, store.grid.boxes()[~bad])
 
 
 class TestRefused:

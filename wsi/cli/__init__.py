@@ -10,6 +10,7 @@ import typer
 from wsi.cli.check import check
 from wsi.cli.demo import demo
 from wsi.cli.doctor import doctor
+from wsi.cli.embed import embed
 from wsi.cli.evaluate import evaluate
 from wsi.cli.export import export
 from wsi.cli.imports import import_annotations
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Whole-slide pathology analysis: slides in; grades, QuPath GeoJSON and heatmaps out. Research use only.",
     epilog="Start with [bold]wsi demo[/bold]; `wsi VERB --help` has examples.",
 )
-for verb in (score, tile, info, check, demo, doctor):
+for verb in (score, tile, embed, info, check, demo, doctor):
     app.command()(verb)
 app.command("import")(import_annotations)
 for group in (export, evaluate, train):

@@ -60,6 +60,10 @@ def mil(
     batch: Annotated[int | None, typer.Option(min=1, help="Bags a step. Default: 1; Cox: 32.")] = None,
     balance: Annotated[bool, typer.Option(help="Draw all classes equally often.")] = False,
     coverage: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the prediction sets.")] = 0.9,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Which features of the stores, where they hold several: name or hash of wsi embed."),
+    ] = None,
     subset: Annotated[bool, typer.Option(help="Leave out slides without a label, and labels without a slide.")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
@@ -96,7 +100,7 @@ def mil(
     )  # fmt: skip
     config.check()
     divided = read_splits(splits) if splits else k_fold(cohort, folds, seed)
-    table = Bags({slide_id: found[slide_id] for slide_id in cohort.cases})
+    table = Bags({slide_id: found[slide_id] for slide_id in cohort.cases}, encoder=encoder)
     with watching(len(divided) * seeds, quiet=quiet) as tell:
         figures = train_mil(
             cohort, table, divided, out, config, seeds=seeds, coverage=coverage, positive=positive or (), device=device,

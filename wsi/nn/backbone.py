@@ -37,6 +37,7 @@ def _import_torchvision() -> None:
 
 _import_torchvision()
 import timm  # noqa: E402
+import timm.layers  # noqa: E402
 
 
 class TimmNet(torch.nn.Module):
@@ -72,6 +73,79 @@ class TimmNet(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised images (b, 3, h, w) to logits (b, k)."""
         return self.classify(self.embed(x))
+
+
+class TimmEncoder(torch.nn.Module):
+    """A timm network without classes, whose features are what its authors use.
+
+    Parameters
+    ----------
+    name : str
+        Of timm's.
+    tile_px : int
+        Side of its input.
+    pool : {"own", "token", "token+mean"}
+        See ``wsi.nn.encoder.Recipe``.
+    arguments
+        Of timm's constructor; layers may be given by name, and ``norm_eps`` is that of all layer norms.
+
+    Examples
+    --------
+    >>> net = TimmEncoder("test_vit", tile_px=160, pool="token+mean")
+    >>> net.embed(torch.zeros(2, 3, 160, 160)).shape
+    torch.Size([2, 128])
+    """
+
+    def __init__(
+        self, name: str, *, tile_px: int, pool: str = "own", norm_eps: float | None = None, **arguments: Any
+    ) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            raise ModelError(f"architecture {name!r}", "is not known to timm", _closest(name))
+        layers: dict[str, Any] = {"SwiGLUPacked": timm.layers.mlp.SwiGLUPacked, "SiLU": torch.nn.SiLU}
+        arguments = {
+            key: layers.get(value, value) if isinstance(value, str) else value for key, value in arguments.items()
+        }
+        net: Any = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        if norm_eps is not None:
+            for module in net.modules():
+                if isinstance(module, torch.nn.LayerNorm):
+                    module.eps = norm_eps
+        self.net = net.eval()
+        self.pool = pool
+        self.classifier_names = tuple(f"{part}." for part in _names(net.pretrained_cfg.get("classifier")))
+        with torch.inference_mode():
+            features = self.embed(torch.zeros(1, 3, tile_px, tile_px))
+        if features.ndim != 2:
+            raise ModelError(
+                f"architecture {name!r}", f"gives {tuple(features.shape[1:])} numbers a tile, not a row of them"
+            )
+        self.num_features = features.shape[1]
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images (b, 3, tile_px, tile_px) to features (b, d)."""
+        net: Any = self.net
+        if self.pool == "own":
+            features: torch.Tensor = net(x)
+            return features
+        tokens: torch.Tensor = net.forward_features(x)  # (b, class and register tokens and patches, width)
+        if self.pool == "token":
+            return tokens[:, 0]
+        return torch.cat([tokens[:, 0], tokens[:, net.num_prefix_tokens :].mean(1)], 1)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Give no logits (b, 0)."""
+        return features[:, :0]
+
+
+def hub_of(name: str) -> str | None:
+    """Return the hub's repository of a timm name's pretrained weights, such as ``timm/resnet50.a1_in1k``."""
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return None if config is None else config.hf_hub_id and config.hf_hub_id.rstrip("/")
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def _closest(name: str) -> str:

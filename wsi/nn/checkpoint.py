@@ -310,20 +310,27 @@ def _transform_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
+
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=["config.json", "*.safetensors", "pytorch_model.bin", TORCHSCRIPT, "mil/*"],
-            )
-        )
+        folder = fetch("config.json", "*.safetensors", TORCHSCRIPT, "mil/*")
+        if not any((folder / weights).is_file() for weights in (*_SAFE_WEIGHTS, TORCHSCRIPT)):
+            folder = fetch("pytorch_model.bin")  # often the same weights again, gigabytes
+        return folder
+    except GatedRepoError as error:
+        raise ModelError(
+            name,
+            "is gated: its authors give it to those who ask, and this machine is not logged in as one of them",
+            f"Ask at https://huggingface.co/{repository}, then run `hf auth login` (or set HF_TOKEN)",
+        ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             name,
             f"cannot be fetched ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
-            "Check the name and the network; for a gated model run `hf auth login` first",
+            "Check the name and the network (for a gated model `hf auth login`), or give a folder with its files",
         ) from error

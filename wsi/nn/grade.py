@@ -24,6 +24,9 @@ from wsi.nn.patch import PatchModel
 from wsi.nn.uncertainty import Uncertainty, prediction_set, uncertainty
 from wsi.result import called
 
+#: Share of unreadable tissue from which on a grade should not be used: what decides may lie in what nobody saw.
+MOST_UNREADABLE = 0.1
+
 
 class SlideGrade(NamedTuple):
     """What a MIL model says of a slide; always these four.
@@ -107,7 +110,21 @@ class MilModel:
             return self.config.class_names[int((probabilities.cumsum() < 0.5 - 1e-12).sum())]
         return self.config.class_names[int(pick_class(probabilities[None], self.config)[0])]
 
-    def doubts(self, grade: SlideGrade, features: npt.NDArray[Any]) -> Doubts:
+    def evidence(self, grade: SlideGrade) -> dict[str, npt.NDArray[Any]]:
+        """Return what spoke for a class, a number (n,) a tile, by class; of two classes for the second alone.
+
+        Contributions to the class's logit over the mean of all (what all gain, probabilities do not see). Attention
+        where the network is no sum over tiles, or grades are ordered or times.
+        """
+        parts, names = grade.contributions, self.config.class_names
+        if parts is None or self.head.kind not in ("softmax", "binary"):
+            return {"attention": grade.attention}
+        if len(names) == 2:  # one logit, or two
+            return {names[1]: parts[:, -1] - (parts[:, 0] if parts.shape[1] == 2 else 0)}
+        over = parts - parts.mean(1, keepdims=True)
+        return {name: over[:, i] for i, name in enumerate(names)}
+
+    def doubts(self, grade: SlideGrade, features: npt.NDArray[Any], *, unreadable: float = 0.0) -> Doubts:
         """Say how sure a grade is, and whether to abstain from it.
 
         Parameters
@@ -115,10 +132,14 @@ class MilModel:
         grade : SlideGrade
         features : float (n, d)
             What it was made of.
+        unreadable : float
+            Share of the slide's tissue that could not be read.
         """
         config = self.config
         names = config.class_names
         reasons = []
+        if unreadable > MOST_UNREADABLE:
+            reasons.append(f"{unreadable:.0%} of tissue unreadable")
         chosen: tuple[str, ...] | None = None
         if config.conformal_threshold is not None:
             chosen = tuple(names[i] for i in prediction_set(grade.probabilities, config.conformal_threshold))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +106,13 @@ class PatchModel:
         on_device = self.upload(rgb)
         values = [level[on_device[..., channel].int()] for channel, level in enumerate(self._levels)]
         return self.score(torch.stack(values, dim=-1).permute(0, 3, 1, 2))
+
+    def of_size(self, tile_px: int) -> PatchModel:
+        """Return this model for patches of another side, which it resizes to its own."""
+        other = copy.copy(self)
+        other.config = replace(self.config, tile_px=tile_px, resize_px=self.config.resize_px or self.config.tile_px)
+        other._levels = other.upload(native.levels(self.config.mean, self.config.std, other.input_dtype).copy())
+        return other
 
     @property
     def input_dtype(self) -> str:

@@ -130,13 +130,7 @@ class PatchStore:
             if pixels != "none":
                 Pixels.create(group, n, grid.tile_px, pixels, codec)
             for name, (row, dtype) in {"unreadable": ((), "bool"), **arrays}.items():
-                group.create_array(
-                    name,
-                    shape=(n, *row),
-                    dtype=dtype,
-                    chunks=(SHARD_TILES, *(max(side, 1) for side in row)),
-                    compressors=ZstdCodec(level=1),
-                )
+                _create_array(group, name, n, row, dtype, {})
             draft.rename(path)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
@@ -172,8 +166,9 @@ class PatchStore:
             return cls.create(path, grid, arrays, pixels=pixels, attributes=attributes)
         store = cls.open(path)
         asked = sorted({*arrays, "unreadable", *(["pixels"] if pixels != "none" else [])})
-        if asked != store.arrays or pixels != store.pixels:
-            what = f"holds {', '.join(store.arrays)} (pixels: {store.pixels}), and others are asked for"
+        first = [name for name in store.arrays if not store.about(name)]  # without those that were added since
+        if asked != first or pixels != store.pixels:
+            what = f"holds {', '.join(first)} (pixels: {store.pixels}), and others are asked for"
             raise ConfigMismatch(path, what, remedy)
         changed = [key for key in attributes if store.attributes.get(key) != attributes[key]]
         if changed:
@@ -236,6 +231,39 @@ class PatchStore:
     def shards(self) -> range:
         """Numbers of the shards, there or not."""
         return range(-(-len(self) // SHARD_TILES))
+
+    def about(self, name: str) -> dict[str, Any]:
+        """Return what an array that was added says of itself; {} of one that the store was made with."""
+        return dict(self._array(name).attrs.get("wsi", {}))
+
+    def add(self, name: str, row: tuple[int, ...], dtype: str, about: Mapping[str, Any]) -> None:
+        """Add an array to be computed, or go on with the one that is there.
+
+        Parameters
+        ----------
+        name : str
+        row : tuple of int
+            Shape of one tile's values.
+        dtype : str
+        about : mapping
+            JSON-able, not empty: what decides the values.
+
+        Raises
+        ------
+        ConfigMismatch
+            It is there, and of another kind; the difference is named.
+        """
+        if name not in self._arrays:
+            group = zarr.open_group(LocalStore(self.path), mode="r+", zarr_format=3)
+            added = _create_array(group, name, len(self), row, dtype, {"wsi": dict(about)})
+            self._arrays[name] = added.with_config({"write_empty_chunks": True})
+        found, array = self.about(name), self._array(name)
+        changed = [key for key in {**found, **about} if found.get(key) != json.loads(json.dumps(about.get(key)))]
+        if array.shape[1:] != row or array.dtype != dtype or changed:
+            what = f"is there with {array.dtype} {array.shape[1:]}" + "".join(
+                f", {key} {json.dumps(found.get(key))}, now {json.dumps(about.get(key))}" for key in sorted(changed)
+            )
+            raise ConfigMismatch(self.path / name, what, "Delete that folder to compute it anew")
 
     def tiles(self, shard: int) -> range:
         """Return the tiles of a shard."""
@@ -402,6 +430,19 @@ class PatchStore:
         trailing = (0,) * (array.ndim - 1)
         encode = array.metadata.encode_chunk_key
         return lambda shard: _has_bytes(self.path / name / encode((shard, *trailing)))
+
+
+def _create_array(
+    group: zarr.Group, name: str, n: int, row: tuple[int, ...], dtype: str, attributes: dict[str, Any]
+) -> Any:
+    return group.create_array(
+        name,
+        shape=(n, *row),
+        dtype=dtype,
+        chunks=(SHARD_TILES, *(max(side, 1) for side in row)),
+        compressors=ZstdCodec(level=1),
+        attributes=attributes,
+    )
 
 
 def _has_bytes(path: Path) -> bool:

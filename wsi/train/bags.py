@@ -36,7 +36,7 @@ class Bag(NamedTuple):
     boxes : float64 (n, 4), optional
         Level-0 x, y, w, h; None where the file does not say.
     encoder : str, optional
-        What made the features: the hash of our model's weights, or the name that a TRIDENT file gives.
+        What made the features: the hash of the weights, or the name that a TRIDENT file gives.
     """
 
     features: npt.NDArray[Any]
@@ -69,8 +69,15 @@ def find_bags(places: Iterable[str | Path]) -> dict[str, Path]:
     return found
 
 
-def read_bag(path: Path) -> Bag:
+def read_bag(path: Path, encoder: str | None = None) -> Bag:
     """Read a bag and check it.
+
+    Parameters
+    ----------
+    path : Path
+    encoder : str, optional
+        Of a store of ours: which features, by the name that ``wsi embed`` was given or the beginning of the hash of
+        the encoder's weights. Needed where a store holds those of several.
 
     Raises
     ------
@@ -78,7 +85,8 @@ def read_bag(path: Path) -> Bag:
         It is empty, not a table of finite numbers, or damaged; the bag is named.
     """
     try:
-        bag = {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy}.get(path.suffix, _read_store)(path)
+        read = {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy}.get(path.suffix)
+        bag = read(path) if read else _read_store(path, encoder)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError, StoreError) as error:
         raise TrainError(path, f"cannot be read ({error})", "Compute its features again") from error
     features = bag.features
@@ -118,9 +126,28 @@ def _bags_in(place: Path) -> Iterable[tuple[str, Path]]:
     return [(file.stem, file) for _, bags in full for file in bags]
 
 
-def _read_store(path: Path) -> Bag:
+def _read_store(path: Path, encoder: str | None) -> Bag:
     store = PatchStore.open(path)
-    return Bag(store.get("features"), store.grid.boxes(), store.attributes.get("model_sha256"))
+    found = {}  # array: name and hash of what made it
+    for array in store.arrays:
+        about = store.about(array)
+        if "encoder_sha256" in about:
+            found[array] = (str(about["encoder"]), str(about["encoder_sha256"]))
+    if "features" in store.arrays:
+        found["features"] = ("the scoring model", store.attributes.get("model_sha256") or "")
+    there = ", ".join(f"{name} ({sha256[:12]})" for name, sha256 in found.values())
+    if encoder is not None:
+        found = {
+            array: by
+            for array, by in found.items()
+            if by[0] in (encoder, Path(encoder).name) or by[1].startswith(encoder)
+        }
+    if len({sha256 for _, sha256 in found.values()}) != 1:
+        what = f"holds features of {there or 'no encoder'}" + (f", not of {encoder!r} alone" if encoder else "")
+        raise TrainError(path, what, "Name one with --encoder" if there else "Run wsi embed")
+    array, (_, sha256) = found.popitem()
+    readable = ~store.get("unreadable") if not store.missing("unreadable") else slice(None)
+    return Bag(store.get(array)[readable], store.grid.boxes()[readable], sha256 or None)
 
 
 def _read_h5(path: Path) -> Bag:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from wsi.errors import ModelError, TrainError
 from wsi.files import replacing
+from wsi.metrics.kappa import quadratic_kappa
 from wsi.nn.mil import MIL_NETS, Head, MilNet, Targets, TrainingBag, make_net
 from wsi.nn.mil.heads import KINDS, Kind, breslow
 from wsi.nn.mil.net import BLOCK
@@ -101,6 +102,8 @@ class Bags:
     Parameters
     ----------
     paths : mapping of slide id to path
+    encoder : str, optional
+        Which features of stores that hold several; see ``read_bag``.
     keep_bytes : int
 
     Attributes
@@ -116,14 +119,14 @@ class Bags:
         A bag cannot be used, or is of another width or encoder than the first.
     """
 
-    def __init__(self, paths: Mapping[str, Path], *, keep_bytes: int = 4 << 30) -> None:
-        self._paths = dict(paths)
+    def __init__(self, paths: Mapping[str, Path], *, encoder: str | None = None, keep_bytes: int = 4 << 30) -> None:
+        self._paths, self._which = dict(paths), encoder
         self._kept: dict[str, TrainingBag] = {}
         self._left = keep_bytes
         self.stats: dict[str, BagStats] = {}
         first, self.in_features, self.encoder = "", 0, None
         for slide_id, path in self._paths.items():
-            bag = read_bag(path)
+            bag = read_bag(path, encoder)
             d = bag.features.shape[1]
             if not first:
                 first, self.in_features, self.encoder = slide_id, d, bag.encoder
@@ -141,7 +144,7 @@ class Bags:
         """Return a bag, its features in the precision of its file."""
         if slide_id in self._kept:
             return self._kept[slide_id]
-        bag = read_bag(self._paths[slide_id])
+        bag = read_bag(self._paths[slide_id], self._which)
         return self._keep(slide_id, bag.features, bag.boxes)
 
     def _keep(self, slide_id: str, features: Array, boxes: Array | None) -> TrainingBag:
@@ -243,7 +246,7 @@ class _Run:
             raise ModelError(config.architecture, f"arguments do not fit: {error}", "See its docstring") from error
         net.set_scale(*scale_of([bags.stats[i] for i in split.train]))
         net.to(device)
-        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         return cls(cohort, bags, split, config, head, device, net, optimiser, {}, [])
 
     @property
@@ -267,14 +270,14 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = config.lr * 0.5 * (1 + np.cos(np.pi * number / config.epochs))
         self.net.train()
-        total = 0.0
+        total, weights = 0.0, list(self.net.parameters())
         for start in range(0, len(ids), config.batch):
             some = ids[start : start + config.batch]
             batch = [_on(self.bags[i], self.device) for i in some]
             loss = self.net.loss(batch, self._targets(some), self.head.loss)
             self.optimiser.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
+            torch.nn.utils.clip_grad_norm_(weights, 5.0)
             self.optimiser.step()
             total += loss.item() * len(some)
         if not np.isfinite(total):
@@ -358,7 +361,7 @@ def measure(cases: Sequence[Case], probabilities: Array, head: Head) -> dict[str
         return {"concordance": _digits(figures.concordance(time, event, figures.risk_of(probabilities)))}
     if head.kind == "ordinal":
         called = (probabilities.cumsum(1) < 0.5 - 1e-12).sum(1)
-        kappa = figures.quadratic_kappa(label, called, head.num_classes)
+        kappa = quadratic_kappa(label, called, head.num_classes).value
         return {"quadratic_kappa": _digits(kappa), "accuracy": _digits(float((called == label).mean()))}
     called = probabilities.argmax(1)
     return {

@@ -16,7 +16,7 @@ def norm(x: np.ndarray, p: dict[str, np.ndarray], at: str) -> np.ndarray:
 
 
 def attention_layer(x: np.ndarray, p: dict[str, np.ndarray], at: str, heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact softmax attention with the residual convolution: tokens, and the first token's attention."""
+    """Exact softmax attention with the residual convolution: tokens, and attention (t, t), mean over heads."""
     t, width = x.shape
     q, k, v = (norm(x, p, f"{at}norm.") @ p[f"{at}qkv.weight"].T).reshape(t, 3, heads, -1).transpose(1, 2, 0, 3)
     weights = softmax(q @ k.transpose(0, 2, 1) / np.sqrt(width / heads), axis=2)  # (heads, t, t)
@@ -28,7 +28,7 @@ def attention_layer(x: np.ndarray, p: dict[str, np.ndarray], at: str, heads: int
                 if 0 <= i + j - 16 < t:
                     mixed[head, i] += kernel[j] * v[head, i + j - 16]
     told = mixed.transpose(1, 0, 2).reshape(t, width) @ p[f"{at}out.0.weight"].T + p[f"{at}out.0.bias"]
-    return x + told, weights[:, 0].mean(0)
+    return x + told, weights.mean(0)
 
 
 def ppeg(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:
@@ -48,10 +48,11 @@ def ppeg(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, p: dict[str, np.n
 
 def by_the_equations(p: dict[str, np.ndarray], h: np.ndarray, rows: np.ndarray, columns: np.ndarray, heads: int = 2):
     x = np.concatenate([p["cls"], h])
-    x, _ = attention_layer(x, p, "first.", heads)
+    x, first = attention_layer(x, p, "first.", heads)
     x = np.concatenate([x[:1], ppeg(x[1:], rows, columns, p)])
-    x, attention = attention_layer(x, p, "last.", heads)
-    return norm(x[:1], p, "norm.")[0] @ p["classifier.weight"].T + p["classifier.bias"], attention[1:]
+    x, last = attention_layer(x, p, "last.", heads)
+    rolled = (np.eye(len(x)) + last) / 2 @ (np.eye(len(x)) + first) / 2  # Abnar & Zuidema 2020
+    return norm(x[:1], p, "norm.")[0] @ p["classifier.weight"].T + p["classifier.bias"], rolled[0, 1:]
 
 
 def sharp(**arguments: str) -> TransMil:
@@ -105,7 +106,15 @@ def test_with_fewer_landmarks_it_is_nystroms_formula() -> None:
     padded = np.pad(v, ((0, 0), (16, 16), (0, 0)))
     mixed += sum(p["residual.weight"][:, 0, j][:, None, None] * padded[:, j : j + 23] for j in range(33))
     told = mixed.transpose(1, 0, 2).reshape(23, 8) @ p["out.0.weight"].T + p["out.0.bias"]
-    np.testing.assert_allclose(layer(x)[0].numpy(), x.numpy() + told, atol=1e-4)
+    np.testing.assert_allclose(layer(x)[0][1:].numpy(), (x.numpy() + told)[1:], atol=1e-4)
+    exact, weights = attention_layer(x.double().numpy(), p, "", 2)  # of the class token, which is not approximated
+    np.testing.assert_allclose(layer(x)[0][0].numpy(), exact[0], atol=1e-4)
+    # and weights of what comes out lead back through the same rows
+    rows = softmax(q @ kl.transpose(0, 2, 1), 2) @ inverse @ softmax(ql @ k.transpose(0, 2, 1), 2)
+    rows = np.concatenate([weights[:1], rows.mean(0)[1:]])
+    given = np.random.default_rng(0).random(23)
+    back = layer(x)[1](torch.from_numpy(given).float())
+    np.testing.assert_allclose(back.numpy(), given @ rows, atol=1e-4)
 
 
 def test_the_pseudo_inverse_converges_to_numpys() -> None:

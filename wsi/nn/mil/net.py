@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-#: Tiles worked on at a time. Beyond its features, what a bag needs in memory is a block and a few numbers a tile.
-BLOCK = 16_384
+#: Tiles worked on at a time. Beyond its features, what a bag needs in memory is a block and a few numbers a tile; small
+#: blocks, which stay in the processor's cache, are faster too.
+BLOCK = 4096
 
 #: (logits (b, k), targets) -> scalar; see ``wsi.nn.mil.heads``.
 LossOf = Callable[[Tensor, Any], Tensor]
@@ -134,11 +135,12 @@ class MilNet(nn.Module):
         n = len(features) if rows is None else len(rows)
         for start in range(0, n, BLOCK):
             block = slice(start, start + BLOCK)
-            some = features[block] if rows is None else features[rows[block]]
-            if torch.is_grad_enabled() and n > BLOCK:
-                yield checkpoint(of, some, use_reentrant=False)
-            else:
-                yield of(some)
+            which = block if rows is None else rows[block]
+
+            def part(which: Any = which) -> Any:  # picked inside: what is picked by rows would be kept as a copy
+                return of(features[which])
+
+            yield checkpoint(part, use_reentrant=False) if torch.is_grad_enabled() and n > BLOCK else part()
 
     def _check(self, features: Tensor, boxes: Tensor | None) -> None:
         if features.ndim != 2 or features.shape[1] != self.in_features:
@@ -153,6 +155,8 @@ class MilNet(nn.Module):
             )
         if boxes is not None and tuple(boxes.shape) != (len(features), 4):
             raise ValueError(f"MIL bag: {len(features)} tiles and boxes of shape {tuple(boxes.shape)}; pass (n, 4)")
+        if bool(features.sum(dtype=torch.float32).isfinite()):
+            return  # one number that is not finite would make the sum so; tile by tile takes ten times as long
         bad = torch.cat([~torch.isfinite(block).all(dim=1) for block in features.split(BLOCK)])
         if bool(bad.any()):
             first = int(bad.nonzero()[0, 0])

@@ -1,0 +1,105 @@
+"""``wsi embed``: features of patch stores."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wsi.cli.display import say, watching
+from wsi.errors import StoreError, WsiError
+
+if TYPE_CHECKING:
+    from wsi.archive.workers import Tell
+
+
+def embed(
+    stores: Annotated[
+        list[Path], typer.Argument(help="Folders of wsi tile or wsi score, or of single slides in them.")
+    ],
+    encoder: Annotated[
+        str,
+        typer.Option(
+            "--encoder",
+            "-e",
+            help="uni, uni2-h, virchow, virchow2, phikon, phikon-v2, h-optimus-0, gigapath; NAME=FOLDER for its files "
+            "in a folder; hf-hub:OWNER/NAME; a name of timm's; a patch model of ours; a folder.",
+        ),
+    ],
+    mil: Annotated[
+        str | None,
+        typer.Option(
+            help="Grade the slides too, by this MIL model, trained on these features: grades.csv beside their folders."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Patches a forward pass.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Reader threads.")] = 4,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON on stdout.")] = False,
+) -> None:
+    """Compute features of the patches in stores, once an encoder; the same command again goes on where it was stopped.
+
+    Examples:
+      wsi tile slides/ --mpp 0.5 --tile 224 --pixels none -o stores
+
+      wsi embed stores --encoder uni
+
+      wsi train mil stores --encoder uni --labels labels.csv -o grader
+
+      wsi embed new_stores --encoder uni --mil grader
+    """
+    from wsi.archive import Event
+    from wsi.embed import embed_slide, grade_slide
+    from wsi.files import write_csv
+    from wsi.nn.encoder import load_encoder
+    from wsi.nn.grade import load_mil_model
+
+    folders = [folder for place in stores for folder in _slides_in(place)]
+    model = load_encoder(encoder, device=device, precision=precision)
+    head = load_mil_model(mil, model) if mil else None
+    done: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    grades: list[dict[str, Any]] = []
+    with watching(len(folders), quiet=quiet) as tell:
+        for folder in folders:
+            tell(Event("begin", folder.name))
+            watch = partial(_watch, tell, folder.name)
+            try:
+                result = embed_slide(folder, model, batch_size=batch_size, threads=threads, progress=watch)
+                done.append(result.numbers)
+                if head is not None:
+                    grades.append(grade_slide(folder, head))
+            except WsiError as error:
+                failure = {"slide_id": folder.name, "error": f"{error.where}: {error.what}", "remedy": error.remedy}
+                failed.append(failure)
+                say(f"wsi: {folder.name}: {error}")
+            tell(Event("failed" if failed and failed[-1]["slide_id"] == folder.name else "done", folder.name))
+    if as_json:
+        print(json.dumps({"embedded": done, "graded": grades, "failed": failed}, indent=2))
+    name = done[0]["features"] if done else "no features"
+    say(f"{len(done)} of {len(folders)} slides: {name} of {model.num_features} in their store.zarr", quiet=quiet)
+    if grades:
+        table = folders[0].parent / "grades.csv"
+        write_csv(table, list(dict.fromkeys(column for row in grades for column in row)), grades)
+        say(f"{len(grades)} grades: {table}", quiet=quiet)
+    if failed:
+        raise typer.Exit(3 if done else 2)
+
+
+def _watch(tell: Tell, name: str, stage: str, done: int, total: int) -> None:
+    from wsi.archive import Event
+
+    tell(Event("stage", name, stage, done, total))
+
+
+def _slides_in(place: Path) -> list[Path]:
+    """Return the slides' folders that hold a store."""
+    found = [place] if (place / "store.zarr").is_dir() else sorted(s.parent for s in place.glob("*/store.zarr"))
+    if not found:
+        raise StoreError(place, "holds no patch stores", "Make them with wsi tile, or score the slides")
+    return found

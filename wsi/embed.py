@@ -1,0 +1,231 @@
+"""Features of a slide's patches by any encoder, into the slide's patch store.
+
+They lie in an array of their own, ``features-<beginning of the hash of the encoder's weights>``, whose attributes say
+the rest. So several encoders' features live in one store, each is computed once, and none is taken for another's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi import __version__
+from wsi.errors import ModelError, StoreError
+from wsi.nn.grade import MilModel
+from wsi.nn.patch import PatchModel
+from wsi.result import Clock, Progress, SlideResult, rounded
+from wsi.slide import open_slide
+from wsi.store import PatchStore
+from wsi.tiling import stream
+
+#: How far the patches' field of view may lie from the encoder's own: scanners' "20x" lie this far apart.
+TOLERANCE = 0.1
+
+
+def embed_slide(
+    folder: str | os.PathLike[str],
+    encoder: PatchModel,
+    *,
+    batch_size: int = 64,
+    threads: int = 4,
+    slide_path: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> SlideResult:
+    """Compute the features of all patches of ``folder/store.zarr``, or go on where an earlier run was stopped.
+
+    Patches are those that the store keeps; where it keeps none, they are cut from the slide again. Of a patch that
+    cannot be read the features are NaN, and `unreadable` marks it.
+
+    Parameters
+    ----------
+    folder : path
+        What ``tile_slide`` or ``score_slide`` wrote.
+    encoder : PatchModel
+        As ``load_encoder`` gives it.
+    batch_size : int
+        Patches a forward pass; the last is filled up.
+    threads : int
+        Reading and decoding at a time.
+    slide_path : str, optional
+        Where the slide is now; default: where it was.
+    progress : callable
+        Called with the stage, and how much of it is done out of how much.
+
+    Returns
+    -------
+    SlideResult
+        Numbers: ``features`` is the array's name, float16 (n_tiles, width).
+
+    Raises
+    ------
+    ModelError
+        The encoder shows no features, was made for another resolution, or gave numbers that are not finite.
+    StoreError, ConfigMismatch, SlideError
+        One line each that says what to do.
+
+    Examples
+    --------
+    >>> embed_slide("stores/slide", load_encoder("uni")).numbers["features"]        # doctest: +SKIP
+    'features-56ef09b44a25'
+    """
+    folder = Path(folder)
+    store = PatchStore.open(folder / "store.zarr")
+    _check_view(store, encoder)
+    clock = Clock(progress)
+    kept = store.pixels != "none"
+    name = f"features-{encoder.sha256[:12]}"
+    about = {
+        "encoder": encoder.name,
+        "encoder_sha256": encoder.sha256,
+        "precision": encoder.precision,
+        "mean": list(encoder.config.mean),
+        "std": list(encoder.config.std),
+        "input_px": encoder.config.resize_px or encoder.config.tile_px,
+        "patches": f"kept as {store.pixels}" if kept else "cut from the slide",
+        "wsi_version": __version__,
+    }
+    if name in store.arrays:  # whole, it stays, whatever it was made by; in part, only the same may go on
+        there = store.about(name)
+        about = there if not store.missing(name) else about | {"encoder": there["encoder"]}
+    store.add(name, (encoder.num_features,), "float16", about)
+    missing = store.missing(name)
+    if encoder.config.tile_px != store.grid.tile_px:
+        encoder = encoder.of_size(store.grid.tile_px)
+    with clock.stage("features") as report, ExitStack() as open_:
+        if kept:
+            batches = _kept(store, missing, batch_size)
+        else:
+            path, facts = slide_path or store.attributes.get("slide_path"), store.attributes.get("slide")
+            if path is None or facts is None:
+                raise StoreError(store.path, "keeps no pixels and names no slide", "Make it with wsi tile")
+            slide = open_slide(path, facts["reader"], mpp=facts["mpp"][0], decode=facts["decode"])
+            open_.enter_context(slide)
+            if list(slide.size) != facts["size"]:
+                raise StoreError(store.path, f"is of a slide of {facts['size']}, and {path} has {list(slide.size)}")
+            runs = [store.tiles(shard) for shard in missing]
+            batches = _cut(
+                open_.enter_context(closing(stream(slide, store.grid, runs, batch_size=batch_size, threads=threads)))
+            )
+        _fill(store, name, encoder, missing, batches, batch_size, lambda done: report(done, len(store)))
+    unreadable = store.get("unreadable") if len(store) else np.zeros(0, bool)
+    numbers = {
+        "slide_id": folder.resolve().name,
+        "slide": store.attributes.get("slide_path"),
+        "n_tiles": len(store),
+        "n_unreadable": int(unreadable.sum()),
+        "features": name,
+        "width": encoder.num_features,
+        "tile_px": store.grid.tile_px,
+        "tile_mpp": rounded(store.grid.mpp),
+        **about,
+    }
+    return SlideResult(numbers, clock.seconds)
+
+
+def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]:
+    """Grade a slide from the features in its store that a MIL head was trained on.
+
+    Parameters
+    ----------
+    folder : path
+        What ``embed_slide`` was given.
+    mil : MilModel
+        ``config.encoder_sha256`` says which features.
+
+    Returns
+    -------
+    dict
+        grade, prob_<class>, entropy, mutual_information, prediction_set, abstain; None and `reason` of a slide without
+        a readable tile.
+
+    Raises
+    ------
+    ModelError
+        The head does not say which encoder it was trained on.
+    StoreError
+        The store holds no features of it.
+    """
+    folder, sha256 = Path(folder), mil.config.encoder_sha256
+    store = PatchStore.open(folder / "store.zarr")
+    if sha256 is None:
+        raise ModelError(mil.config.folder, "does not say which encoder it was trained on", "Train it on our stores")
+    name = f"features-{sha256[:12]}"
+    if name not in store.arrays or store.about(name).get("encoder_sha256") != sha256:
+        raise StoreError(store.path, f"holds no features of the encoder {sha256[:12]}", "Run wsi embed with it")
+    features = store.get(name)
+    readable = ~store.get("unreadable") if len(store) else np.zeros(0, bool)
+    row: dict[str, Any] = {"slide_id": folder.resolve().name, "slide": store.attributes.get("slide_path")}
+    if not readable.any():
+        return row | {"grade": None, "reason": "no tile that can be read"}
+    grade = mil(features[readable], store.grid.keep(readable).boxes())
+    doubts = mil.doubts(grade, features[readable], unreadable=1 - float(readable.mean())).as_json()
+    row["grade"] = mil.grade(grade.probabilities)
+    row |= {f"prob_{k}": rounded(float(p)) for k, p in zip(mil.config.class_names, grade.probabilities, strict=True)}
+    chosen = doubts.pop("prediction_set")
+    return row | doubts | {"prediction_set": None if chosen is None else " or ".join(chosen), "reason": None}
+
+
+_Batches = Iterator[tuple[range, npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]
+
+
+def _fill(
+    store: PatchStore,
+    name: str,
+    encoder: PatchModel,
+    missing: list[int],
+    batches: _Batches,
+    batch_size: int,
+    report: Callable[[int], None],
+) -> None:
+    """Embed batch after batch, and write shard after shard."""
+    side, missing = store.grid.tile_px, list(missing)
+    full = np.zeros((batch_size, side, side, 3), np.uint8)
+    done = len(store) - sum(len(store.tiles(shard)) for shard in missing)
+    report(done)
+    features: list[Any] = []
+    marks: list[Any] = []
+    for tiles, rgb, unreadable in batches:
+        full[: len(rgb)] = rgb
+        full[len(rgb) :] = 0
+        found = encoder(full).features[: len(rgb)]
+        features.append(np.where(unreadable[:, None], np.nan, found))
+        marks.append(unreadable)
+        done += len(rgb)
+        report(done)
+        if tiles.stop == store.tiles(missing[0]).stop:
+            store.write(missing.pop(0), {"unreadable": np.concatenate(marks), name: np.concatenate(features)})
+            features, marks = [], []
+
+
+def _kept(store: PatchStore, missing: list[int], size: int) -> _Batches:
+    marks = store.get("unreadable") if missing else np.zeros(0, bool)
+    for shard in missing:
+        tiles = store.tiles(shard)
+        for start in range(tiles.start, tiles.stop, size):
+            rows = range(start, min(start + size, tiles.stop))
+            yield rows, store.read(rows), marks[rows.start : rows.stop]
+
+
+def _cut(batches: Iterator[Any]) -> _Batches:
+    for batch in batches:
+        yield batch.tiles, batch.rgb, batch.unreadable
+
+
+def _check_view(store: PatchStore, encoder: PatchModel) -> None:
+    """Refuse an encoder without features, or patches that show much more or less than it was made for."""
+    config, grid = encoder.config, store.grid
+    if not encoder.num_features:
+        raise ModelError(config.folder, "shows no features (TorchScript)", "Give another encoder")
+    if config.mpp and abs(grid.tile_px * grid.mpp / (config.tile_px * config.mpp) - 1) > TOLERANCE:
+        raise ModelError(
+            encoder.name,
+            f"wants patches of {config.tile_px} px at {config.mpp:g} microns per pixel, and {store.path} has "
+            f"{grid.tile_px} px at {grid.mpp:g}",
+            f"Make others: wsi tile --mpp {config.mpp:g} --tile {config.tile_px} --pixels none",
+        )

@@ -1,0 +1,245 @@
+"""Encoders: networks without classes that turn patches into features, from the hub, a folder or timm.
+
+An encoder is a ``PatchModel`` of no class: ``encoder(patches).features``. Its folder is a hub's repository, or a copy::
+
+    config.json           timm's ("architecture", "pretrained_cfg", "model_args") or transformers' ("model_type": vit,
+                          dinov2); or one of our model folders
+    model.safetensors     or pytorch_model.bin (tensors only)
+
+``KNOWN`` says of published encoders what their files do not: microns per pixel, layers, and which tokens are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wsi.errors import ModelError, ModelNotFound
+from wsi.nn.checkpoint import (
+    HUB_PREFIX,
+    ModelConfig,
+    find_model,
+    fit_weights,
+    known_models,
+    load_weights,
+    weights_sha256,
+)
+from wsi.nn.patch import PatchModel, load_patch_model, pick_device, pick_precision
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a published encoder is to be used.
+
+    Attributes
+    ----------
+    repository : str
+        On the Hugging Face hub.
+    source : str
+        Where this was read.
+    pool : {"own", "token", "token+mean"}
+        "own": what the network itself gives; the class token; or that beside the mean of the patches' tokens.
+    arguments : dict
+        Of the network's constructor, over those of its config.json; layers by their names.
+    mpp, tile_px : float, int
+        Of the patches.
+    mean, std : tuple of float, optional
+        Of its normalisation; None for those in its config.json.
+    gated : bool
+        Its files are given to people who have asked its authors.
+    """
+
+    repository: str
+    source: str
+    pool: str = "own"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    mpp: float = 0.5
+    tile_px: int = 224
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    gated: bool = True
+
+
+_SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
+_LARGE = {"init_values": 1e-5, "dynamic_img_size": True}
+
+#: Published encoders by name; all were trained on H&E at "20x". Patches of 224 px show what the cards' own transforms
+#: (scaled to 256 and cut to 224, GigaPath) show.
+KNOWN = {
+    "uni": Recipe("MahmoodLab/UNI", "its model card; Chen et al., Nature Medicine 2024", arguments=_LARGE),
+    "uni2-h": Recipe(
+        "MahmoodLab/UNI2-h", "its model card",
+        arguments=_SWIGLU | _LARGE | {
+            "img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536,
+            "mlp_ratio": 2.66667 * 2, "no_embed_class": True, "reg_tokens": 8,
+        },
+    ),
+    "virchow": Recipe(
+        "paige-ai/Virchow", "its model card; Vorontsov et al., Nature Medicine 2024", "token+mean", _SWIGLU
+    ),
+    "virchow2": Recipe("paige-ai/Virchow2", "its model card; arXiv:2408.00738", "token+mean", _SWIGLU),
+    "phikon": Recipe("owkin/phikon", "its model card; Filiot et al., medRxiv 2023", "token", gated=False),
+    "phikon-v2": Recipe("owkin/phikon-v2", "its model card; arXiv:2409.09173", "token", gated=False),
+    "h-optimus-0": Recipe(
+        "bioptimus/H-optimus-0", "its model card", arguments={"init_values": 1e-5, "dynamic_img_size": False},
+        mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517),
+    ),
+    "gigapath": Recipe("prov-gigapath/prov-gigapath", "its model card; Xu et al., Nature 2024"),
+}  # fmt: skip
+
+
+def load_encoder(name: str, *, device: str = "auto", precision: str = "auto") -> PatchModel:
+    """Load an encoder.
+
+    Parameters
+    ----------
+    name : str
+        A name in ``KNOWN``, or ``NAME=FOLDER`` for its files in a folder (fetched on another machine, say); a patch
+        model of ours by name or folder; ``hf-hub:OWNER/NAME``; a folder in the hub's form; or a name of timm's.
+    device, precision : str
+        As for ``load_patch_model``.
+
+    Returns
+    -------
+    PatchModel
+        Of no class, if its folder says none; ``sha256`` is that of its weights file. ``config.mpp`` is 0 where nobody
+        says for which resolution it was made.
+
+    Raises
+    ------
+    ModelNotFound, ModelError
+
+    Examples
+    --------
+    >>> load_encoder("phantom").num_features
+    256
+    """
+    known, _, folder_given = name.partition("=")
+    addresses = {f"{HUB_PREFIX}{recipe.repository}".lower(): key for key, recipe in KNOWN.items()}
+    known = addresses.get(name.partition("@")[0].lower(), known)
+    recipe = KNOWN.get(known)
+    if recipe is None and folder_given:
+        raise ModelNotFound(f"encoder {known!r}", "is not known", f"Known: {', '.join(KNOWN)}")
+    if recipe is None:
+        folder = _find(name)
+    else:
+        folder = find_model(folder_given or (f"{HUB_PREFIX}{recipe.repository}" if name == known else name))
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "patch_size_pixels" in raw and recipe is None:
+            return load_patch_model(name, device=device, precision=precision)
+        architecture, arguments, facts = _of_transformers(raw) if "model_type" in raw else _of_timm(raw)
+        tile_px = recipe.tile_px if recipe else int(facts["input_size"][-1])
+        mean = tuple(map(float, (recipe and recipe.mean) or facts["mean"]))
+        std = tuple(map(float, (recipe and recipe.std) or facts["std"]))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        what = f"is no encoder's config.json ({type(error).__name__}: {error})"
+        raise ModelError(folder / "config.json", what, "Give a repository of timm, or of transformers' ViT") from error
+    config = ModelConfig(
+        folder, "patch", architecture, (), 0,
+        architecture_args=arguments | dict(recipe.arguments if recipe else {}), tile_px=tile_px,
+        mpp=recipe.mpp if recipe else 0.0, mean=mean, std=std,
+    )  # fmt: skip
+    from wsi.nn.backbone import TimmEncoder
+
+    pool = recipe.pool if recipe else "token" if "model_type" in raw else "own"
+    try:
+        net = TimmEncoder(architecture, tile_px=tile_px, pool=pool, **config.architecture_args)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ModelError(folder / "config.json", f"its arguments do not fit {architecture}: {error}") from error
+    state = load_weights(config)
+    if "model_type" in raw:
+        state = timm_names(state)
+    own = net.net.state_dict()
+    # What classifies is left out, and nothing else: fit_weights refuses other names.
+    state = {key: value for key, value in state.items() if key in own or not key.startswith(net.classifier_names)}
+    fit_weights(net.net, state, config)
+    device = pick_device(device)
+    shown = known if recipe else folder.resolve().name if Path(name).is_dir() else name
+    return PatchModel(
+        config, net, name=shown, num_features=net.num_features, sha256=weights_sha256(config),
+        device=device, precision=pick_precision(precision, device),
+    )  # fmt: skip
+
+
+def _find(name: str) -> Path:
+    """Return the folder of an encoder that is not known by name."""
+    try:
+        return find_model(name)
+    except ModelNotFound:
+        from wsi.nn.backbone import hub_of
+
+        repository = hub_of(name)
+        if repository is None:
+            known = ", ".join((*KNOWN, *known_models()))
+            remedy = f"Known: {known}; or a timm name, {HUB_PREFIX}OWNER/NAME, or a folder"
+            raise ModelNotFound(f"encoder {name!r}", "there is no such encoder", remedy) from None
+        return find_model(f"{HUB_PREFIX}{repository}")
+
+
+def _of_timm(raw: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Read timm's config.json: architecture, arguments, and what it says of its input."""
+    arguments = dict(raw.get("model_args") or {})
+    arguments.pop("num_classes", None)
+    if raw.get("global_pool") is not None:
+        arguments.setdefault("global_pool", raw["global_pool"])
+    return str(raw["architecture"]), arguments, raw.get("pretrained_cfg") or raw
+
+
+def _of_transformers(raw: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Read transformers' config.json of a ViT or a DINOv2, as arguments of timm's vision transformer."""
+    kind = raw["model_type"]
+    if kind not in ("vit", "dinov2") or raw.get("hidden_act", "gelu") != "gelu" or raw.get("use_swiglu_ffn"):
+        raise ValueError(f"model_type {kind!r} with these layers is not one that is read here")
+    width, eps = int(raw["hidden_size"]), float(raw.get("layer_norm_eps", 1e-6))
+    ratio = float(raw["intermediate_size"]) / width if kind == "vit" else float(raw.get("mlp_ratio", 4))
+    arguments = {
+        "img_size": int(raw["image_size"]), "patch_size": int(raw["patch_size"]), "embed_dim": width,
+        "depth": int(raw["num_hidden_layers"]), "num_heads": int(raw["num_attention_heads"]), "mlp_ratio": ratio,
+        "qkv_bias": bool(raw.get("qkv_bias", True)), "norm_eps": eps,
+        "init_values": float(raw.get("layerscale_value", 1.0)) if kind == "dinov2" else None,
+    }  # fmt: skip
+    side = arguments["img_size"]
+    return "vit_base_patch16_224", arguments, {"input_size": [3, side, side], "mean": _IMAGENET[0], "std": _IMAGENET[1]}
+
+
+_NAMES = (
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("encoder.layer.", "blocks."),
+    (".attention.output.dense.", ".attn.proj."),
+    (".layernorm_before.", ".norm1."),
+    (".layernorm_after.", ".norm2."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+    (".layer_scale1.lambda1", ".ls1.gamma"),
+    (".layer_scale2.lambda1", ".ls2.gamma"),
+    ("layernorm.", "norm."),
+)
+
+
+def timm_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the weights of transformers' ``ViTModel`` or ``Dinov2Model`` to timm's, and join query, key and value.
+
+    Weights that features do not pass through (pooler, mask token) are left out.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        name = key.removeprefix("vit.").removeprefix("dinov2.")
+        if name.startswith(("pooler.", "classifier.")) or name == "embeddings.mask_token":
+            continue
+        for theirs, ours in _NAMES:
+            name = name.replace(theirs, ours)
+        found[name] = value
+    for key in [key for key in found if ".attention.attention.query." in key]:
+        parts = [found.pop(key.replace("query", part)) for part in ("query", "key", "value")]
+        found[key.replace(".attention.attention.query.", ".attn.qkv.")] = torch.cat(parts)
+    return found
