@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,7 +93,11 @@ def soak(kills: int, seed: int, folder: Path, n_slides: int = 2) -> dict[str, in
             for run in runs:
                 run.wait()
         assert start(slides, out).wait() == 0, out
-        assert digest(out) == expected, out
+        left = digest(out)
+        differ = sorted(name for name in {*left, *expected} if left.get(name) != expected.get(name))
+        if differ:  # keep what there is to look at
+            shutil.copytree(out, kept := Path(tempfile.mkdtemp()) / "results")
+            raise AssertionError(f"{differ[:9]} in {kept}")
         assert not (out / ".claims").exists(), out
         table = [row["slide_id"] for row in rows(out / "slides.csv")]
         assert table == sorted({name.split("/")[0] for name in expected}), out

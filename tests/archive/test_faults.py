@@ -81,8 +81,12 @@ def test_who_was_overtaken_writes_no_result(slides: Path, tmp_path: Path, monkey
 def test_half_written_files_of_a_killed_run_are_swept(slides: Path, tmp_path: Path) -> None:
     own = tmp_path / "r/s0"
     own.mkdir(parents=True)
+    (tmp_path / "r/.slides.csv.0123.draft").write_text("slide_i")
+    (tmp_path / "r/.run.json.0123.draft").write_text("{")
     (own / ".result.json.0123.draft").write_text("{")
     (own / ".store.zarr.77.draft").mkdir()
     (own / ".store.zarr.77.draft/zarr.json").write_text("{")
     tile_archive(find_slides([str(slides / "s0.svs")]), tmp_path / "r", CONFIG, workers=0)
     assert sorted(path.name for path in own.iterdir()) == ["result.json", "seconds.json", "store.zarr"]
+    tables = ["failures.csv", "run.json", "slides.csv", "slides.parquet"]
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted([*tables, "s0"])

@@ -22,6 +22,7 @@ from tests.slide.make import halved, section, write_jpeg_pyramid, write_pyramid
 from wsi import infer, run
 from wsi.archive.folder import Tables
 from wsi.nn.patch import load_patch_model
+from wsi.result import SlideResult
 from wsi.slide import open_slide
 from wsi.stain import StainTransform
 from wsi.store import PatchStore
@@ -277,16 +278,16 @@ class TestResume:
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The second run starts and ends while the first is between its slide and its table."""
-        write, inside = Tables.write, False
+        row, inside = Tables.row, False
 
-        def other_run_first(self: Tables, **last: bool) -> None:
+        def other_run_first(self: Tables, result: SlideResult) -> dict[str, object]:
             nonlocal inside
             if not inside:
                 inside = True
                 wsi("score", slides / "b.svs", "-m", model, "-o", tmp_path, "-q")
-            write(self, **last)
+            return row(self, result)
 
-        monkeypatch.setattr(Tables, "write", other_run_first)
+        monkeypatch.setattr(Tables, "row", other_run_first)
         wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path, "-q")
         assert [row["slide_id"] for row in rows(tmp_path / "slides.csv")] == ["a", "b"]
 

@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING
 
 from wsi.archive.cache import Cache
 from wsi.archive.claims import Claim, Claims
-from wsi.archive.folder import CLAIMS, Row, Tables, bind, read_failure, slide_ids, sweep, write_failure
+from wsi.archive.folder import (
+    BOOKS,
+    CLAIMS,
+    Row,
+    Tables,
+    bind,
+    read_failure,
+    slide_ids,
+    sweep,
+    sweep_books,
+    write_failure,
+)  # fmt: skip
 from wsi.archive.jobs import Job, ScoreJob, Task, TileJob
 from wsi.archive.slides import SUFFIXES, SlideRef, find_slides
 from wsi.archive.workers import Event, Here, Limits, Staff, Tell, Workers, default_threads
@@ -188,9 +199,11 @@ def run(
         configuration, execution = staff.start()
         folder.mkdir(parents=True, exist_ok=True)
         ids = slide_ids(refs, folder)
-        bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
         tables = Tables(folder, job.columns, job.status, dict(zip(ids, refs, strict=True)))
         with Claims(folder / CLAIMS) as claims, cache or nullcontext():
+            with claims.holding(BOOKS):
+                sweep_books(folder)
+                bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
             try:
                 work = _Run(folder, dict(zip(ids, refs, strict=True)), staff, claims, tables, cache, tell)
                 work.sort(order)
@@ -198,7 +211,9 @@ def run(
                 rows = work.go()
             finally:
                 staff.stop()  # before the claims are given back
-                tables.write(last=True)
+                with claims.holding(BOOKS):
+                    sweep_books(folder)
+                    tables.write(last=True)
     except OSError as error:
         if isinstance(error, WsiError):
             raise
@@ -299,10 +314,18 @@ class _Run:
                     break
                 self._claim(self._to_do.popleft())
                 self._give()
-            self._tables.write()  # while the staff is at work
+            self._write_tables()  # while the staff is at work
             if self._to_do or self._doing:
                 self._staff.wait(self._hear)
         return self._rows
+
+    def _write_tables(self) -> None:
+        """Write the tables where that is due, and no other run is at it."""
+        if self._tables.is_due() and (claim := self._claims.take(BOOKS)) is not None:
+            try:
+                self._tables.write()
+            finally:
+                self._claims.release(claim)
 
     def _may_claim(self, slide_id: str) -> bool:
         """Whether a slide can be handed out at once; or, with a cache, be copied meanwhile."""

@@ -16,8 +16,8 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
@@ -26,6 +26,7 @@ from typing import IO, Self
 #: more than NFS keeps attributes for (60).
 BEAT_S, SILENCE_S = 10.0, 90.0
 
+_AGAIN_S = 0.05  # between two looks at a claim that is waited for
 _BYTES = 512  # of a claim file, so that a beat is one write in place
 
 
@@ -77,7 +78,7 @@ class Claims:
     Attributes
     ----------
     began : float
-        When the run began, in the file system's own time.
+        When its first claim was made, in the file system's own time.
 
     Examples
     --------
@@ -97,6 +98,7 @@ class Claims:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._beat_s, self._silence_s, self._clock = Path(folder), beat_s, silence_s, clock
+        self.began = 0.0
         self._held: dict[Claim, IO[bytes]] = {}
         self._seen: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
@@ -105,10 +107,6 @@ class Claims:
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        mark = self._folder / f".began-{uuid.uuid4().hex}"
-        mark.touch()
-        self.began = mark.stat().st_mtime
-        mark.unlink()
         self._thread.start()
         return self
 
@@ -142,12 +140,23 @@ class Claims:
         with self._lock:
             self._held[claim] = file
         _write(file, claim.nonce, 0)
+        self.began = self.began or os.fstat(file.fileno()).st_mtime
         for token in tokens:
             (self._folder / f"{name}.{token}").unlink(missing_ok=True)
         if not claim.holds():  # someone was as quick, with a later token
             self.release(claim)
             return None
         return claim
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """Claim a name for a block, once whoever has it is done with it or dead."""
+        while (claim := self.take(name)) is None:
+            self._end.wait(_AGAIN_S)
+        try:
+            yield
+        finally:
+            self.release(claim)
 
     def release(self, claim: Claim) -> None:
         """Give a name back."""

@@ -36,6 +36,8 @@ from wsi.result import SlideResult, read_result
 from wsi.slide import absolute
 
 CLAIMS = ".claims"
+#: Whoever writes run.json and the tables claims this name; no slide has it.
+BOOKS = ".books"
 _FAILURE = "failure.json"
 _TABLES = ("slides.csv", "slides.parquet", "failures.csv")
 _OUR_FILES = ("run.json", *_TABLES)
@@ -122,6 +124,13 @@ def bind(
     write_json(path, {"use": "research only", **about})
 
 
+def sweep_books(folder: Path) -> None:
+    """Remove half-written tables that a killed process left. Only for who has claimed ``BOOKS``."""
+    for name in _OUR_FILES:
+        for path in folder.glob(f".{name}.*.draft"):
+            path.unlink(missing_ok=True)
+
+
 def sweep(own: Path) -> None:
     """Remove half-written files that a killed process left in a slide's folder. Only for who has claimed the slide."""
     if not own.is_dir():
@@ -186,13 +195,15 @@ class Tables:
         self._rows[row["slide_id"]] = row
         return row
 
+    def is_due(self) -> bool:
+        """Whether to write again: seldom, when many slides have made that slow."""
+        return time.monotonic() - self._written > max(1.0, 20 * self._took)
+
     def write(self, *, last: bool = False) -> None:
-        """Write both tables; but seldom, when many slides have made that slow, unless it is the last time."""
+        """Write both tables; the last time with what else happened in the folder meanwhile. For who has ``BOOKS``."""
         now = time.monotonic()
-        if not last and now - self._written < 20 * self._took:
-            return
         if last:
-            self._rows.clear()  # whatever else happened in the folder meanwhile
+            self._rows.clear()
         failures = []
         for name in sorted(entry.name for entry in os.scandir(self._folder) if entry.is_dir()):
             if name in self._rows or name.startswith("."):
