@@ -131,6 +131,33 @@ def test_the_project_has_what_qupaths_own_has(tmp_path: Path):
     assert "objects/" in script and script.count("{") == script.count("}")
 
 
+def test_what_a_user_changed_in_the_project_stays(tmp_path: Path):
+    marked_results(tmp_path / "r", "a")
+    export_qupath(tmp_path / "r", tmp_path / "out")
+    path = tmp_path / "out/project.qpproj"
+    project = json.loads(path.read_text())
+    project["images"][0]["metadata"] = {"ward": "7"}
+    rotated = {"builderType": "rotated", "builder": {"builderType": "uri", "uri": "file:///mine.tif"}}
+    project["images"].append({"serverBuilder": rotated, "entryID": 9, "imageName": "mine", "metadata": {}})
+    path.write_text(json.dumps(project | {"lastID": 9, "version": "0.6.0"}))
+    (tmp_path / "out/classifiers/classes.json").write_text("{}")
+    marked_results(tmp_path / "r", "b")
+    export_qupath(tmp_path / "r", tmp_path / "out")
+    after = json.loads(path.read_text())
+    assert after["images"][:2] == project["images"] and after["version"] == "0.6.0"
+    assert [(image["imageName"], image["entryID"]) for image in after["images"]] == [("a", 1), ("mine", 9), ("b", 10)]
+    assert (tmp_path / "out/classifiers/classes.json").read_text() == "{}" and after["lastID"] == 10
+    objects_before = (tmp_path / "out/objects/a/tiles.geojson.gz").stat().st_mtime_ns
+    with pytest.raises(ResultsError, match="other frame"):
+        export_qupath(tmp_path / "r", tmp_path / "out", QuPathConfig(crop=False))
+    assert (tmp_path / "out/objects/a/tiles.geojson.gz").stat().st_mtime_ns == objects_before
+    for damage in ("{", "[]", '{"images": [{}]}'):
+        path.write_text(damage)
+        with pytest.raises(ResultsError, match="no QuPath project"):
+            export_qupath(tmp_path / "r", tmp_path / "out")
+        assert path.read_text() == damage
+
+
 def test_bioformats_shows_the_whole_plane(tmp_path: Path):
     made = marked_results(tmp_path / "r", bounds=BOUNDS)
     numbers = json.loads((tmp_path / "r/a/result.json").read_text())

@@ -15,7 +15,8 @@ export = typer.Typer(
     name="export",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Write results for other programs: QuPath, CLAM, TRIDENT, STAMP, WSInfer, torchmil; heatmaps as images.",
+    help="Write results for other programs: QuPath, CLAM, TRIDENT, STAMP, WSInfer, torchmil, AnnData, DICOM; "
+    "heatmaps as images.",
 )
 
 Results = Annotated[Path, typer.Argument(help="Results of wsi score, of many slides or of one.")]

@@ -8,6 +8,7 @@ QuPath's own file of objects is serialised Java. ``scripts/import_wsi.groovy``, 
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ MAX_REGIONS = 10_000
 #: Colours of classes: the positive ones as QuPath's built-in Tumor, the others apart from them.
 _POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
 _OTHER_RGB = ((120, 170, 220), (150, 200, 150), (160, 90, 160), (255, 200, 0), (50, 50, 50), (90, 140, 90))
+_TISSUE = PathClass("Tissue", (150, 200, 150))
 #: QuPath's readers. Bio-Formats, which takes OME-TIFF, shows the whole plane; OpenSlide crops it to the bounds.
 _BIOFORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
 _OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
@@ -88,7 +90,8 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
     results : Path
         What ``wsi score`` wrote.
     out : Path
-        Made where it is not there; what an earlier export wrote of the same slides is replaced.
+        Made where it is not there. What an earlier export wrote of the same slides is replaced; to a project that is
+        there slides are added, and whatever QuPath or its user changed in it stays.
     config : QuPathConfig, optional
 
     Returns
@@ -99,7 +102,7 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
     Raises
     ------
     ResultsError, StoreError
-        No results there, or not those of ``wsi score``.
+        No results there, or not those of ``wsi score``; a project there in the other frame, or that is none.
     OSError
         `out` cannot be written to.
 
@@ -110,13 +113,9 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
     config = config or QuPathConfig()
     slides = scored_slides(results)
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[Json] = []
-    classes: dict[str, PathClass] = {}
-    for slide in slides.values():
-        rows.append(_export_slide(slide, out, config))
-        classes |= {each.name: each for each in path_classes(slide)}
-    if config.key is None:
-        _write_project([slide for slide in slides.values() if _is_file(slide)], list(classes.values()), out, config)
+    if config.key is None:  # first: a project in another frame must not get objects of this one
+        _write_project([slide for slide in slides.values() if _is_file(slide)], out, config)
+    rows = [_export_slide(slide, out, config) for slide in slides.values()]
     (out / "scripts").mkdir(exist_ok=True)
     with replacing(out / "scripts" / "import_wsi.groovy") as file:
         file.write(Path(__file__).with_name("import_wsi.groovy").read_bytes())
@@ -127,7 +126,7 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
 
 def path_classes(slide: ScoredSlide) -> list[PathClass]:
     """Return the classes of a slide's tiles, positive ones red."""
-    names, positive = slide.class_names, list(slide.numbers["positive_classes"])
+    names, positive = slide.class_names, list(slide.numbers.get("positive_classes") or ())
     others = [name for name in names if name not in positive]
     colours = {name: _POSITIVE_RGB[i % len(_POSITIVE_RGB)] for i, name in enumerate(positive)}
     colours |= {name: _OTHER_RGB[i % len(_OTHER_RGB)] for i, name in enumerate(others)}
@@ -159,7 +158,7 @@ def slide_regions(slide: ScoredSlide, tiles: ScoredTiles, mpp: Mpp, config: QuPa
         raise ResultsError(path, f"cannot be read ({error})", "Score the slide again") from error
     found = [
         Region(shapely.transform(shapely.geometry.shape(each["geometry"]), lambda xy: xy + np.array(slide.origin)),
-               PathClass("Tissue", (150, 200, 150)), each["properties"].get("name", ""),
+               _TISSUE, each["properties"].get("name", ""),
                each["properties"].get("measurements", {}))
         for each in drawn
         if each["properties"]["classification"]["name"] == "Tissue"
@@ -312,29 +311,48 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
     }
 
 
-def _write_project(slides: list[ScoredSlide], classes: list[PathClass], out: Path, config: QuPathConfig) -> None:
-    entries = []
-    for number, slide in enumerate(slides, 1):
-        entries.append(
+def _write_project(slides: list[ScoredSlide], out: Path, config: QuPathConfig) -> None:
+    """Write the project, or add what is missing to the one that is there: QuPath and its user may have changed it."""
+    path = out / "project.qpproj"
+    # No time: the same results give the same project.
+    project: Json = {"version": "0.4.0", "createTimestamp": 0, "modifyTimestamp": 0, "lastID": 0, "images": []}
+    try:
+        if path.exists():
+            project = json.loads(path.read_text(encoding="utf-8-sig"))
+        known = {image["imageName"]: image["serverBuilder"] for image in project["images"]}
+        last = max([int(project.get("lastID", 0)), *(int(image["entryID"]) for image in project["images"])])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResultsError(path, f"is no QuPath project ({error!r})", "Choose another folder with -o") from error
+    for slide in slides:
+        arguments = [] if config.crop or _through_bioformats(slide) else ["--no-crop"]
+        if slide.slide_id in known:
+            if ("--no-crop" in known[slide.slide_id].get("args", arguments)) != bool(arguments):
+                raise ResultsError(
+                    path, "opens its slides in the other frame (--no-crop)", "Choose another folder with -o"
+                )
+            continue
+        last += 1
+        project["images"].append(
             {
                 "serverBuilder": {
                     "builderType": "uri",
                     "providerClassName": _BIOFORMATS if _through_bioformats(slide) else _OPENSLIDE,
                     "uri": Path(str(slide.numbers["slide"])).as_uri(),
-                    "args": [] if config.crop or _through_bioformats(slide) else ["--no-crop"],
+                    "args": arguments,
                 },
-                "entryID": number,
+                "entryID": last,
                 "randomizedName": str(uuid.uuid5(uuid.NAMESPACE_URL, f"wsi:{slide.slide_id}")),
                 "imageName": slide.slide_id,
                 "metadata": {},
             }
         )
-    packed = [{"name": each.name, "color": _packed(each.color)} for each in classes]
-    (out / "classifiers").mkdir(exist_ok=True)
-    write_json(out / "classifiers" / "classes.json", {"pathClasses": packed})
-    # No time: the same results give the same project.
-    head = {"version": "0.4.0", "createTimestamp": 0, "modifyTimestamp": 0, "lastID": len(entries)}
-    write_json(out / "project.qpproj", head | {"images": entries})
+    if last != project.get("lastID") or not path.exists():
+        write_json(path, project | {"lastID": last})
+    if not (out / "classifiers" / "classes.json").exists():
+        classes = {each.name: each.color for slide in slides for each in (_TISSUE, *path_classes(slide))}
+        packed = [{"name": name, "color": _packed(color)} for name, color in classes.items()]
+        (out / "classifiers").mkdir(exist_ok=True)
+        write_json(out / "classifiers" / "classes.json", {"pathClasses": packed})
 
 
 def _packed(color: tuple[int, int, int]) -> int:
