@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -166,3 +167,20 @@ def test_from_slides_to_a_grader_by_the_command_line(wsi: Run, tmp_path: Path) -
     code, out, err = wsi("embed", stores, "--encoder", first, "--json")
     assert code == 3 and [row["slide_id"] for row in json.loads(out)["failed"]] == ["3"] and "wsi: 3:" in err
     assert wsi("embed", tmp_path / "slides", "--encoder", first)[0] == 2
+
+
+def test_a_full_disk_ends_the_run_in_one_line(
+    wsi: Run,  # noqa: F811
+    slide: Path,
+    encoder: PatchModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiled(slide, tmp_path / "s" / "a")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PatchStore, "write", full)
+    code, _, err = wsi("embed", tmp_path / "s", "--encoder", encoder.config.folder, "-q")
+    assert code == 2 and "No space left" in err and "same command again" in err

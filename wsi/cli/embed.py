@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from wsi.cli.display import say, watching
-from wsi.errors import StoreError, WsiError
+from wsi.errors import OutputError, StoreError, WsiError
 
 
 def embed(
@@ -72,6 +72,8 @@ def embed(
                 failure = {"slide_id": folder.name, "error": f"{error.where}: {error.what}", "remedy": error.remedy}
                 failed.append(failure)
                 say(f"wsi: {folder.name}: {error}")
+            except OSError as error:  # a full disk: going on would be of no use
+                raise OutputError.of(error, folder) from error
     if as_json:
         print(json.dumps({"embedded": done, "graded": grades, "failed": failed}, indent=2))
     name = done[0]["features"] if done else "no features"
