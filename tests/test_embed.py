@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.e2e.conftest import Run, rows, wsi  # noqa: F401  a fixture
+from tests.conftest import Run
+from tests.e2e.conftest import rows
 from tests.nn.make import write_model
 from tests.nn.test_encoder import write_timm
 from tests.slide.make import halved, section, write_pyramid
@@ -131,7 +133,7 @@ class TestRefused:
             embed_slide(folder, encoder, slide_path=str(tmp_path / "other.svs"))
 
 
-def test_from_slides_to_a_grader_by_the_command_line(wsi: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_from_slides_to_a_grader_by_the_command_line(wsi: Run, tmp_path: Path) -> None:
     for i in range(6):
         full = section(300, 300, seed=i)
         (tmp_path / "slides").mkdir(exist_ok=True)
@@ -166,3 +168,20 @@ def test_from_slides_to_a_grader_by_the_command_line(wsi: Run, tmp_path: Path) -
     code, out, err = wsi("embed", stores, "--encoder", first, "--json")
     assert code == 3 and [row["slide_id"] for row in json.loads(out)["failed"]] == ["3"] and "wsi: 3:" in err
     assert wsi("embed", tmp_path / "slides", "--encoder", first)[0] == 2
+
+
+def test_a_full_disk_ends_the_run_in_one_line(
+    wsi: Run,
+    slide: Path,
+    encoder: PatchModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiled(slide, tmp_path / "s" / "a")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PatchStore, "write", full)
+    code, _, err = wsi("embed", tmp_path / "s", "--encoder", encoder.config.folder, "-q")
+    assert code == 2 and "No space left" in err and "same command again" in err

@@ -6,8 +6,8 @@
 The same widths, optimiser (AdamW), epochs, standardisation, order of bags and folds for both; torchmil's networks in
 a plain loop of ours, without its Trainer and loaders, which flatters it. One thread; seconds are the CPU's. Large bags:
 one step of training and one grading of 100,000 tiles of 384 features, float32 for both, each in a process of its own;
-memory is what comes on top of the features. What is not the same: torchmil's DSMIL grades by the mean of both streams,
-and its TransMIL neither knows where tiles lie nor works in blocks.
+memory is what comes on top of the features. What is not the same: torchmil's networks get standardised features, ours
+standardise them and check them; ours give each tile's contribution; torchmil's TransMIL has no places and no blocks.
 """
 
 from __future__ import annotations

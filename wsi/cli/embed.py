@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wsi.cli.display import say, watching
-from wsi.errors import StoreError, WsiError
+from wsi.errors import OutputError, StoreError, WsiError
 
 if TYPE_CHECKING:
     from wsi.archive.workers import Tell
@@ -78,6 +78,8 @@ def embed(
                 failure = {"slide_id": folder.name, "error": f"{error.where}: {error.what}", "remedy": error.remedy}
                 failed.append(failure)
                 say(f"wsi: {folder.name}: {error}")
+            except OSError as error:  # a full disk: going on would be of no use
+                raise OutputError.of(error, folder) from error
             tell(Event("failed" if failed and failed[-1]["slide_id"] == folder.name else "done", folder.name))
     if as_json:
         print(json.dumps({"embedded": done, "graded": grades, "failed": failed}, indent=2))
