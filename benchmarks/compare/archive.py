@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 from measure import cores, machine, print_table, reason_of, versions, watched
-from scorers import CLASSES, MEAN, MPP, PROGRAMS, STD, TILE_PX, Job
+from scorers import CLASSES, MEAN, MPP, PROGRAMS, SLIDE_MPP, STD, TILE_PX, Job, Scores
 
-SLIDE_MPP = 0.25
+Result = dict[str, Any]
+
 TILE_LEVEL0_PX = round(TILE_PX * MPP / SLIDE_MPP)
 SEED = 7
 DIFFERENT = 4  # slides drawn; further ones are the same under other names
@@ -92,28 +93,37 @@ def write_tiles(folder: Path, slides: Path) -> None:
         Image.fromarray(np.stack([mask] * 3, axis=2)).save(folder / f"{path.stem}.png")
 
 
-def one_run(name: str, job: Job, scratch: Path) -> dict[str, Any]:
-    """Run a program on slides, and read what it wrote; its home is empty and it has no network."""
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HOME": str(scratch)}
-    script = Path(__file__).with_name("scorers.py")
-    command = [sys.executable, str(script), name, json.dumps(dataclasses.asdict(job))]
-    result = watched(command, environment, scratch / "log.txt")
-    if result.pop("code"):
-        lines = (scratch / "log.txt").read_text(errors="replace").strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else "ended without a word")
-    scores = dict(PROGRAMS[name].read(job))
+def one_run(name: str, part: str, folder: Path, batch: int, workers: int) -> Result:
+    """Run a program on one slide or all, and read what it wrote; its home is empty and it has no network."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        inputs = (str(folder / kind) for kind in (f"slides/{part}", "model", "tiles"))
+        job = Job(*inputs, out=f"{scratch}/out", batch=batch, workers=workers)
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HOME": scratch}
+        script, log = Path(__file__).with_name("scorers.py"), Path(scratch) / "log.txt"
+        command = [sys.executable, str(script), name, json.dumps(dataclasses.asdict(job))]
+        result = watched(command, environment, log)
+        if result.pop("code"):
+            lines = log.read_text(errors="replace").strip().splitlines()
+            raise RuntimeError(lines[-1] if lines else "ended without a word")
+        scores = dict(PROGRAMS[name].read(job))
     if not scores:
         raise RuntimeError("scored nothing")
     return result | {"scores": scores}
 
 
-def row_of(name: str, rounds: list[tuple[dict[str, Any], dict[str, Any]]], reference: Any) -> dict[str, Any]:
+def row_of(name: str, rounds: list[tuple[Result, Result]], reference: Scores | None) -> Result:
     """Make a program's row from its rounds: on one slide, on all."""
     scores = rounds[0][1]["scores"]
     wall, cpu = (min(every[key] for _, every in rounds) for key in ("wall_s", "cpu_s"))
     further = len(scores) - len(rounds[0][0]["scores"])
     further_s = wall - min(first["wall_s"] for first, _ in rounds)
-    row = {"program": name, "tiles": len(scores), "wall_s": wall, "cpu_s": cpu, "per_second": len(scores) / wall}
+    row: Result = {
+        "program": name,
+        "tiles": len(scores),
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "per_second": len(scores) / wall,
+    }
     row["further_per_second"] = further / further_s if further_s > 0 else None
     row["peak_mib"] = min(every["peak_mib"] for _, every in rounds)
     if reference is not None:
@@ -139,7 +149,7 @@ def main() -> None:
     options = parser.parse_args()
 
     size = options.size // TILE_LEVEL0_PX * TILE_LEVEL0_PX  # no tile over the edge, which programs fill differently
-    rounds: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {name: [] for name in options.programs}
+    rounds: dict[str, list[tuple[Result, Result]]] = {name: [] for name in options.programs}
     reasons: dict[str, str] = {}
     with tempfile.TemporaryDirectory(dir=options.scratch, prefix="archive-") as name:
         folder = Path(name)
@@ -150,20 +160,10 @@ def main() -> None:
             for program in [name for name in options.programs if name not in reasons]:
                 print(f"round {i + 1} of {options.rounds}: {program}", file=sys.stderr, flush=True)
                 try:
-                    results = []
-                    for part in ("one", "all"):
-                        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                            slides, out = str(folder / "slides" / part), str(Path(scratch) / "out")
-                            job = Job(
-                                slides,
-                                str(folder / "model"),
-                                str(folder / "tiles"),
-                                out,
-                                options.batch,
-                                options.workers,
-                            )
-                            results.append(one_run(program, job, Path(scratch)))
-                    rounds[program].append((results[0], results[1]))
+                    one, every = (
+                        one_run(program, part, folder, options.batch, options.workers) for part in ("one", "all")
+                    )
+                    rounds[program].append((one, every))
                 except Exception as error:  # noqa: BLE001  # a peer may raise anything: it goes into the table
                     reasons[program] = reason_of(error)
 
@@ -178,6 +178,9 @@ def main() -> None:
         "slides": f"{options.slides} of {size} px",
         "network": f"{options.network}, batches of {options.batch}, {options.workers} workers",
     }
+    if of_ours:
+        values = np.array(list(of_ours.values()))
+        facts["probabilities"] = f"{values.mean():.3g}, deviation over tiles {values.std():.2g}"
     if options.json:
         print(json.dumps({"facts": facts, "rows": rows}, indent=2))
         return

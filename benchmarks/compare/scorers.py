@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TILE_PX, MPP = 224, 0.5
+TILE_PX, MPP, SLIDE_MPP = 224, 0.5, 0.25
 MEAN, STD = [0.7, 0.55, 0.7], [0.2, 0.2, 0.2]
 CLASSES = ["no", "yes"]
 #: What a program said of tiles: corner in level-0 pixels (slide, x, y) to the probability of "yes".
@@ -147,7 +147,8 @@ def tiatoolbox(*, parallel: bool) -> Program:
         for path in sorted(Path(job.out).glob("*.zarr")):
             group = zarr.open_group(path, mode="r")
             for (x, y, *_), p in zip(group["coordinates"][:], group["probabilities"][:, 1], strict=True):
-                yield (path.stem, int(x), int(y)), float(p)
+                scale = MPP / SLIDE_MPP  # it writes coordinates at the resolution it read
+                yield (path.stem, round(x * scale), round(y * scale)), float(p)
 
     return Program("tiatoolbox", run, read)
 
