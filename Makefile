@@ -47,8 +47,8 @@ lint: .venv/installed
 bench-peers: .venv-peers/installed
 	.venv-peers/bin/python benchmarks/compare/stain.py
 	.venv-peers/bin/python benchmarks/compare/read.py
-	.venv-peers/bin/python benchmarks/compare/stores.py
 	.venv-peers/bin/python benchmarks/compare/archive.py
+	.venv-peers/bin/python benchmarks/compare/stores.py
 
 # Peers one by one: one that does not install must not keep the others away.
 PEERS := benchmarks/compare/requirements-peers

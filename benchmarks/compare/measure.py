@@ -53,10 +53,10 @@ def peak_mib() -> int | None:
 
 
 def watched(command: Sequence[str], environment: Mapping[str, str], log: Path) -> dict[str, Any]:
-    """Run a command: exit code, seconds by the wall and of CPU, and the most memory of it and its children together."""
+    """Run a command: exit code, seconds by the wall and of CPU, peak memory (MiB) of it and its children together."""
     begun = time.perf_counter()
     with log.open("wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     peak = 0.0
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -67,7 +67,7 @@ def watched(command: Sequence[str], environment: Mapping[str, str], log: Path) -
     wall = time.perf_counter() - begun
     process.returncode = os.waitstatus_to_exitcode(status)
     cpu = usage.ru_utime + usage.ru_stime  # of the children that it waited for, too
-    return {"code": process.returncode, "wall_s": wall, "cpu_s": cpu, "peak_mib": peak}
+    return {"code": process.returncode, "wall_s": wall, "cpu_s": cpu, "peak_mib": peak or None}
 
 
 def _tree_mib(pid: int | str) -> float:
