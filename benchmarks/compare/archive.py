@@ -1,7 +1,7 @@
 """Slides scored: `wsi score` beside wsinfer and tiatoolbox, the same tiles by the same network, on the CPU.
 
     make bench-peers                                             # everything, in .venv-peers
-    .venv-peers/bin/python benchmarks/compare/archive.py --slides 20 --size 16384 --rounds 3 --json
+    .venv-peers/bin/python benchmarks/compare/archive.py --slides 8 --size 16384 --rounds 3 --json
 
 Slides are phantoms at 0.25 mpp, the network is one of timm's with random weights, on patches of 224 px at 0.5 mpp. Each
 program runs in a process of its own, from its start to its last file, once on the first slide alone and once on all:
@@ -124,7 +124,7 @@ def row_of(name: str, rounds: list[tuple[Result, Result]], reference: Scores | N
         "cpu_s": cpu,
         "per_second": len(scores) / wall,
     }
-    row["further_per_second"] = further / further_s if further_s > 0 else None
+    row["further_per_second"] = further / further_s if further and further_s > 0 else None
     row["peak_mib"] = rounds[0][1]["peak_mib"]
     if reference is not None:
         same = sorted(reference.keys() & scores.keys())
@@ -137,7 +137,7 @@ def row_of(name: str, rounds: list[tuple[Result, Result]], reference: Scores | N
 def main() -> None:
     """Make slides, model and tiles, let the programs take turns, print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--slides", type=int, default=8)
+    parser.add_argument("--slides", type=int, default=4)
     parser.add_argument("--size", type=int, default=8192, help="side in pixels; made a whole number of tiles")
     parser.add_argument("--network", default="resnet18", help="any of timm's")
     parser.add_argument("--batch", type=int, default=64, help="patches a forward pass, of all programs")
