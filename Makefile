@@ -48,6 +48,7 @@ lint: .venv/installed
 bench-peers: .venv-peers/installed
 	.venv-peers/bin/python benchmarks/compare/stain.py
 	.venv-peers/bin/python benchmarks/compare/read.py
+	.venv-peers/bin/python benchmarks/compare/archive.py
 	.venv-peers/bin/python benchmarks/compare/stores.py
 	.venv-peers/bin/python benchmarks/compare/mil.py
 

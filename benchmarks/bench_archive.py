@@ -40,13 +40,14 @@ def write_slides(folder: Path, n: int, size: int) -> None:
 
 def write_model(folder: Path, network: str) -> None:
     """Write a model folder with random weights."""
-    import timm
     import torch
     from safetensors.torch import save_file
 
+    from wsi.nn.backbone import TimmNet
+
     torch.manual_seed(0)
     folder.mkdir()
-    net = timm.create_model(network, num_classes=2)
+    net = TimmNet(network, num_classes=2)
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, folder / "weights.safetensors")
     transform = [{"name": "ToTensor"}, {"name": "Normalize", "arguments": {"mean": [0.5] * 3, "std": [0.25] * 3}}]
     config = {"spec_version": "1.0", "architecture": network, "num_classes": 2, "class_names": ["no", "yes"]}

@@ -17,14 +17,14 @@ __version__ = "0.1.0"
 #: Loaded when first asked for: `import wsi` costs milliseconds.
 _HOME = {
     "Box": "units",
-    "Engine": "run",
-    "EngineConfig": "run",
+    "Engine": "engine",
+    "EngineConfig": "engine",
     "Heatmap": "heatmap",
     "MilModel": "nn.grade",
     "Mpp": "units",
     "PatchModel": "nn.patch",
     "PatchStore": "store",
-    "ScoreConfig": "run",
+    "ScoreConfig": "engine",
     "Slide": "slide",
     "TileConfig": "tile",
     "TileGrid": "grid",

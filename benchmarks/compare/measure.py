@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+LOOK_S = 0.2  # between two looks at a program's memory
 
 
 def machine() -> dict[str, str]:
@@ -46,6 +50,35 @@ def peak_mib() -> int | None:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), None)
+
+
+def watched(command: Sequence[str], environment: Mapping[str, str], log: Path) -> dict[str, Any]:
+    """Run a command: exit code, seconds by the wall and of CPU, peak memory (MiB) of it and its children together."""
+    begun = time.perf_counter()
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    peak = 0.0
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        peak = max(peak, _tree_mib(process.pid))
+        time.sleep(LOOK_S)
+    wall = time.perf_counter() - begun
+    process.returncode = os.waitstatus_to_exitcode(status)
+    cpu = usage.ru_utime + usage.ru_stime  # of the children that it waited for, too
+    return {"code": process.returncode, "wall_s": wall, "cpu_s": cpu, "peak_mib": peak or None}
+
+
+def _tree_mib(pid: int | str) -> float:
+    """Resident memory of a process and all below it; a page that n of them share is an nth of a page for each."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        own = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
+        tasks = list(Path(f"/proc/{pid}/task").glob("*/children"))
+        return own + sum(_tree_mib(child) for task in tasks for child in task.read_text().split())
+    except (OSError, StopIteration):  # it has ended
+        return 0.0
 
 
 def reason_of(error: BaseException) -> str:

@@ -147,7 +147,7 @@ def test_two_runs_at_once_share_the_slides(slides: Path, whole: Path, tmp_path: 
 
 def test_the_job_survives_the_journey() -> None:
     from wsi.archive.jobs import ScoreJob, TileJob, from_json, to_json
-    from wsi.run import EngineConfig, ScoreConfig
+    from wsi.engine import EngineConfig, ScoreConfig
     from wsi.tissue import TissueConfig
 
     for job in (

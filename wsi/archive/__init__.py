@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wsi.archive.cache import Cache
 from wsi.archive.claims import Claim, Claims
@@ -34,13 +33,11 @@ from wsi.archive.folder import (
 from wsi.archive.jobs import Job, ScoreJob, Task, TileJob
 from wsi.archive.slides import SUFFIXES, SlideRef, find_slides
 from wsi.archive.workers import Event, Here, Limits, Staff, Tell, Workers, default_threads
+from wsi.engine import EngineConfig, ScoreConfig
 from wsi.errors import OutputError, WsiError
 from wsi.result import read_result
 from wsi.slide import is_url
 from wsi.tile import TileConfig
-
-if TYPE_CHECKING:
-    from wsi.run import EngineConfig, ScoreConfig
 
 __all__ = [
     "ORDERS", "SUFFIXES", "Cache", "Event", "Limits", "SlideRef", "Summary", "default_threads", "find_slides",
@@ -137,8 +134,6 @@ def score_archive(
     >>> [row["slide"] for row in summary.failed]                                                    # doctest: +SKIP
     []
     """
-    from wsi.run import ScoreConfig
-
     job = ScoreJob(engine, config or ScoreConfig())
     staff = _staff(job, workers, scheduler, limits)
     return run(refs, Path(folder), job, staff, order=order, cache=cache, force=force, command=command, tell=tell)

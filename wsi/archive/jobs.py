@@ -8,20 +8,18 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from wsi import __version__
 from wsi.archive.claims import Claim, ClaimLost
 from wsi.archive.folder import Row
 from wsi.archive.slides import SlideRef
+from wsi.engine import EngineConfig, ScoreConfig
 from wsi.errors import OutputError, WsiError, is_output_error
 from wsi.result import Progress, SlideResult
 from wsi.slide import absolute
 from wsi.tile import TileConfig, estimate_tiled_bytes, tile_slide
 from wsi.tissue import TissueConfig
-
-if TYPE_CHECKING:
-    from wsi.run import EngineConfig, ScoreConfig  # torch, of which patch stores know nothing
 
 #: Seconds that a process which does slides may take to end well when it is told to.
 END_S = 3.0
@@ -75,7 +73,7 @@ class ScoreJob:
 
     def load(self) -> Ready:
         """Load the models; errors are those of ``load_patch_model`` and ``ScoreConfig.check``."""
-        from wsi.run import estimate_bytes, score_slide, triage
+        from wsi.run import estimate_bytes, score_slide, triage  # torch, which patch stores do without
 
         engine, config = self.engine.load(), self.config
         config.check(engine.model.config)
@@ -146,8 +144,6 @@ def from_json(said: dict[str, Any]) -> Job:
     config = {**said["config"], "tissue": TissueConfig(**said["config"]["tissue"])}
     if said["job"] == "TileJob":
         return TileJob(TileConfig(**config), said["threads"])
-    from wsi.run import EngineConfig, ScoreConfig
-
     config["positive"] = tuple(config["positive"])
     return ScoreJob(EngineConfig(**said["engine"]), ScoreConfig(**config))
 

@@ -27,9 +27,9 @@ def demo(
     import shapely
 
     from wsi.archive import SlideRef, default_threads, score_archive
+    from wsi.engine import EngineConfig
     from wsi.export.geojson import read_geojson
     from wsi.phantom import PhantomConfig, write_phantom
-    from wsi.run import EngineConfig
 
     slide = out / f"phantom-{size}-{seed}.tif"
     try:

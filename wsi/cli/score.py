@@ -97,7 +97,7 @@ def score(
       wsi score "archive/**/*.svs" --model idc-breast -o results --slide-timeout 3600 --max-memory 8GB
     """
     from wsi.archive import default_threads, find_slides, score_archive
-    from wsi.run import EngineConfig, ScoreConfig
+    from wsi.engine import EngineConfig, ScoreConfig
 
     refs = find_slides(slides, mpp)
     engine = EngineConfig(

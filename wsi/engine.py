@@ -1,0 +1,147 @@
+"""What a run is made of: its configuration, and the models that do it. Loads no torch before ``EngineConfig.load``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wsi.errors import GridError, ModelError, SlideError, StainError, StoreError
+from wsi.slide import DECODES, READERS
+from wsi.stain import METHODS, TARGETS
+from wsi.store import KINDS
+from wsi.tissue import TissueConfig
+
+if TYPE_CHECKING:
+    from wsi.nn.checkpoint import ModelConfig
+    from wsi.nn.grade import MilModel
+    from wsi.nn.patch import PatchModel
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What decides the numbers of a run; the same values on the same slide give the same bytes.
+
+    Attributes
+    ----------
+    positive : tuple of str
+        Classes that the heatmap shows; empty for those the model names.
+    threshold : float, optional
+        Probability from which a tile is positive; None for the model's own.
+    stride_px : int, optional
+        Distance between tiles in pixels at the model's mpp; None for tiles side by side.
+    min_tissue : float
+        Share of a tile's area that must be tissue for the tile to be scored; 0 scores every tile.
+    pixels : str
+        How the patches are kept in the store: "none", "zstd", "jpeg" or "verbatim" (see ``PatchStore.create``).
+    reader, decode : str
+        As for ``open_slide``.
+    stain : str, optional
+        Stain normalisation of what the model sees: "macenko", "vahadane", "ruifrok" or "reinhard"; fitted once a slide.
+    stain_target : str
+        A name in ``wsi.stain.TARGETS``, an image file, or a saved transform.
+    max_unreadable : float
+        Share of the tissue that may be undecodable: those tiles have no score; a slide with more fails.
+    tissue : TissueConfig
+    """
+
+    positive: tuple[str, ...] = ()
+    threshold: float | None = None
+    stride_px: int | None = None
+    min_tissue: float = 0.25
+    pixels: str = "none"
+    reader: str = "auto"
+    decode: str = "auto"
+    stain: str | None = None
+    stain_target: str = "veta"
+    max_unreadable: float = 0.01
+    tissue: TissueConfig = field(default_factory=TissueConfig)
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuse what no slide could be scored with: an unknown class or reader, a stride that is not positive."""
+        unknown = [name for name in self.positive if name not in model.class_names]
+        if unknown:
+            known = ", ".join(model.class_names)
+            raise ModelError(
+                f"positive={unknown[0]!r}", f"{model.folder.resolve().name} has no such class", f"Its classes: {known}"
+            )
+        if self.reader not in READERS:
+            raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+        if self.decode not in DECODES:
+            raise SlideError(f"decode={self.decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
+        if self.pixels not in KINDS:
+            raise StoreError(f"pixels={self.pixels!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
+        if self.stain is not None and self.stain not in METHODS:
+            raise StainError(f"stain={self.stain!r}", "no such method", f"Known methods: {', '.join(METHODS)}")
+        if self.stain_target not in TARGETS and not Path(self.stain_target).is_file():
+            known = ", ".join(TARGETS)
+            raise StainError(f"stain target {self.stain_target!r}", "no such target", f"Known: {known}; or name a file")
+        if self.stride_px is not None and self.stride_px < 1:
+            raise GridError(f"stride={self.stride_px}", "the stride must be at least 1 px")
+        for name, value in (
+            ("threshold", self.threshold),
+            ("min_tissue", self.min_tissue),
+            ("max_unreadable", self.max_unreadable),
+        ):
+            if value is not None and not 0 <= value <= 1:
+                raise GridError(f"{name}={value:g}", "must be from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The models of a run and how hard they may work; nothing here decides a number (see ``score_tiles``)."""
+
+    model: PatchModel
+    mil: MilModel | None = None
+    batch_size: int = 64
+    threads: int = 4
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Which models, and how hard they may work: what ``load`` makes an ``Engine`` of, here or in another process.
+
+    Attributes
+    ----------
+    model : str
+        A name, a folder, or "hf-hub:OWNER/NAME".
+    mil : str, optional
+        MIL head: a name, a folder, or "none"; default: the one inside the model's folder, if there is one.
+    device : {"auto", "cpu", "cuda"}
+    precision : {"auto", "float32", "bfloat16"}
+    torchscript : bool
+        Allow TorchScript weights: they run code.
+    batch_size : int
+        Patches a forward pass.
+    threads : int
+        Reader threads.
+
+    Examples
+    --------
+    >>> engine = EngineConfig("idc-breast", device="cpu").load()             # doctest: +SKIP
+    """
+
+    model: str
+    mil: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    torchscript: bool = False
+    batch_size: int = 64
+    threads: int = 4
+
+    def load(self) -> Engine:
+        """Load the models.
+
+        Raises
+        ------
+        ModelError
+            There is no such model, it is damaged, or the head is of another one.
+        """
+        from wsi.nn.grade import load_mil_model
+        from wsi.nn.patch import load_patch_model
+
+        model = load_patch_model(self.model, device=self.device, precision=self.precision, torchscript=self.torchscript)
+        inside = model.config.folder / "mil"
+        mil = str(inside) if self.mil is None and (inside / "config.json").is_file() else self.mil
+        head = None if mil in (None, "none") else load_mil_model(str(mil), model)
+        return Engine(model, head, batch_size=self.batch_size, threads=self.threads)
