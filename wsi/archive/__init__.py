@@ -357,6 +357,7 @@ class _Run:
         self._claims.release(claim)
         if not finished and lost:
             self._to_do.append(slide_id)
+            self._tell(Event("lost", slide_id))
         elif not finished:
             what = "was done, and its result cannot be read back"
             raise OutputError(self._folder / slide_id, what, "Look at the disk, and run the same command again")

@@ -206,9 +206,9 @@ def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
         progress(name, done, total)
 
     try:
+        watch("open", 0, 0)
         if task.question:
             return {"kind": "done", "value": float(ready.answers[task.question](task.ref))}
-        watch("open", 0, 0)
         ready.work(task.ref, own, watch)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, own.parent):
