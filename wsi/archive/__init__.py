@@ -252,7 +252,8 @@ class _Run:
         OutputError
             With the numbers.
         """
-        missing = [name for name in self._to_do if read_result(self._folder / name) is None]
+        missing = [name for name in self._to_do if not self._is_finished(name)]
+        self._to_do = deque(missing)
         free = shutil.disk_usage(self._folder).free
         sizes = [_file_bytes(self._refs[name]) for name in missing]
         if all(sizes) and free > _PLENTY * sum(sizes):

@@ -213,7 +213,7 @@ def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, own.parent):
             raise OutputError.of(error, own.parent) from error
-        if isinstance(error, ClaimLost):
+        if isinstance(error, ClaimLost | OutputError):
             raise
         return {"kind": "failed", "record": failure(task, stage or "open", error)}
     finally:
