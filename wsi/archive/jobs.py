@@ -225,6 +225,8 @@ def failure(task: Task, stage: str, error: Exception) -> Row:
     """Make a row of failures.csv of an exception; one that nobody foresaw shows its traceback."""
     if isinstance(error, WsiError):
         return failure_row(task, stage, f"{error.where}: {error.what}", error.remedy)
+    if isinstance(error, UnicodeEncodeError):
+        return failure_row(task, stage, f"{task.ref.path}: its path is not UTF-8 text", "Rename it")
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or "out of memory" in said.lower():
         return failure_row(task, stage, said, "Lower --batch-size or --threads, or use a machine with more memory")

@@ -75,7 +75,7 @@ def _bars(n_slides: int) -> Iterator[Tell]:
 
     console = Console(stderr=True)
     bars = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a slide's name may hold [brackets]
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[stage]}"),
