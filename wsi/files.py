@@ -72,7 +72,7 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Write indented JSON; NaN and infinity are refused."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # paths that are not UTF-8: as JSON escapes them
 
 
 def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -82,4 +82,4 @@ def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterab
     writer.writeheader()
     writer.writerows(rows)
     with replacing(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))

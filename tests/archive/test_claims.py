@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,3 +133,51 @@ def test_an_empty_or_spoilt_claim_is_waited_for_and_then_replaced(tmp_path: Path
             assert claims.take("a") is None  # its owner may be about to write
             clock.now += 61
             assert claims.take("a") is not None
+
+
+def test_an_owner_of_this_machine_that_sleeps_is_replaced_after_the_silence(tmp_path: Path) -> None:
+    clock = Clock()
+    with Claims(tmp_path, beat_s=1e9) as one, Claims(tmp_path, silence_s=60, clock=clock) as two:
+        claim = one.take("a")  # its process lives, and says nothing: stopped, or its disk hangs
+        assert two.take("a") is None
+        clock.now += 59
+        assert two.take("a") is None
+        clock.now += 2
+        taken = two.take("a")
+        assert claim is not None and taken is not None and taken.holds() and not claim.holds()
+
+
+def test_the_folder_may_go_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run ends, and removes the empty folder, just after we have seen that it is there."""
+    folder, mkdir, goes = tmp_path / "c", Path.mkdir, [True, True]
+
+    def made_and_gone(self: Path, *arguments: Any, **more: Any) -> None:
+        mkdir(self, *arguments, **more)
+        if self == folder and goes:
+            goes.pop()
+            folder.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", made_and_gone)
+    with Claims(folder) as claims:
+        claim = claims.take("a")
+        assert claim is not None and claim.holds() and not goes
+
+
+@pytest.mark.parametrize("function", ["os.listdir", "pathlib.Path.read_text"])
+def test_what_another_machine_removed_while_we_looked_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """NFS says ESTALE where a local disk says ENOENT."""
+
+    def stale(*_: Any, **__: Any) -> None:
+        patched.undo()
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with Claims(tmp_path) as one, Claims(tmp_path, beat_s=1e9) as two:
+        assert one.take("other") is not None
+        (tmp_path / "a.3").write_text("{}")
+        (tmp_path / "a.3").unlink() if function == "os.listdir" else None
+        with monkeypatch.context() as patched:
+            patched.setattr(function, stale)
+            claim = two.take("a")
+        assert claim is not None and claim.holds()

@@ -14,7 +14,9 @@ import pytest
 
 from tests.archive.make import CONFIG
 from tests.e2e.conftest import digest, rows
-from wsi.archive import Event, Limits, SlideRef, find_slides, tile_archive
+from wsi.archive import Event, Limits, SlideRef, find_slides, run, tile_archive
+from wsi.archive.jobs import TileJob
+from wsi.archive.workers import Workers, _environment
 from wsi.errors import OutputError, StoreError, WsiError
 from wsi.tile import TileConfig
 
@@ -57,12 +59,15 @@ def test_what_kills_a_worker_is_a_row_and_the_rest_go_on(
 
 
 def test_limits(slides: Path, tmp_path: Path, saboteur: None) -> None:
-    refs = bad(slides, tmp_path / "bad", "hang", "busy", "greedy")
-    summary = tile_archive(refs, tmp_path / "r", CONFIG, limits=Limits(seconds=8, memory_bytes=1 << 30))
+    refs = bad(slides, tmp_path / "bad", "hang", "busy")
+    summary = tile_archive(refs, tmp_path / "r", CONFIG, limits=Limits(seconds=8))
     assert [row["slide_id"] for row in summary.done] == ["s0", "s1"]
     said = {row["slide_id"]: row for row in summary.failed}
     assert "took more than 8 s" in said["hang"]["error"] and "--slide-timeout" in said["hang"]["remedy"]
     assert "took more than 8 s" in said["busy"]["error"] and said["busy"]["stage"] == "tiles"
+    refs = bad(slides, tmp_path / "worse", "greedy")
+    summary = tile_archive(refs, tmp_path / "r", CONFIG, limits=Limits(memory_bytes=1 << 30))
+    said = {row["slide_id"]: row for row in summary.failed}
     assert "1.00 are allowed" in said["greedy"]["error"] and "--max-memory" in said["greedy"]["remedy"]
 
 
@@ -155,3 +160,77 @@ def test_the_job_survives_the_journey() -> None:
         TileJob(CONFIG, 3),
     ):
         assert from_json(json.loads(json.dumps(to_json(job)))) == job
+
+
+def test_a_worker_that_is_killed_between_two_slides_costs_neither(slides: Path, whole: Path, tmp_path: Path) -> None:
+    def tell(event: Event) -> None:
+        if event.kind == "done" and event.slide_id == "s0":
+            os.kill(staff._workers[0]._process.pid, signal.SIGKILL)
+
+    staff = Workers(TileJob(CONFIG, 2), 1, Limits())
+    summary = run(find_slides([str(slides)]), tmp_path, TileJob(CONFIG, 2), staff, tell=tell)
+    assert [row["slide_id"] for row in summary.done] == ["s0", "s1"] and not summary.failed
+    assert digest(tmp_path) == digest(whole)
+
+
+def test_a_limit_met_in_the_last_moment_does_not_fail_the_next_slide(slides: Path, tmp_path: Path) -> None:
+    def tell(event: Event) -> None:
+        if event.stage == "finish" and event.slide_id == "s0":
+            while not staff._said.qsize():  # it has ended, which we have not heard yet
+                os.sched_yield()
+            staff._workers[0].check(Limits(seconds=0))
+
+    staff = Workers(TileJob(CONFIG, 2), 1, Limits())
+    summary = run(find_slides([str(slides)]), tmp_path, TileJob(CONFIG, 2), staff, tell=tell)
+    assert [row["slide_id"] for row in summary.done] == ["s0", "s1"] and not summary.failed
+
+
+def test_workers_that_begin_no_slide_end_the_run(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "path").mkdir()
+    code = "import os, wsi.archive.jobs as jobs\njobs.Task.from_json = lambda said: os._exit(9)"
+    (tmp_path / "path/sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    with pytest.raises(WsiError, match="before they begin a slide"):
+        tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG)
+
+
+def test_a_memory_limit_that_no_slide_could_keep_is_refused(slides: Path, tmp_path: Path) -> None:
+    with pytest.raises(WsiError, match="GiB before its first slide"):
+        tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, limits=Limits(memory_bytes=10 << 20))
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "expected"),
+    [(None, 2, "01010"), ("", 0, None), ("-1", 0, None), ("3,5", 2, "35353"), ("7", 1, "77777"), (None, 0, None)],
+)
+def test_each_worker_gets_a_gpu_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: int, expected: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    given = [_environment(number, 5, devices).get("CUDA_VISIBLE_DEVICES") for number in range(5)]
+    assert given == ([visible] * 5 if expected is None else list(expected))
+
+
+def test_a_worker_of_another_configuration_ends_the_run(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that finds no GPU would compute in another precision than the first."""
+    (tmp_path / "path").mkdir()
+    code = f"""
+import wsi.archive.jobs as jobs, os
+first = os.path.exists({str(tmp_path / "second")!r}) or open({str(tmp_path / "second")!r}, "w").close()
+load = jobs.TileJob.load
+def other(self):
+    ready = load(self)
+    ready.execution["device"] = "cpu" if first else "gpu"
+    return ready
+jobs.TileJob.load = other
+"""
+    (tmp_path / "path/sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setattr(Workers, "free", lambda self: len(self._workers) == 2 and self._workers[1].is_free)
+    with pytest.raises(WsiError, match="another execution than the first"):
+        tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=2)

@@ -265,7 +265,8 @@ class _Run:
         OutputError
             With the numbers.
         """
-        missing = [name for name in self._to_do if read_result(self._folder / name) is None]
+        missing = [name for name in self._to_do if not self._is_finished(name)]
+        self._to_do = deque(missing)
         free = shutil.disk_usage(self._folder).free
         sizes = [_file_bytes(self._refs[name]) for name in missing]
         if all(sizes) and free > _PLENTY * sum(sizes):
@@ -383,6 +384,7 @@ class _Run:
         self._claims.release(claim)
         if not finished and lost:
             self._to_do.append(slide_id)
+            self._tell(Event("lost", slide_id))
         elif not finished:
             what = "was done, and its result cannot be read back"
             raise OutputError(self._folder / slide_id, what, "Look at the disk, and run the same command again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -78,7 +79,7 @@ class Cache:
             shutil.rmtree(self._place(path), ignore_errors=True)
 
     def _place(self, path: str) -> Path:
-        return self._own / uuid.uuid5(uuid.NAMESPACE_URL, path).hex
+        return self._own / hashlib.sha256(os.fsencode(path)).hexdigest()
 
     def _copy(self, path: str) -> str | None:
         place = self._place(path)

@@ -2,17 +2,19 @@
 
 A claim is a file ``NAME.TOKEN``, made exclusively (``O_EXCL``: atomic on local disks and on NFS since version 3). The
 highest token of a name holds. Its owner writes a new beat into it every few seconds. Whoever wants the name takes
-the next token when the owner is dead: at once where its process is known to have ended on this machine, else after the
-file has stayed the same for a while *on the contender's own monotonic clock*. No two clocks are ever compared, so none
-can be wrong. A slow owner that wakes up finds a higher token, or its file gone, and gives up before it writes a result:
-the token is what Kleppmann calls a fencing token (2016, "How to do distributed locking").
+the next token when the owner is dead: at once where its process is known to have ended on this machine, else (it may
+be stopped) after the file has stayed the same for a while *on the contender's own monotonic clock*. No two clocks are
+ever compared, so none can be wrong. A slow owner that wakes up finds a higher token, or its file gone, and gives up
+before it writes a result: the token is what Kleppmann calls a fencing token (2016, "How to do distributed locking").
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import tempfile
 import threading
 import time
 import uuid
@@ -27,6 +29,7 @@ from typing import IO, Self
 BEAT_S, SILENCE_S = 10.0, 90.0
 
 _AGAIN_S = 0.05  # between two looks at a claim that is waited for
+_GONE = (errno.ENOENT, errno.ESTALE)  # ESTALE: removed by another machine while we looked (NFS)
 _BYTES = 512  # of a claim file, so that a beat is one write in place
 
 
@@ -78,7 +81,7 @@ class Claims:
     Attributes
     ----------
     began : float
-        When its first claim was made, in the file system's own time.
+        When the run began, in the file system's own time.
 
     Examples
     --------
@@ -106,7 +109,9 @@ class Claims:
         self._thread = threading.Thread(target=self._keep_beating, name="wsi-claims", daemon=True)
 
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._folder.parent) as mark:  # nothing is left of it, whatever happens
+            self.began = os.fstat(mark.fileno()).st_mtime
         self._thread.start()
         return self
 
@@ -131,16 +136,14 @@ class Claims:
         if highest and not self._is_dead(self._folder / f"{name}.{highest}"):
             return None
         path = self._folder / f"{name}.{highest + 1}"
-        self._folder.mkdir(exist_ok=True)  # a run that ended just now may have removed it
         try:
-            file = path.open("xb", buffering=0)
+            file = self._make(path)
         except FileExistsError:
             return None
         claim = Claim(str(path), uuid.uuid4().hex)
         with self._lock:
             self._held[claim] = file
         _write(file, claim.nonce, 0)
-        self.began = self.began or os.fstat(file.fileno()).st_mtime
         for token in tokens:
             (self._folder / f"{name}.{token}").unlink(missing_ok=True)
         if not claim.holds():  # someone was as quick, with a later token
@@ -175,6 +178,14 @@ class Claims:
                 with suppress(OSError):  # a lost claim shows when it is confirmed
                     _write(file, claim.nonce, time.monotonic_ns())
 
+    def _make(self, path: Path) -> IO[bytes]:
+        """Make a file that is not there; and the folder, which a run that ends may remove at any moment."""
+        for _ in range(100):
+            self._folder.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                return path.open("xb", buffering=0)
+        return path.open("xb", buffering=0)
+
     def _keep_beating(self) -> None:
         while not self._end.wait(self._beat_s):
             self.beat()
@@ -182,11 +193,14 @@ class Claims:
     def _is_dead(self, path: Path) -> bool:
         try:
             said = path.read_text(errors="replace")
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno in _GONE:
+                return True
+            raise
+        owner = _owner(said)
+        known = owner.get("host") == _host() and owner.get("began") is not None and owner.get("pid") is not None
+        if known and _began(int(owner["pid"])) != owner["began"]:
             return True
-        owner = _read(path)
-        if owner.get("host") == _host() and owner.get("began") is not None and owner.get("pid") is not None:
-            return _began(int(owner["pid"])) != owner["began"]
         now = self._clock()
         earlier, since = self._seen.get(path.name, ("", now))
         if said != earlier:
@@ -203,15 +217,24 @@ def _parts(name: str) -> tuple[str, int]:
 def _tokens(folder: Path, name: str) -> list[int]:
     try:
         found = [_parts(file) for file in os.listdir(folder)]  # noqa: PTH208
-    except FileNotFoundError:
-        return []
+    except OSError as error:
+        if error.errno in _GONE:
+            return []
+        raise
     return [token for head, token in found if head == name]
 
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return _owner(path.read_text(errors="replace"))
+    except OSError:
+        return {}
+
+
+def _owner(said: str) -> dict[str, str]:
+    try:
+        found = json.loads(said)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -39,6 +39,7 @@ CLAIMS = ".claims"
 #: Whoever writes run.json and the tables claims this name; no slide has it.
 BOOKS = ".books"
 _FAILURE = "failure.json"
+_MAX_STEM = 200  # bytes, of the 255 that file systems take
 _TABLES = ("slides.csv", "slides.parquet", "failures.csv")
 _OUR_FILES = ("run.json", *_TABLES)
 _FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")
@@ -49,6 +50,8 @@ Row = dict[str, Any]
 def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
     """Name each slide's results: the file's stem, with a hash of its place where another slide has that name.
 
+    Where the stem cannot be a folder's name (hidden, or so long that names made of it would be refused), likewise.
+
     A slide keeps the name under which `folder` already holds its results.
     """
     stems = [Path(ref.path.rstrip("/")).stem for ref in refs]
@@ -57,8 +60,10 @@ def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
     for ref, stem in zip(refs, stems, strict=True):
         earlier = _earlier(folder / stem)
         own = earlier is not None and earlier.get("slide") == absolute(ref.path)
-        if not own and (earlier is not None or count[stem.lower()] > 1 or stem in _OUR_FILES):
-            stem = f"{stem}-{hashlib.sha256(absolute(ref.path).encode()).hexdigest()[:8]}"
+        odd = stem in _OUR_FILES or stem[0] == "." or len(os.fsencode(stem)) > _MAX_STEM
+        if odd or (not own and (earlier is not None or count[stem.lower()] > 1)):
+            place = hashlib.sha256(os.fsencode(absolute(ref.path))).hexdigest()[:8]
+            stem = f"{stem.lstrip('.')[: _MAX_STEM // 4]}-{place}"
         ids.append(stem)
     return ids
 
@@ -242,7 +247,10 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> N
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
+    def cell(value: object) -> object:  # as in the CSV, where a path is not UTF-8
+        return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+    table = pyarrow.table({name: [cell(row.get(name)) for row in rows] for name in columns})
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
     with replacing(path) as file:

@@ -202,14 +202,14 @@ def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
         progress(name, done, total)
 
     try:
+        watch("open", 0, 0)
         if task.question:
             return {"kind": "done", "value": float(ready.answers[task.question](task.ref))}
-        watch("open", 0, 0)
         ready.work(task.ref, own, watch)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, own.parent):
             raise OutputError.of(error, own.parent) from error
-        if isinstance(error, ClaimLost):
+        if isinstance(error, ClaimLost | OutputError):
             raise
         return {"kind": "failed", "record": failure(task, stage or "open", error)}
     finally:
@@ -221,6 +221,8 @@ def failure(task: Task, stage: str, error: Exception) -> Row:
     """Make a row of failures.csv of an exception; one that nobody foresaw shows its traceback."""
     if isinstance(error, WsiError):
         return failure_row(task, stage, f"{error.where}: {error.what}", error.remedy)
+    if isinstance(error, UnicodeEncodeError):
+        return failure_row(task, stage, f"{task.ref.path}: its path is not UTF-8 text", "Rename it")
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or "out of memory" in said.lower():
         return failure_row(task, stage, said, "Lower --batch-size or --threads, or use a machine with more memory")

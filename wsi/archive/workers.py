@@ -24,6 +24,8 @@ from wsi.errors import WsiError
 
 #: Seconds between two looks at what workers use and how long they take.
 _LOOK_S = 0.25
+#: Workers in a row that end before they begin a slide: then it is not the slides.
+_IDLE_DEATHS = 3
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Event:
     Attributes
     ----------
     kind : str
-        "begin" (a slide), "stage" (it went on), "done", "failed", or "lost" (another run has taken it over).
+        "begin" (a slide), "stage" (it went on), "done", "failed", or "lost" (another run has taken it over, or
+        its worker ended before it began).
     slide_id : str
     stage : str
     done, total : int
@@ -144,6 +147,8 @@ class Workers:
         self._job, self._n, self._limits = job, n, limits
         self._said: queue.SimpleQueue[tuple[_Worker, dict[str, Any]]] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
+        self._first: dict[str, Any] = {}  # what the first worker told when it was ready
+        self._idle_deaths = 0
 
     def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """See ``Staff``. The first tells how many GPUs there are; the others load while it works."""
@@ -153,18 +158,19 @@ class Workers:
             raise WsiError("the worker process", f"ended while the models were loaded ({said['how']})", "See above")
         if said["kind"] == "refused":
             raise _error(said["error"])
-        first.is_ready = True
+        first.is_ready, self._first = True, said
+        first.check_idle(self._limits)
         for number in range(1, self._n or max(1, said["devices"])):
             self._begin(number)
         return said["configuration"], said["execution"]
 
     def free(self) -> bool:
         """See ``Staff``."""
-        return any(worker.is_ready and worker.task is None for worker in self._workers)
+        return any(worker.is_free for worker in self._workers)
 
     def give(self, task: Task) -> None:
         """See ``Staff``."""
-        next(worker for worker in self._workers if worker.is_ready and worker.task is None).give(task)
+        next(worker for worker in self._workers if worker.is_free).give(task)
 
     def wait(self, tell: Tell) -> None:
         """See ``Staff``."""
@@ -185,26 +191,34 @@ class Workers:
             worker.wait()
 
     def _begin(self, number: int) -> _Worker:
-        worker = _Worker(self._job, number, self._n or 1, self._said)
+        devices = self._first.get("devices", 0)
+        worker = _Worker(self._job, self._said, number, _environment(number, self._n or max(1, devices), devices))
         self._workers.append(worker)
         return worker
 
     def _hear(self, worker: _Worker, said: dict[str, Any], tell: Tell) -> None:
         kind, task = said["kind"], worker.task
         if kind == "ready":
+            for name in ("configuration", "execution"):
+                if said[name] != self._first[name]:  # results would depend on who does a slide
+                    what = f"has another {name} than the first: {said[name]}, not {self._first[name]}"
+                    raise WsiError("a worker process", what, "Name --device and --precision, or use fewer --workers")
             worker.is_ready = True
         elif kind == "refused":  # nothing can be written, or the models are gone
             raise _error(said["error"])
         elif kind == "stage":
-            worker.stage = said["stage"]
+            worker.stage, self._idle_deaths = said["stage"], 0
             tell(Event("stage", worker.slide_id, said["stage"], said["done"], said["total"]))
         elif kind == "died":
             self._workers.remove(worker)
             worker.stop()
-            if task is None:
-                raise WsiError("a worker process", f"ended without a slide ({said['how']})", "See above")
+            failure = worker.failure(said["how"])
+            self._idle_deaths += failure is None
+            if self._idle_deaths >= _IDLE_DEATHS:
+                raise WsiError("worker processes", f"end before they begin a slide ({said['how']})", "See above")
             self._begin(worker.number)
-            tell(Event("failed", task.slide_id, record=worker.failure(said["how"])))
+            if task is not None:
+                tell(Event("failed" if failure else "lost", task.slide_id, record=failure))
         elif task is not None:  # done, failed, lost
             worker.task = None
             tell(Event(slide_id=task.slide_id, **said))
@@ -213,8 +227,14 @@ class Workers:
 class _Worker:
     """One process, and what it is doing."""
 
-    def __init__(self, job: Job, number: int, of: int, said: queue.SimpleQueue[tuple[_Worker, dict[str, Any]]]) -> None:
-        self.number, self.is_ready, self.stage = number, False, "open"
+    def __init__(
+        self,
+        job: Job,
+        said: queue.SimpleQueue[tuple[_Worker, dict[str, Any]]],
+        number: int,
+        environment: dict[str, str],
+    ) -> None:
+        self.number, self.is_ready, self.stage = number, False, ""
         self.task: Task | None = None
         self._began = 0.0
         self._reason: tuple[str, str] | None = None
@@ -225,7 +245,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env=_environment(number, of),
+            env=environment,
         )
         self._send(to_json(job))
         self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
@@ -236,9 +256,14 @@ class _Worker:
         """Whom it is working on."""
         return self.task.slide_id if self.task else ""
 
+    @property
+    def is_free(self) -> bool:
+        """Whether it can be given a slide: not where it was killed just after it had ended one."""
+        return self.is_ready and self.task is None and self._reason is None
+
     def give(self, task: Task) -> None:
         """Hand it a slide."""
-        self.task, self.stage, self._began = task, "open", time.monotonic()
+        self.task, self.stage, self._began = task, "", time.monotonic()
         self._send(asdict(task))
 
     def check(self, limits: Limits) -> None:
@@ -254,13 +279,25 @@ class _Worker:
             what = f"took {used / 2**30:.2f} GiB of memory, {limits.memory_bytes / 2**30:.2f} are allowed"
             self._kill(what, "Lower --batch-size or --threads, or allow more with --max-memory")
 
-    def failure(self, how: str) -> Row:
-        """Say why it ended before its slide did."""
-        assert self.task is not None
+    def check_idle(self, limits: Limits) -> None:
+        """Refuse a limit that cannot be kept, or that no slide could keep."""
+        if limits.memory_bytes is None:
+            return
+        used, where = _resident_bytes(self._process.pid), f"max_memory={limits.memory_bytes / 2**30:.2f} GiB"
+        if not used:
+            raise WsiError(where, "this system does not tell what a process uses (no /proc)", "Leave --max-memory out")
+        if used > limits.memory_bytes:
+            what = f"a worker takes {used / 2**30:.2f} GiB before its first slide"
+            raise WsiError(where, what, "Allow more with --max-memory")
+
+    def failure(self, how: str) -> Row | None:
+        """Say why it ended before its slide did; None where the slide is not to blame, as it had not begun."""
+        if self.task is None or not (self.stage or self._reason):
+            return None
         crash = "A library crashed on this slide: try another --reader, or convert the slide"
         killed = "Something killed it, perhaps for want of memory: try --max-memory, or a smaller --batch-size"
         what, remedy = self._reason or (f"ended the worker process ({how})", killed if "KILL" in how else crash)
-        return failure_row(self.task, self.stage, f"{self.task.ref.path}: {what}", remedy)
+        return failure_row(self.task, self.stage or "open", f"{self.task.ref.path}: {what}", remedy)
 
     def stop(self) -> None:
         """Ask it to end: its stdin does."""
@@ -304,13 +341,12 @@ def _how(code: int) -> str:
         return f"signal {-code}"
 
 
-def _environment(number: int, of: int) -> dict[str, str]:
-    """Give each worker its own GPU, and its share of the cores."""
+def _environment(number: int, of: int, devices: int) -> dict[str, str]:
+    """Give each worker its own GPU of those that the first one sees, and its share of the cores."""
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # spinning threads starve each other on a busy machine
-    if number:
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else []
-        environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)] if devices else str(number)
+    if devices:
+        names = (environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))).split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = names[number % devices]
     if of > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, default_threads() // of)))
     return environment

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def watching(n_slides: int, *, quiet: bool, log: Path | None = None) -> Iterator[Tell]:
-    """Show a bar for slides and one for each that is worked on, and log; end well on Ctrl-C."""
+    """Show a bar for slides and one for each that is worked on, and log; end well on Ctrl-C and SIGTERM."""
     with ExitStack() as stack:
         told: list[Tell] = []
         if log is not None:
@@ -35,74 +37,113 @@ def watching(n_slides: int, *, quiet: bool, log: Path | None = None) -> Iterator
             for each in told:
                 each(event)
 
+        then = signal.signal(signal.SIGTERM, signal.default_int_handler)  # how clusters end a job: as by Ctrl-C
         try:
             yield tell
         except KeyboardInterrupt:
             stack.close()
             say("wsi: stopped; the same command goes on from here")
             raise typer.Exit(130) from None
+        finally:
+            signal.signal(signal.SIGTERM, then)
 
 
 @contextmanager
 def _logging(path: Path, n_slides: int) -> Iterator[Tell]:
-    try:
-        file = sys.stdout if str(path) == "-" else path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise OutputError.of(error, path) from error
-
-    def tell(event: Event) -> None:
-        said: dict[str, Any] = {"time": round(time.time(), 3), "slides": n_slides}
-        print(json.dumps(said | {key: value for key, value in asdict(event).items() if value}), file=file, flush=True)
-
     with ExitStack() as stack:
-        if file is not sys.stdout:
-            stack.enter_context(file)
+        try:
+            file = sys.stdout.buffer if str(path) == "-" else stack.enter_context(path.open("ab", buffering=0))
+        except OSError as error:
+            raise OutputError.of(error, path) from error
+
+        def tell(event: Event) -> None:
+            said: dict[str, Any] = {"time": round(time.time(), 3), "slides": n_slides}
+            said |= {key: value for key, value in asdict(event).items() if value}
+            try:
+                file.write(json.dumps(said).encode() + b"\n")
+                file.flush()
+            except OSError as error:  # or the results folder would be blamed
+                raise OutputError.of(error, path) from error
+
         yield tell
 
 
 @contextmanager
 def _bars(n_slides: int) -> Iterator[Tell]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
     console = Console(stderr=True)
     bars = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # a slide's name may hold [brackets]
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[stage]}"),
-        TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,  # a log file has no use for bars
     )
-    slides = bars.add_task("slides", total=n_slides, stage="")
+    slides = bars.add_task("slides", total=n_slides, stage="loading")
     running: dict[str, TaskID] = {}
-    first: dict[str, int] = {}  # tiles that an earlier run had done
-    tiles: dict[str, int] = {}
-    failed, begun = 0, time.monotonic()
+    pace = Pace(n_slides)
 
     def tell(event: Event) -> None:
-        nonlocal failed
         name = event.slide_id
         if event.kind in ("begin", "stage"):
             if name not in running:
                 running[name] = bars.add_task(name[:40], total=None, stage="open")
-            if event.kind == "stage":
-                bars.update(running[name], completed=event.done, total=event.total or None, stage=event.stage)
-            if event.stage == "tiles":
-                tiles[name] = event.done - first.setdefault(name, event.done)
-        else:
-            if name in running:
-                bars.remove_task(running.pop(name))
-            failed += event.kind == "failed"
-            bars.advance(slides, event.kind != "lost")
-        rate = sum(tiles.values()) / max(time.monotonic() - begun, 1e-9)
-        said = [f"{rate:,.0f} tiles/s"] if rate >= 1 else []
-        bars.update(slides, stage=", ".join([*said, *([f"{failed} failed"] if failed else [])]))
+            if event.stage:
+                bars.update(running[name], stage=event.stage)
+            if event.total:
+                bars.update(running[name], completed=event.done, total=event.total)
+        elif name in running:
+            bars.remove_task(running.pop(name))
+        bars.update(slides, stage=pace.tell(event), completed=pace.ended)
 
     with bars:
         yield tell
+
+
+class Pace:
+    """How fast a run is, and how long it will take: by what has ended since its first slide began, not before.
+
+    Parameters
+    ----------
+    n_slides : int
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(self, n_slides: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._left, self._clock = n_slides, clock
+        self._begun: float | None = None
+        self._tiles = self._worked = self._failed = self.ended = 0
+        self._running: dict[str, tuple[int, int, int]] = {}  # tiles that an earlier run had done, done now, of how many
+
+    def tell(self, event: Event) -> str:
+        """Note what happened, and say it in a few words."""
+        if event.kind == "begin" and self._begun is None:
+            self._begun = self._clock()
+        if event.total:
+            first = self._running.get(event.slide_id, (event.done,))[0]
+            self._running[event.slide_id] = first, event.done, event.total
+        if event.kind not in ("begin", "stage"):
+            first, done, _ = self._running.pop(event.slide_id, (0, 0, 0))
+            self._tiles += done - first
+        if event.kind in ("done", "failed"):
+            self.ended += 1
+            self._left -= 1
+            self._failed += event.kind == "failed"
+            self._worked += self._begun is not None
+        passed = 0.0 if self._begun is None else self._clock() - self._begun
+        rate = (self._tiles + sum(done - first for first, done, _ in self._running.values())) / max(passed, 1e-9)
+        parts = sum((done - first) / total for first, done, total in self._running.values())
+        said = [f"{rate:,.0f} tiles/s"] if passed and rate >= 1 else []
+        said += [f"{self._failed} failed"] if self._failed else []
+        if passed and self._worked + parts >= 0.1 and self._left:
+            left = timedelta(seconds=round(passed / (self._worked + parts) * max(0.0, self._left - parts)))
+            said.append(f"{left} left")
+        return ", ".join(said)
 
 
 def say(text: str, *, quiet: bool = False) -> None:
