@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.slide.make import halved, picture, write_jpeg_pyramid, write_pyramid
 from wsi.errors import SlideUnreadable, UnknownFormat
 from wsi.slide import open_slide
 from wsi.slide.source import Source
+from wsi.slide.tiff import _one_scan
 from wsi.units import Box
 
 
@@ -357,3 +359,36 @@ class TestSource:
         got = source.ranges([1_900_000, 10], [200_000, 20])
         assert [bytes(g) for g in got] == [content[1_900_000:], content[10:30]] and calls == [2]
         assert source.size == len(content) and source.read(5, 7) == content[5:12]
+
+
+def test_a_known_beginning_of_a_jpeg_promises_one_scan() -> None:
+    """Tiles that begin like one that was looked at are not counted again: libjpeg refuses what would come after."""
+    rgb = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    plain = simplejpeg.encode_jpeg(rgb, quality=80, colorspace="RGB", colorsubsampling="420")
+    known = _one_scan(plain)
+    assert known is not None and plain.startswith(known) and known.count(b"\xff\xda") == 1
+    scan = plain[plain.index(b"\xff\xda") : -2]
+    with pytest.raises(ValueError, match="more than one scan"):
+        simplejpeg.decode_jpeg(plain[:-2] + 500 * scan + plain[-2:])
+    for options in ({"progressive": True}, {"qtables": "web_low", "progressive": True}):
+        with io.BytesIO() as file:
+            Image.fromarray(rgb).save(file, "JPEG", **options)
+            assert _one_scan(file.getvalue()) is None
+    assert _one_scan(plain[:100]) is None and _one_scan(b"") is None
+
+
+def test_a_tile_of_another_size_among_others_is_damage(tmp_path: Path) -> None:
+    """Also after tiles that were right: the beginning is compared, and another one is looked at."""
+    rgb = picture(512, 512)
+    write_jpeg_pyramid(tmp_path / "a.tif", [rgb], 0.5)
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        page = tiff.pages[0]
+        start, length = page.dataoffsets[-1], page.databytecounts[-1]
+    sof = data.index(b"\xff\xc0", start, start + length)
+    data[sof + 5 : sof + 9] = (32).to_bytes(2, "big") * 2
+    (tmp_path / "a.tif").write_bytes(data)
+    with open_slide(tmp_path / "a.tif", "tiff") as slide:
+        slide.read(Box(0, 0, 64, 64), (64, 64))
+        with pytest.raises(SlideUnreadable, match="32 x 32"):
+            slide.read(Box(0, 0, 512, 512), (512, 512))
