@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from wsi.archive.cache import Cache
 from wsi.archive.claims import Claim, Claims
-from wsi.archive.folder import CLAIMS, Row, Tables, bind, read_failure, slide_ids, sweep, write_failure
+from wsi.archive.folder import CLAIMS, Row, Tables, bind, look_again, read_failure, slide_ids, sweep, write_failure
 from wsi.archive.jobs import Job, ScoreJob, Task, TileJob
 from wsi.archive.slides import SUFFIXES, SlideRef, find_slides
 from wsi.archive.workers import Event, Here, Limits, Staff, Tell, Workers, default_threads
@@ -315,7 +315,9 @@ class _Run:
         claim = self._claims.take(slide_id)
         if claim is None:
             self._to_do.append(slide_id)
-        elif self._is_finished(slide_id):  # it has ended between the two looks
+            return
+        look_again(self._folder / slide_id)
+        if self._is_finished(slide_id):  # it has ended between the two looks
             self._claims.release(claim)
         else:
             sweep(self._folder / slide_id)
@@ -354,6 +356,8 @@ class _Run:
         lost = event.kind == "lost" or not claim.holds()
         if event.record is not None and not lost:
             write_failure(self._folder / slide_id, event.record)
+        if not lost:  # whose worker may be another machine
+            look_again(self._folder / slide_id)
         finished = self._is_finished(slide_id)
         self._claims.release(claim)
         if not finished and lost:

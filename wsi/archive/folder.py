@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -125,6 +126,17 @@ def bind(
             raise ConfigMismatch(own, f"was made with the mask {given[0]}, now {given[1]} is asked for", remedy)
     about = {"configuration": identity, "command": list(command), "execution": execution, "versions": _versions()}
     write_json(path, {"use": "research only", **about})
+
+
+def look_again(own: Path) -> None:
+    """Make and remove a file in a slide's folder, so that NFS forgets that it saw no result there a moment ago.
+
+    For up to a minute it believes its own memory of names that were missing (nfs(5), acdirmax), and another machine may
+    have finished the slide since. Only for who has claimed the slide.
+    """
+    own.mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=own):
+        pass
 
 
 def sweep(own: Path) -> None:
