@@ -11,7 +11,7 @@ import pytest
 from tests.archive.make import CONFIG
 from tests.e2e.conftest import digest
 from wsi import archive
-from wsi.archive import Cache, Event, find_slides, tile_archive
+from wsi.archive import Cache, Event, SlideRef, find_slides, tile_archive
 
 
 def test_the_same_bytes_from_copies(slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +83,11 @@ def test_folders_of_slides_and_urls(tmp_path: Path) -> None:
         assert cache.fetch(str(tmp_path / "x.dcm")).result() is None  # one file of a series
         copy = cache.fetch(f"file://{tmp_path}/m.mrxs").result()
         assert copy is not None and Path(copy).read_bytes() == b"123"
+
+
+def test_an_address_that_nobody_knows_is_left_to_the_reader(slides: Path, tmp_path: Path) -> None:
+    """File systems of fsspec raise what they like: here ValueError, for want of credentials something else."""
+    refs = [SlideRef("nosuch://bucket/a.svs"), *find_slides([str(slides / "s0.svs")])]
+    summary = tile_archive(refs, tmp_path / "r", CONFIG, workers=0, cache=Cache(tmp_path / "c", 10**9))
+    assert [row["slide_id"] for row in summary.done] == ["s0"]
+    assert [row["slide"] for row in summary.failed] == ["nosuch://bucket/a.svs"]

@@ -181,3 +181,13 @@ def test_what_another_machine_removed_while_we_looked_is_free(
             patched.setattr(function, stale)
             claim = two.take("a")
         assert claim is not None and claim.holds()
+
+
+def test_claims_of_the_dead_that_nobody_wants_are_removed_in_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    with Claims(folder) as claims:
+        said = json.loads(self_said(folder, claims))
+        folder.mkdir(exist_ok=True)
+        (folder / "done.1").write_text(json.dumps(said | {"began": "1"}))
+        (folder / "elsewhere.1").write_text(json.dumps(said | {"host": "another machine"}))
+    assert [path.name for path in folder.iterdir()] == ["elsewhere.1"]

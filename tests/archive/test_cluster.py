@@ -9,8 +9,10 @@ import pytest
 
 from tests.archive.make import CONFIG
 from tests.e2e.conftest import digest, rows
-from wsi.archive import find_slides, tile_archive
+from wsi.archive import Event, SlideRef, find_slides, tile_archive
 from wsi.archive.claims import ClaimLost
+from wsi.archive.cluster import Cluster
+from wsi.archive.jobs import Task, TileJob
 from wsi.errors import OutputError, StoreError, WsiError
 from wsi.tile import TileConfig
 
@@ -72,3 +74,15 @@ def test_what_cannot_be_is_said_at_once(slides: Path, tmp_path: Path) -> None:
         tile_archive(refs, tmp_path / "r", TileConfig(pixels="gif"), scheduler="local")
     with pytest.raises(WsiError, match="cannot be reached"):
         tile_archive(refs, tmp_path / "r", CONFIG, scheduler="nonsense://nowhere")
+
+
+def test_a_slide_whose_worker_died_after_it_is_looked_at_again() -> None:
+    class Lost:
+        status = "lost"
+
+    told: list[Event] = []
+    cluster, future = Cluster(TileJob(CONFIG, 1), "local", 1), Lost()
+    cluster._running[future] = Task("a", SlideRef("a.svs"), "a")
+    cluster._ended.put(future)
+    cluster.wait(told.append)
+    assert told == [Event("lost", "a")]

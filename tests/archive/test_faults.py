@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from wsi import files
 from wsi.archive import find_slides, tile_archive
 from wsi.archive.claims import Claim
 from wsi.errors import OutputError
+from wsi.result import read_result
 from wsi.store import PatchStore
 
 
@@ -90,3 +92,26 @@ def test_half_written_files_of_a_killed_run_are_swept(slides: Path, tmp_path: Pa
     assert sorted(path.name for path in own.iterdir()) == ["result.json", "seconds.json", "store.zarr"]
     tables = ["failures.csv", "run.json", "slides.csv", "slides.parquet"]
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted([*tables, "s0"])
+
+
+def test_a_file_system_that_remembers_what_was_missing(
+    slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS does, until a file is made there by this machine: with Dask, another one writes the result."""
+    missing: set[Path] = set()
+
+    def remembering(own: Path) -> object:
+        found = None if own in missing else read_result(own)
+        if found is None:
+            missing.add(own)
+        return found
+
+    def made(dir: Path) -> object:
+        missing.discard(dir)
+        return make(dir=dir)
+
+    make = tempfile.TemporaryFile
+    monkeypatch.setattr("wsi.archive.read_result", remembering)
+    monkeypatch.setattr(tempfile, "TemporaryFile", made)
+    assert len(tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0).done) == 2
+    assert digest(tmp_path / "r") == digest(whole)

@@ -24,6 +24,7 @@ from wsi.archive.folder import (
     Row,
     Tables,
     bind,
+    look_again,
     read_failure,
     slide_ids,
     sweep,
@@ -336,7 +337,9 @@ class _Run:
         claim = self._claims.take(slide_id)
         if claim is None:
             self._to_do.append(slide_id)
-        elif self._is_finished(slide_id):  # it has ended between the two looks
+            return
+        look_again(self._folder / slide_id)
+        if self._is_finished(slide_id):  # it has ended between the two looks
             self._claims.release(claim)
         else:
             sweep(self._folder / slide_id)
@@ -380,6 +383,8 @@ class _Run:
                 raise OutputError(self._folder, what, "Mount it under the same path on all machines")
         if event.record is not None and not lost:
             write_failure(self._folder / slide_id, event.record)
+        if not lost:  # whose worker may be another machine
+            look_again(self._folder / slide_id)
         finished = self._is_finished(slide_id)
         self._claims.release(claim)
         if not finished and lost:

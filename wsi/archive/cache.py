@@ -94,7 +94,7 @@ class Cache:
             beside = Path(path).with_suffix("")
             if copy.suffix.lower() == ".mrxs" and beside.is_dir():
                 shutil.copytree(beside, copy.with_suffix(""))
-        except OSError:  # a full cache, or a slide that cannot be read: the reader will say so better
+        except Exception:  # noqa: BLE001 - a full cache, a slide that cannot be read: the reader will say so better
             shutil.rmtree(place, ignore_errors=True)
             return None
         return str(copy)
@@ -113,5 +113,5 @@ def _size(path: str) -> int | None:
         beside = Path(path).with_suffix("")
         parts = beside.rglob("*") if suffix == ".mrxs" and beside.is_dir() else ()
         return Path(path).stat().st_size + sum(part.stat().st_size for part in parts)
-    except OSError:
+    except Exception:  # noqa: BLE001 - fsspec's file systems raise what they like
         return None

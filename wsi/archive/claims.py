@@ -121,6 +121,9 @@ class Claims:
         for claim in list(self._held):
             self.release(claim)
         with suppress(OSError):  # others' claims are in it, or it is gone
+            for path in self._folder.iterdir():  # of who was killed just after its slide was done
+                if self._is_dead(path):
+                    path.unlink(missing_ok=True)
             self._folder.rmdir()
 
     def take(self, name: str) -> Claim | None:

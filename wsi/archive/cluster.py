@@ -108,6 +108,9 @@ class Cluster:
             said = future.result()
             tell(Event(slide_id=task.slide_id, **said))
             return
+        if future.status == "lost":  # with the worker that had done it, which the next slide has ended
+            tell(Event("lost", task.slide_id))
+            return
         error = future.exception() if future.status == "error" else None
         if error is None:
             raise WsiError(

@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -134,6 +135,17 @@ def sweep_books(folder: Path) -> None:
     for name in _OUR_FILES:
         for path in folder.glob(f".{name}.*.draft"):
             path.unlink(missing_ok=True)
+
+
+def look_again(own: Path) -> None:
+    """Make and remove a file in a slide's folder, so that NFS forgets that it saw no result there a moment ago.
+
+    For up to a minute it believes its own memory of names that were missing (nfs(5), acdirmax), and another machine may
+    have finished the slide since. Only for who has claimed the slide.
+    """
+    own.mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=own):
+        pass
 
 
 def sweep(own: Path) -> None:
