@@ -109,11 +109,11 @@ class TestSlides:
         )  # fmt: skip
         store = PatchStore.open(tmp_path / "r/store.zarr")
         numbers = json.loads((tmp_path / "r/result.json").read_text())
-        assert numbers == result.numbers and set(result.seconds) == {"grid", "tissue", "tiles"}
+        assert numbers == result.numbers and {"grid", "tissue", "tiles"} <= set(result.seconds)
         assert (numbers["n_tiles"], numbers["tile_px"], numbers["tile_mpp"]) == (len(store), TILE, 0.5)
         assert numbers["pixels"] == store.pixels == pixels and numbers["n_unreadable"] == 0 and numbers["flags"] == []
         assert 100 < len(store) < 22 * 18  # tissue only
-        assert told[-1] == ("tiles", len(store), len(store)) and store.missing() == []
+        assert told[-2:] == [("tiles", len(store), len(store)), ("finish", 0, 0)] and store.missing() == []
         if pixels in ("verbatim", "zstd"):
             for i in (0, 77, len(store) - 1):
                 np.testing.assert_array_equal(store.read([i])[0], slide.read(store.grid.box(i), (TILE, TILE)))

@@ -15,7 +15,7 @@ import numpy as np
 from wsi import __version__
 from wsi.errors import GridError, SlideError, StoreError
 from wsi.grid import TileGrid
-from wsi.result import Clock, Progress, SlideResult, rounded, write_result
+from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
 from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
 from wsi.store import KINDS, PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tiling import stream
@@ -146,7 +146,10 @@ def tile_slide(
                 "wsi_version": __version__,
             }
             store = PatchStore.resume(folder / "store.zarr", grid, {}, pixels=config.pixels, attributes=identity)
-            keep_tiles(slide, store, threads=threads, progress=lambda done: report(done, len(grid)))
+            keep_tiles(
+                slide, store, threads=threads, progress=lambda done: report(done, len(grid)), spent=clock.seconds
+            )
+            clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
         numbers = _numbers(slide, slide_id or folder.name, tissue, store, mpp)
         numbers["mask"] = mask and absolute(mask)
     result = SlideResult(numbers, clock.seconds)
@@ -201,7 +204,14 @@ def lay_grid(slide: Slide, config: TileConfig) -> TileGrid:
     return grid
 
 
-def keep_tiles(slide: Slide, store: PatchStore, *, threads: int, progress: Callable[[int], None] | None = None) -> None:
+def keep_tiles(
+    slide: Slide,
+    store: PatchStore,
+    *,
+    threads: int,
+    progress: Callable[[int], None] | None = None,
+    spent: dict[str, float] | None = None,
+) -> None:
     """Fill the missing pixels of a store, shard by shard: copied where it is verbatim, else read and encoded.
 
     Parameters
@@ -213,6 +223,8 @@ def keep_tiles(slide: Slide, store: PatchStore, *, threads: int, progress: Calla
         The bytes written do not depend on it.
     progress : callable, optional
         Called with the number of tiles done in all.
+    spent : dict, optional
+        Seconds of this thread are added under ``tiles_waiting`` (for patches), ``tiles_encode`` and ``tiles_write``.
 
     Raises
     ------
@@ -230,15 +242,19 @@ def keep_tiles(slide: Slide, store: PatchStore, *, threads: int, progress: Calla
         progress(done)
     chunks: list[bytes | None] = []
     runs = [store.tiles(shard) for shard in missing]
+    lap = Laps({} if spent is None else spent)
     with closing(stream(slide, store.grid, runs, batch_size=64, threads=threads)) as batches:
         for tiles, rgb, unreadable, _ in batches:
+            lap("tiles_waiting")
             encoded = store.encode(rgb, threads)
+            lap("tiles_encode")
             chunks += [None if bad else chunk for bad, chunk in zip(unreadable, encoded, strict=True)]
             if tiles.stop == store.tiles(missing[0]).stop:
                 shard = missing.pop(0)
                 store.write(shard, {"unreadable": np.array([chunk is None for chunk in chunks])})
                 store.keep(shard, chunks)
                 chunks = []
+                lap("tiles_write")
             done += len(tiles)
             if progress is not None:
                 progress(done)
