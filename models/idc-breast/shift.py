@@ -1,6 +1,6 @@
 """Does stain normalisation, or colour augmentation, help this classifier under the colours of other centres?
 
-    python models/idc-breast/shift.py --data ../shared/data --out /tmp/idc-shift
+    python models/idc-breast/shift.py --data ../shared/data --out idc-shift
 
 Read from top to bottom. Networks that differ in nothing but colour (augmented or not, normalised or not) are trained
 on the training patients, then scored on patients they did not see, in those patients' own colours and in those of

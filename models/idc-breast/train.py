@@ -1,6 +1,6 @@
 """Train and measure the breast IDC patch classifier. Read from top to bottom; it is all here.
 
-    python models/idc-breast/train.py --data ../shared/data --out /tmp/idc-breast
+    python models/idc-breast/train.py --data ../shared/data --out idc-breast-new
 
 Input: 50 x 50 px H&E patches at about 4 um/px in two zips. Output, in --out: weights.safetensors, config.json
 and figures.json. Patients, never patches, are divided into train, validation and test by a hash of their

@@ -1,6 +1,6 @@
 """Train and measure the MIL head of the breast IDC model: is there IDC among these tiles, and in which ones?
 
-    python models/idc-breast/mil/train.py --data ../shared/data --out /tmp/idc-mil
+    python models/idc-breast/mil/train.py --data ../shared/data --out idc-mil
 
 Only the label of a bag is used. A bag stands for a slide: tiles of one patient, all non-IDC (negative) or
 with some IDC among them (positive). Bags come in pairs: beside each positive bag there is a negative one of

@@ -1,0 +1,279 @@
+"""The walk of a run: bind the folder, then claim a slide, hand it to the staff, and write down what became of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from wsi.archive.cache import Cache
+from wsi.archive.claims import Claim, Claims
+from wsi.archive.folder import (
+    BOOKS,
+    CLAIMS,
+    Row,
+    Tables,
+    bind,
+    look_again,
+    read_failure,
+    slide_ids,
+    sweep,
+    sweep_books,
+    write_failure,
+)
+from wsi.archive.jobs import Job, Task
+from wsi.archive.slides import SlideRef
+from wsi.archive.workers import Event, Staff, Tell
+from wsi.errors import OutputError, WsiError
+from wsi.result import read_result
+from wsi.slide import is_url
+
+#: Ways to order slides.
+ORDERS = ("given", "size", "triage")
+#: Slides that the space needed for results is judged by.
+_SAMPLE = 8
+#: Free space, in sizes of the slides themselves, that holds the results of any job.
+_PLENTY = 20
+#: Slides that are copied ahead.
+_AHEAD = 2
+#: Claims that a worker may fail to see (a network file system may be slow to show them) before the run is ended.
+_UNSEEN = 10
+
+
+@dataclass
+class Summary:
+    """What became of a run's slides: rows of slides.csv and of failures.csv, in the order given."""
+
+    done: list[Row] = field(default_factory=list)
+    failed: list[Row] = field(default_factory=list)
+
+
+def nobody(event: Event) -> None:
+    """Be told, and say nothing."""
+
+
+def run(
+    refs: Sequence[SlideRef],
+    folder: Path,
+    job: Job,
+    staff: Staff,
+    *,
+    order: str = "given",
+    cache: Cache | None = None,
+    force: bool = False,
+    command: Sequence[str] = (),
+    tell: Tell = nobody,
+) -> Summary:
+    """Do `job` to slides, by `staff`, into a results folder that other runs may be working on too."""
+    if order not in ORDERS:
+        raise WsiError(f"order={order!r}", "no such order", f"Known: {', '.join(ORDERS)}")
+    try:
+        configuration, execution = staff.start()
+        folder.mkdir(parents=True, exist_ok=True)
+        ids = slide_ids(refs, folder)
+        tables = Tables(folder, job.columns, job.status, dict(zip(ids, refs, strict=True)))
+        with Claims(folder / CLAIMS) as claims, cache or nullcontext():
+            with claims.holding(BOOKS):
+                sweep_books(folder)
+                bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
+            try:
+                work = _Run(folder, dict(zip(ids, refs, strict=True)), staff, claims, tables, cache, tell)
+                work.sort(order)
+                work.weigh()
+                rows = work.go()
+            finally:
+                staff.stop()  # before the claims are given back
+                with claims.holding(BOOKS):
+                    sweep_books(folder)
+                    tables.write(last=True)
+    except OSError as error:
+        if isinstance(error, WsiError):
+            raise
+        raise OutputError.of(error, folder) from error
+    finally:
+        staff.stop()
+    summary = Summary()
+    for slide_id in ids:
+        kind, row = rows[slide_id]
+        (summary.done if kind == "done" else summary.failed).append(row)
+    return summary
+
+
+def _file_bytes(ref: SlideRef) -> int:
+    """Size of a slide's file; 0 where that is not known."""
+    return 0 if is_url(ref.path) or not Path(ref.path).exists() else Path(ref.path).stat().st_size
+
+
+class _Run:
+    """The books of one run: which slides are to do, who is doing which, and what became of the others."""
+
+    def __init__(
+        self,
+        folder: Path,
+        refs: dict[str, SlideRef],
+        staff: Staff,
+        claims: Claims,
+        tables: Tables,
+        cache: Cache | None,
+        tell: Tell,
+    ) -> None:
+        self._folder, self._refs, self._staff, self._claims = folder, refs, staff, claims
+        self._tables, self._cache, self._tell = tables, cache, tell
+        self._to_do = deque(refs)
+        self._coming: dict[str, Future[str | None]] = {}  # claimed, and being copied
+        self._unseen = 0
+        self._doing: dict[str, Claim] = {}
+        self._rows: dict[str, tuple[str, Row]] = {}
+
+    def sort(self, order: str) -> None:
+        """Put the slides in order; one that cannot be asked comes last."""
+        if order == "size":
+            sizes = {name: _file_bytes(ref) for name, ref in self._refs.items()}
+            self._to_do = deque(sorted(self._to_do, key=lambda name: -sizes[name]))
+        elif order == "triage":
+            found = self._ask("triage", [name for name in self._to_do if not self._is_finished(name)])
+            self._to_do = deque(sorted(found, key=lambda name: -(found[name] or 0.0)))
+
+    def weigh(self) -> None:
+        """Refuse to begin where the disk cannot hold the results, judged by a few slides.
+
+        Raises
+        ------
+        OutputError
+            With the numbers.
+        """
+        missing = [name for name in self._to_do if not self._is_finished(name)]
+        self._to_do = deque(missing)
+        free = shutil.disk_usage(self._folder).free
+        sizes = [_file_bytes(self._refs[name]) for name in missing]
+        if all(sizes) and free > _PLENTY * sum(sizes):
+            return
+        sample = missing[:: -(-len(missing) // _SAMPLE) or 1]
+        answers = [value for value in self._ask("bytes", sample).values() if value is not None]
+        needed = sum(answers) / len(answers) * len(missing) if answers else 0.0
+        if needed > free:
+            what = f"has {free / 1e9:.3g} GB free, and {len(missing)} slides need about {needed / 1e9:.3g} GB"
+            raise OutputError(self._folder, what, "Make room, choose another folder with -o, or keep less (--pixels)")
+
+    def _ask(self, question: str, names: Sequence[str]) -> dict[str, float | None]:
+        """Ask something of slides that is not to be written down; None where that fails, as doing it will too."""
+        waiting, found = deque(names), dict.fromkeys(names, None)
+        failed: Row | None = None
+
+        def hear(event: Event) -> None:
+            nonlocal failed
+            if event.kind != "stage":
+                found[event.slide_id] = event.value
+                failed = event.record or failed
+                asked.remove(event.slide_id)
+
+        asked: set[str] = set()
+        while waiting or asked:
+            while waiting and self._staff.free():
+                name = waiting.popleft()
+                asked.add(name)
+                self._staff.give(Task(name, self._refs[name], str(self._folder / name), question=question))
+            self._staff.wait(hear)
+        if failed is not None and all(value is None for value in found.values()) and question == "triage":
+            raise WsiError(failed["slide"], f"no slide can be judged beforehand: {failed['error']}", failed["remedy"])
+        return found
+
+    def go(self) -> dict[str, tuple[str, Row]]:
+        """Go on until every slide is done or failed, here or in another run; return their rows."""
+        while self._to_do or self._doing:
+            self._give()
+            for _ in range(len(self._to_do)):
+                if not self._may_claim(self._to_do[0]):
+                    break
+                self._claim(self._to_do.popleft())
+                self._give()
+            self._write_tables()  # while the staff is at work
+            if self._to_do or self._doing:
+                self._staff.wait(self._hear)
+        return self._rows
+
+    def _write_tables(self) -> None:
+        """Write the tables where that is due, and no other run is at it."""
+        if self._tables.is_due() and (claim := self._claims.take(BOOKS)) is not None:
+            try:
+                self._tables.write()
+            finally:
+                self._claims.release(claim)
+
+    def _may_claim(self, slide_id: str) -> bool:
+        """Whether a slide can be handed out at once; or, with a cache, be copied meanwhile."""
+        if self._cache is None:
+            return self._staff.free()
+        return len(self._coming) < _AHEAD and self._cache.has_room(self._refs[slide_id].path)
+
+    def _claim(self, slide_id: str) -> None:
+        """Claim a slide; or note what it has come to, or put it back for later while another run has it."""
+        if self._is_finished(slide_id):
+            return
+        claim = self._claims.take(slide_id)
+        if claim is None:
+            self._to_do.append(slide_id)
+            return
+        look_again(self._folder / slide_id)
+        if self._is_finished(slide_id):  # it has ended between the two looks
+            self._claims.release(claim)
+        else:
+            sweep(self._folder / slide_id)
+            self._doing[slide_id] = claim
+            near: Future[str | None] = Future()
+            near.set_result(None)
+            self._coming[slide_id] = self._cache.fetch(self._refs[slide_id].path) if self._cache else near
+
+    def _give(self) -> None:
+        """Hand out what is claimed and near."""
+        for slide_id, copy in list(self._coming.items()):
+            if copy.done() and self._staff.free():
+                del self._coming[slide_id]
+                self._tell(Event("begin", slide_id))
+                ref = replace(self._refs[slide_id], local=copy.result())
+                self._staff.give(Task(slide_id, ref, str(self._folder / slide_id), self._doing[slide_id]))
+
+    def _is_finished(self, slide_id: str) -> bool:
+        """Whether there is a result, or another run has failed on it since this one began."""
+        own = self._folder / slide_id
+        if (result := read_result(own)) is not None:
+            self._note("done", slide_id, self._tables.row(result))
+        elif (failure := read_failure(own, since=self._claims.began)) is not None:
+            self._note("failed", slide_id, failure)
+        return slide_id in self._rows
+
+    def _hear(self, event: Event) -> None:
+        """Write down what the staff tells."""
+        slide_id = event.slide_id
+        if event.kind == "stage":
+            self._tell(event)
+            return
+        claim = self._doing.pop(slide_id)
+        if self._cache is not None:
+            self._cache.drop(self._refs[slide_id].path)
+        lost = event.kind == "lost" or not claim.holds()
+        if event.kind == "lost" and claim.holds():  # it was not, as far as can be seen from here
+            self._unseen += 1
+            if self._unseen > _UNSEEN:
+                what = "is not seen by a worker as it is seen here: claims made in it are not there"
+                raise OutputError(self._folder, what, "Mount it under the same path on all machines")
+        if event.record is not None and not lost:
+            write_failure(self._folder / slide_id, event.record)
+        if not lost:  # whose worker may be another machine
+            look_again(self._folder / slide_id)
+        finished = self._is_finished(slide_id)
+        self._claims.release(claim)
+        if not finished and lost:
+            self._to_do.append(slide_id)
+            self._tell(Event("lost", slide_id))
+        elif not finished:
+            what = "was done, and its result cannot be read back"
+            raise OutputError(self._folder / slide_id, what, "Look at the disk, and run the same command again")
+
+    def _note(self, kind: str, slide_id: str, row: Row) -> None:
+        self._rows[slide_id] = kind, row
+        self._tell(Event(kind, slide_id, record=row))
