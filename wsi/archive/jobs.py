@@ -25,8 +25,8 @@ from wsi.tissue import TissueConfig
 #: Seconds that a process which does slides may take to end well when it is told to.
 END_S = 3.0
 
-#: Slides after which what they left in cycles is collected: matplotlib leaves 6 MB a slide, of so few objects that Python
-#: would wait for hundreds; looking takes 9 ms.
+#: Slides after which what they left in cycles is collected: matplotlib leaves 6 MB a slide, of so few objects that
+#: Python would wait for hundreds; looking takes 9 ms.
 _COLLECT = 8
 _performed = itertools.count(1)
 
