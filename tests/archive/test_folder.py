@@ -32,7 +32,7 @@ def test_names_that_are_not_utf_8(slides: Path, tmp_path: Path, workers: int) ->
     try:
         Path(os.fsdecode(folder + b"/b\xffd.svs")).write_bytes(b"no slide")
     except OSError:
-        pytest.skip("the file system takes UTF-8 alone")
+        pytest.skip("this file system refuses names that are not UTF-8 (APFS does): there can be no such slide")
     shutil.copy(slides / "s0.svs", os.fsdecode(folder + b"/g\xffd.svs"))
     cache = Cache(tmp_path / "c", 10**9)
     summary = tile_archive(find_slides([str(tmp_path / "s")]), tmp_path / "r", CONFIG, workers=workers, cache=cache)

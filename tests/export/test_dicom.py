@@ -16,7 +16,7 @@ from wsi.export.dicom import export_dicom
 from wsi.export.rasters import slide_raster
 from wsi.scored import scored_slides
 
-needs_highdicom = pytest.mark.skipif(importlib.util.find_spec("highdicom") is None, reason="highdicom is not installed")
+needs_highdicom = pytest.mark.skipif(importlib.util.find_spec("highdicom") is None, reason="needs the extra 'dicom'")
 
 
 def results_of(slide: Path, folder: Path) -> None:

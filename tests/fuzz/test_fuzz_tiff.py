@@ -45,7 +45,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux knows them")
+@pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer limits memory by RLIMIT_AS, which Linux alone keeps")
 def test_planted_faults_are_seen_and_cut_down() -> None:
     done = subprocess.run([sys.executable, "-c", PLANTED], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from wsi import native
 from wsi.native import twin
 
-needs_compiled = pytest.mark.skipif(not native.HAVE_CPU, reason="installed without a C++ compiler")
+needs_compiled = pytest.mark.skipif(
+    not native.HAVE_CPU,
+    reason="no C++ compiler: the twin has no kernel to agree with",
+)
 
 
 def literal(source: np.ndarray, edges_y: list[int], edges_x: list[int]) -> np.ndarray:

@@ -16,7 +16,10 @@ from wsi.stain.statistics import LabStatistics, Stains
 from wsi.stain.transform import od_tables, sparse_tables
 from wsi.stain.vahadane import sparse_amounts
 
-needs_compiled = pytest.mark.skipif(not native.HAVE_CPU, reason="installed without a C++ compiler")
+needs_compiled = pytest.mark.skipif(
+    not native.HAVE_CPU,
+    reason="no C++ compiler: the twin has no kernel to agree with",
+)
 IDENTITY = LabStatistics((60.0, 20.0, -10.0), (10.0, 6.0, 7.0))
 KERNELS = ["od_map", "sparse_map", "lab_map"]
 

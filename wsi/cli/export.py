@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,12 +67,8 @@ def qupath(
         key=_key(pseudonymise),
     )
     out = out or results / "qupath"
-    try:
+    with _writing(out):
         rows = export_qupath(results, out, config)
-    except OSError as error:
-        if isinstance(error, WsiError):
-            raise
-        raise OutputError.of(error, out) from error
     _tell(rows, as_json)
     where = out / ("project.qpproj" if config.key is None else "scripts")
     say(f"{len(rows)} slides: {where}; in QuPath: Automate > Project scripts > import_wsi > Run")
@@ -167,12 +165,8 @@ def png(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = 
 def _rasters(kind: str, results: Path, out: Path, key: Path | None, as_json: bool, version: str = "0.5") -> None:
     from wsi.export.rasters import export_rasters
 
-    try:
+    with _writing(out):
         rows = export_rasters(results, out, kind, version=version, key=_key(key))
-    except OSError as error:
-        if isinstance(error, WsiError):
-            raise
-        raise OutputError.of(error, out) from error
     _tell(rows, as_json)
     say(f"{sum(row['size_px'] is not None for row in rows)} of {len(rows)} slides: {out}")
 
@@ -190,12 +184,8 @@ def anndata(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJso
 def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool) -> None:
     from wsi.export.bags import export_bags
 
-    try:
+    with _writing(out):
         rows = export_bags(results, out, layout, key=_key(key))
-    except OSError as error:
-        if isinstance(error, WsiError):
-            raise
-        raise OutputError.of(error, out) from error
     _tell(rows, as_json)
     say(f"{sum(row['tiles'] > 0 for row in rows)} of {len(rows)} slides: {out}")
 
@@ -211,14 +201,21 @@ def dicom(results: Results, out: Out, as_json: AsJson = False) -> None:
     """
     from wsi.export.dicom import export_dicom
 
-    try:
+    with _writing(out):
         rows = export_dicom(results, out)
-    except OSError as error:
-        if isinstance(error, WsiError):
-            raise
-        raise OutputError.of(error, out) from error
     _tell(rows, as_json)
     say(f"{sum(row['tiles'] > 0 for row in rows)} of {len(rows)} slides: {out}")
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turn what a disk says into a line that names `out`."""
+    try:
+        yield
+    except WsiError:
+        raise
+    except OSError as error:
+        raise OutputError.of(error, out) from error
 
 
 def _key(path: Path | None) -> bytes | None:
