@@ -1,6 +1,6 @@
 """Stain normalisation: megapixels a second, beside memcpy and the NumPy twin measured in the same run.
 
-    python benchmarks/bench_stain.py --tiles 64 --repeats 7
+    python benchmarks/bench_stain.py --repeats 7
 
 A thread takes its own tiles; the best of several repeats counts. One thread is timed by the CPU seconds it used, so
 that other programs disturb less; several threads by the wall.
@@ -54,7 +54,7 @@ def seconds(work: Work, n: int, threads: int, repeats: int) -> float:
 def main() -> None:
     """Print a row for each kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=int, default=64)
+    parser.add_argument("--tiles", type=int, default=256)
     parser.add_argument("--tile-px", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

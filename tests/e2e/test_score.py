@@ -392,6 +392,7 @@ class TestBadInput:
             wsi("score", tmp_path / "blank.svs", "-m", model, "-o", tmp_path / "s", "-q", "--stain", "macenko")[0] == 0
         )
         assert rows(tmp_path / "s/slides.csv")[0]["flags"] == "no-tissue stain-fallback"
+        assert PatchStore.open(tmp_path / "s/blank/store.zarr").attributes["stain"]["fallback"] == "blank"
         assert code == 0 and row["flags"] == "no-tissue" and row["n_tiles"] == "0"
         assert row["grade"] == row["positive_mm2"] == row["prob_tumour"] == ""
         result = json.loads((tmp_path / "r/blank/result.json").read_text())
