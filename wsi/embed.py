@@ -18,7 +18,7 @@ import numpy.typing as npt
 from wsi import __version__
 from wsi.errors import ModelError, StoreError
 from wsi.nn.grade import MilModel
-from wsi.nn.patch import PatchModel
+from wsi.nn.patch import PatchModel, pass_size
 from wsi.result import Clock, Progress, SlideResult, rounded
 from wsi.slide import open_slide
 from wsi.store import PatchStore
@@ -49,7 +49,7 @@ def embed_slide(
     encoder : PatchModel
         As ``load_encoder`` gives it.
     batch_size : int
-        Patches a forward pass; the last is filled up.
+        Patches a forward pass; the last are filled up to a power of two.
     threads : int
         Reading and decoding at a time.
     slide_path : str, optional
@@ -191,9 +191,10 @@ def _fill(
     features: list[Any] = []
     marks: list[Any] = []
     for tiles, rgb, unreadable in batches:
+        filled = pass_size(len(rgb), batch_size)
         full[: len(rgb)] = rgb
-        full[len(rgb) :] = 0
-        found = encoder(full).features[: len(rgb)]
+        full[len(rgb) : filled] = 0
+        found = encoder(full[:filled]).features[: len(rgb)]
         features.append(np.where(unreadable[:, None], np.nan, found))
         marks.append(unreadable)
         done += len(rgb)

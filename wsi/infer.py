@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsi.nn.patch import PatchModel
+from wsi.nn.patch import PatchModel, pass_size
 from wsi.result import Laps
 from wsi.slide import Slide
 from wsi.stain import StainTransform
@@ -59,10 +59,10 @@ def score_tiles(
     Notes
     -----
     Bytes become the network's input in one pass (``StainTransform.tensor``: stains, mean and std, dtype, layout), by
-    the identity where no stains are normalised. Every forward pass sees a batch of exactly `batch_size` (the last is
-    filled up), since convolution kernels are chosen by shape. The same configuration gives the same bytes. Another
-    batch size, another number of torch threads or another CPU may differ in the last bits: 2e-5 in float32 and 2e-2 in
-    bfloat16 bound what was seen of probabilities.
+    the identity where no stains are normalised. Convolution kernels are chosen by shape, so every forward pass sees
+    `batch_size` patches, and the last of a shard as many as are left, filled up to a power of two: the same
+    configuration gives the same bytes. Another batch size, another number of torch threads or another CPU may differ
+    in the last bits: 2e-5 in float32 and 2e-2 in bfloat16 bound what was seen of probabilities.
     """
     kept = {"pixels"} if store.pixels in ("zstd", "jpeg") else set()
     wanted = ["probabilities", *(["features"] if "features" in store.arrays else []), *kept]
@@ -87,9 +87,10 @@ def score_tiles(
                 progress(done)
             tiles_rgb: Any = model.upload(rgb) if placed.device == "cuda" else rgb
             placed.tensor(tiles_rgb, mean, std, x[: len(rgb)], dtype=model.input_dtype)
-            x[len(rgb) :] = 0
+            filled = pass_size(len(rgb), batch_size)
+            x[len(rgb) : filled] = 0
             lap("tiles_stain")
-            scores = model.score(x)
+            scores = model.score(x[:filled])
             lap("tiles_forward")
             parts["unreadable"].append(unreadable)
             parts["probabilities"].append(_null(scores.probabilities[: len(rgb)], unreadable))

@@ -94,7 +94,9 @@ def score_slide(
     slide_id = slide_id or folder.name
     clock = Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode, local=local) as slide:
+    with clock.stage("open"):
+        opened = open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode, local=local)
+    with opened as slide:
         with clock.stage("tissue"):
             tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
         with clock.stage("stain"):

@@ -128,7 +128,9 @@ def tile_slide(
     folder = Path(folder)
     clock = Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
-    with open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode, local=local) as slide:
+    with clock.stage("open"):
+        opened = open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode, local=local)
+    with opened as slide:
         with clock.stage("grid"):
             grid = lay_grid(slide, config)
         with clock.stage("tissue"):

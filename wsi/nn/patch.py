@@ -46,6 +46,20 @@ class PatchScores(NamedTuple):
     probabilities: npt.NDArray[np.float32]
 
 
+def pass_size(n: int, batch_size: int) -> int:
+    """How many patches a forward pass takes where n are to be scored: the next power of two, at most `batch_size`.
+
+    Convolution kernels are chosen by shape: with few shapes, which depend on nothing but the slide's tiles and
+    `batch_size`, the same tile always gives the same bytes; and the rest of a slide does not cost a whole batch.
+
+    Examples
+    --------
+    >>> [pass_size(n, 48) for n in (1, 5, 33, 48)]
+    [1, 8, 48, 48]
+    """
+    return min(batch_size, 1 << (n - 1).bit_length())
+
+
 class PatchModel:
     """A patch classifier ready to run.
 
