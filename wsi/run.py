@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import shapely
+from skimage.filters import threshold_otsu
 
 from wsi import __version__
 from wsi.engine import Engine, ScoreConfig
@@ -29,7 +30,9 @@ from wsi.nn.grade import SlideGrade, pick_class
 from wsi.result import Clock, Progress, SlideResult, rounded, write_result
 from wsi.sheet import save_sheet
 from wsi.slide import Slide, absolute, open_slide
-from wsi.stain import StainTransform, fit
+from wsi.stain import FitConfig, StainTransform, fit
+from wsi.stain.pixels import density_of
+from wsi.stain.ruifrok import EOSIN, HAEMATOXYLIN
 from wsi.store import PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tissue import TissueMask, find_tissue, read_mask
 
@@ -185,10 +188,11 @@ def estimate_bytes(
 def triage(
     path: str, engine: Engine, config: ScoreConfig, *, mpp: float | None = None, mask: str | None = None
 ) -> float:
-    """Look at a few tiles all over the tissue: the mean probability of the positive classes in the likeliest eighth.
+    """Guess before a slide is scored: the mean probability of the positive classes in the likeliest of a few tiles.
 
-    A model knows its own microns per pixel alone: a look at lower magnification would be a guess, and this is a sample
-    at its own. For sorting slides, and nothing else.
+    A look at low magnification chooses which: half of them are those with most dense haematoxylin, half lie all over
+    the tissue. The model then sees them at its own microns per pixel, the only ones it is right at. For sorting slides,
+    and nothing else.
 
     Raises
     ------
@@ -204,11 +208,23 @@ def triage(
         if not len(grid):
             return 0.0
         side = engine.model.config.tile_px
-        chosen = np.unique(np.linspace(0, len(grid) - 1, _TRIAGE_TILES).round().astype(int)).tolist()
-        patches = [slide.read(grid.box(tile), (side, side)) for tile in chosen]
+        everywhere = np.linspace(0, len(grid) - 1, _TRIAGE_TILES // 2).round().astype(int)
+        darkest = np.argsort(-_dense(slide, tissue).fraction(grid.boxes()), kind="stable")[: _TRIAGE_TILES // 2]
+        patches = [slide.read(grid.box(int(tile)), (side, side)) for tile in np.union1d(everywhere, darkest)]
     names = engine.model.config.class_names
     scores = engine.model(np.stack(patches)).probabilities[:, [names.index(name) for name in positive]].sum(axis=1)
     return float(np.sort(scores)[-max(1, len(scores) // 8) :].mean())
+
+
+def _dense(slide: Slide, tissue: TissueMask) -> TissueMask:
+    """Of the tissue, at the mask's low magnification, what holds more haematoxylin than the rest (Otsu)."""
+    h, w = tissue.mask.shape
+    rgb = slide.read(tissue.box, (w, h))
+    amount = np.zeros((h, w))
+    amount[tissue.mask] = np.linalg.pinv([HAEMATOXYLIN, EOSIN])[:, 0] @ density_of(rgb[tissue.mask], FitConfig())
+    found = amount[tissue.mask]
+    threshold = threshold_otsu(found) if len(found) and found.min() < found.max() else 0.0  # type: ignore[no-untyped-call]
+    return replace(tissue, mask=tissue.mask & (amount > threshold))
 
 
 def _lay_grid(

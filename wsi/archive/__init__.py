@@ -59,7 +59,7 @@ def score_archive(
         What one slide may take; not with `workers` 0 or `scheduler`.
     order : {"given", "size", "triage"}
         As given; largest first, so that no long slide is left for the end; or (scoring) likely positive ones first,
-        by a look at a few tiles of each (see ``wsi.run.triage``).
+        by a look at low magnification and at a few tiles of each (see ``wsi.run.triage``).
     cache : Cache, optional
         Where slides are copied to before they are worked on, on this machine (not with `scheduler`): for slow storage.
     force : bool
