@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -102,11 +103,20 @@ def test_a_worker_that_cannot_start_ends_the_run(slides: Path, tmp_path: Path, m
         tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG)
 
 
-def run_apart(slides: Path, out: Path) -> subprocess.Popen[bytes]:
+#: A network, process numbers and mounts of its own: as good as another machine that shares the folder.
+APART = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+def run_apart(slides: Path, out: Path, *more: str, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """The command line in a process group of its own, with a worker."""
-    words = ["tile", str(slides), "--mpp", "1", "--tile", "32", "--pixels", "zstd", "-o", str(out), "-q"]
-    command = [sys.executable, "-c", "from wsi.cli import main; main()", *words]
+    words = ["tile", str(slides), "--mpp", "1", "--tile", "32", "--pixels", "zstd", "-o", str(out), "-q", *more]
+    command = [*prefix, sys.executable, "-c", "from wsi.cli import main; main()", *words]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+
+
+def namespaces() -> bool:
+    """Whether this user may make them."""
+    return bool(shutil.which(APART[0])) and subprocess.run([*APART, "true"], capture_output=True).returncode == 0
 
 
 def finish(process: subprocess.Popen[bytes]) -> int:
@@ -143,11 +153,17 @@ def test_ctrl_c_ends_well(slides: Path, whole: Path, tmp_path: Path) -> None:
     assert digest(tmp_path) == digest(whole)
 
 
-def test_two_runs_at_once_share_the_slides(slides: Path, whole: Path, tmp_path: Path) -> None:
-    runs = [run_apart(slides, tmp_path) for _ in range(2)]
+@pytest.mark.parametrize("prefix", [(), APART], ids=["one machine", "namespaces"])
+def test_two_runs_at_once_share_the_slides(slides: Path, whole: Path, tmp_path: Path, prefix: Sequence[str]) -> None:
+    """Each with a cache of its own."""
+    if prefix and not namespaces():
+        pytest.skip("this user may not make namespaces")
+    out, caches = tmp_path / "r", [tmp_path / "cache0", tmp_path / "cache1"]
+    runs = [run_apart(slides, out, "--cache-dir", str(cache), prefix=prefix) for cache in caches]
     assert [finish(run) for run in runs] == [0, 0]
-    assert digest(tmp_path) == digest(whole) and not (tmp_path / ".claims").exists()
-    assert [row["slide_id"] for row in rows(tmp_path / "slides.csv")] == ["s0", "s1"]
+    assert digest(out) == digest(whole) and not (out / ".claims").exists()
+    assert [row["slide_id"] for row in rows(out / "slides.csv")] == ["s0", "s1"]
+    assert not any(list(cache.iterdir()) for cache in caches)
 
 
 def test_the_job_survives_the_journey() -> None:
