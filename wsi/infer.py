@@ -31,6 +31,9 @@ def score_tiles(
 ) -> str | None:
     """Compute what is missing of ``probabilities``, ``features`` and, where kept as zstd or JPEG, ``pixels``.
 
+    Where the store has ``probabilities_alone``, that is what the model says, and ``probabilities`` is left to who lets
+    the tiles inform each other (``wsi.context``).
+
     A patch of which a part cannot be decoded is ``unreadable``: it has no numbers (NaN in the store).
 
     Parameters
@@ -65,7 +68,8 @@ def score_tiles(
     in the last bits: 2e-5 in float32 and 2e-2 in bfloat16 bound what was seen of probabilities.
     """
     kept = {"pixels"} if store.pixels in ("zstd", "jpeg") else set()
-    wanted = ["probabilities", *(["features"] if "features" in store.arrays else []), *kept]
+    said = "probabilities_alone" if "probabilities_alone" in store.arrays else "probabilities"
+    wanted = [said, *(["features"] if "features" in store.arrays else []), *kept]
     missing = store.missing(*wanted)
     done = len(store) - sum(len(store.tiles(shard)) for shard in missing)
     shards = [store.tiles(shard) for shard in missing]
@@ -93,7 +97,7 @@ def score_tiles(
             scores = model.score(x[:filled])
             lap("tiles_forward")
             parts["unreadable"].append(unreadable)
-            parts["probabilities"].append(_null(scores.probabilities[: len(rgb)], unreadable))
+            parts[said].append(_null(scores.probabilities[: len(rgb)], unreadable))
             if "features" in parts:
                 parts["features"].append(_null(scores.features[: len(rgb)], unreadable))
             if "pixels" in parts:

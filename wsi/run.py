@@ -19,6 +19,7 @@ import shapely
 from skimage.filters import threshold_otsu
 
 from wsi import __version__
+from wsi.context import in_context
 from wsi.engine import Engine, ScoreConfig
 from wsi.errors import ModelError, SlideUnreadable
 from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
@@ -135,6 +136,12 @@ def score_slide(
                 "Copy it from the source again, or allow more with --max-unreadable",
             )
         readable = ~unreadable
+        if engine.model.config.context is not None:
+            with clock.stage("context"):
+                everywhere = np.full((len(store), 2), np.nan, np.float32)
+                alone = store.get("probabilities_alone")[readable]
+                everywhere[readable] = in_context(alone, grid.keep(readable), engine.model.config.context)
+                store.put("probabilities", everywhere)
         with clock.stage("grade"):
             slide_scores, doubts = None, None
             if engine.mil is not None and readable.any():
@@ -257,6 +264,8 @@ def _store(
     }
     classes = len(engine.model.config.class_names)
     arrays: dict[str, tuple[tuple[int, ...], str]] = {"probabilities": ((classes,), "float32")}
+    if engine.model.config.context is not None:
+        arrays["probabilities_alone"] = arrays["probabilities"]
     if engine.model.num_features:
         arrays["features"] = ((engine.model.num_features,), "float16")
     if engine.mil is not None:

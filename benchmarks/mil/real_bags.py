@@ -115,7 +115,7 @@ def measure(bags: list[Any], said: list[tuple[float, np.ndarray, np.ndarray | No
 
 def breast(data: Path, cache: Path, models: list[str], kinds: list[str], out: Path, *, test: bool) -> None:
     """Train what is not yet trained, and score validation bags, or with `test` the test patients' too."""
-    images, labels, patients = patch.load_patches(data)
+    images, labels, patients, _ = patch.load_patches(data)
     parts = np.array([patch.part_of(patient) for patient in patients])
     drawn = {
         "train": head.draw_bags(labels, patients, parts == "train", pairs=2, seed=0),

@@ -316,7 +316,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    images, labels, patients = training.load_patches(args.data)
+    images, labels, patients, _ = training.load_patches(args.data)
     parts = np.array([training.part_of(patient) for patient in patients])
     train = np.ascontiguousarray(images[parts == "train"])
     shifts = fit_shifts(train, load_centres(args.data))

@@ -14,6 +14,7 @@ pytest.importorskip("sklearn")
 from safetensors.torch import load_file  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 
+from wsi.nn.checkpoint import read_config  # noqa: E402
 from wsi.nn.mil.attention import AttentionMil  # noqa: E402
 from wsi.nn.p4m import P4MNet  # noqa: E402
 
@@ -85,20 +86,23 @@ def test_the_card_quotes_the_measured_figures():
 
 @pytest.fixture(scope="module")
 def held_back():
-    """The patches of the test patients: (rgb uint8 (n, 3, 50, 50), labels (n,))."""
+    """The patches of the test patients: (rgb uint8 (n, 3, 50, 50), labels (n,), cells (n, 2), patients (n,))."""
     if not (DATA / "patches" / "idc_breast_dev_a.zip").is_file():
         pytest.skip("the IDC patches are not here: set WSI_TEST_DATA to the data folder")
     training = training_of(MODEL, "idc_breast_training")
-    images, labels, patients = training.load_patches(DATA)
+    images, labels, patients, cells = training.load_patches(DATA)
     test = [training.part_of(patient) == "test" for patient in patients]
-    return torch.from_numpy(images[test]).permute(0, 3, 1, 2).contiguous(), labels[test], training
+    rgb = torch.from_numpy(images[test]).permute(0, 3, 1, 2).contiguous()
+    return rgb, labels[test], cells[test], patients[test], training
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_auroc_on_the_patients_kept_back_is_the_one_stated(held_back, bf16):
-    rgb, labels, training = held_back
+    rgb, labels, cells, patients, training = held_back
     normalise = read(MODEL, "config.json")["transform"][1]["arguments"]
     transform = training.Normalise(normalise["mean"], normalise["std"])
-    scores = training.predict(load(MODEL), rgb, transform, bf16=bf16)
-    stated = read(MODEL, "figures.json")["test"]["auroc"]
-    assert roc_auc_score(labels, scores) == pytest.approx(stated, abs=0.002)
+    alone = training.predict(load(MODEL), rgb, transform, bf16=bf16)
+    together = training.together(alone, cells, patients, read_config(MODEL, "patch").context)
+    stated = read(MODEL, "figures.json")
+    assert roc_auc_score(labels, alone) == pytest.approx(stated["test_alone"]["auroc"], abs=0.002)
+    assert roc_auc_score(labels, together) == pytest.approx(stated["test"]["auroc"], abs=0.002)

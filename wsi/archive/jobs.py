@@ -85,6 +85,8 @@ class ScoreJob:
         config.check(engine.model.config)
         numbers = asdict(config)
         numbers.pop("max_unreadable")  # decides no number
+        if engine.model.config.context is not None:
+            numbers["context"] = asdict(engine.model.config.context)
         return Ready(
             work=lambda ref, own, progress: score_slide(
                 ref.path, own, engine, config,

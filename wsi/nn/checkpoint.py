@@ -33,6 +33,32 @@ _TRANSFORMS = ("Resize", "ToTensor", "Normalize")
 
 
 @dataclass(frozen=True)
+class Context:
+    """How far tiles inform each other, see ``wsi.context``.
+
+    Attributes
+    ----------
+    column : int
+        Of the class whose log-odds are meant; there are two classes.
+    range_um : float
+        Distance at which the correlation has fallen to 1 / e.
+    nugget : float
+        Variance of what is said of one tile alone, over the variance of the field.
+    mean : float
+        Log-odds where nothing is known.
+    slope, intercept : float
+        What makes probabilities of the expected log-odds (Platt 1999): these err on the side of the mean.
+    """
+
+    column: int
+    range_um: float
+    nugget: float
+    mean: float
+    slope: float = 1.0
+    intercept: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a model folder's config.json says.
 
@@ -55,6 +81,8 @@ class ModelConfig:
         The patches the model was trained on (patch models; 0 for a MIL head).
     resize_px : int, optional
         Side to which patches are resized before the network.
+    context : Context, optional
+        Patch models: how far a slide's tiles inform each other.
     mean, std : tuple of float
         Normalisation of the 0..1 RGB input.
     weights_sha256 : str, optional
@@ -82,6 +110,7 @@ class ModelConfig:
     tile_px: int = 0
     mpp: float = 0.0
     resize_px: int | None = None
+    context: Context | None = None
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     weights_sha256: str | None = None
@@ -169,6 +198,7 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
             **common,
             tile_px=int(raw["patch_size_pixels"]),
             mpp=float(raw["spacing_um_px"]),
+            context=_context_of(raw["context"], names, positive) if "context" in raw else None,
             **_transform_of(raw["transform"]),
         )
     except KeyError as error:
@@ -284,6 +314,18 @@ def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
         "coverage": float(raw.get("coverage", 0.9)),
         "largest_shift": None if shift is None else float(shift),
     }
+
+
+def _context_of(raw: dict[str, Any], names: tuple[str, ...], positive: tuple[str, ...]) -> Context:
+    """Read how far tiles inform each other."""
+    if len(names) != 2 or len(positive) != 1:
+        raise TypeError(f"context needs two classes, one of them positive, not {list(names)} and {list(positive)}")
+    values = {name: float(raw[name]) for name in ("range_um", "nugget", "mean")}
+    values |= {name: float(raw[name]) for name in ("slope", "intercept") if name in raw}
+    context = Context(names.index(positive[0]), **values)
+    if not all(map(math.isfinite, values.values())) or min(context.range_um, context.nugget, context.slope) <= 0:
+        raise TypeError(f"context is {values}: finite numbers, and range_um, nugget and slope above 0, are needed")
+    return context
 
 
 def _transform_of(steps: list[dict[str, Any]]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     patch = patch_training()
 
-    images, labels, patients = patch.load_patches(args.data)
+    images, labels, patients, _ = patch.load_patches(args.data)
     parts = np.array([patch.part_of(patient) for patient in patients])
     encoder_config = json.loads((args.encoder / "config.json").read_text(encoding="utf-8"))
     net = P4MNet(**encoder_config["architecture_args"]).eval()
