@@ -68,15 +68,18 @@ class Source:
 
     def ranges(self, offsets: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
         """Read many ranges, neighbours in one go, and remote ones all at the same time."""
-        order = sorted((i for i in range(len(offsets)) if lengths[i]), key=offsets.__getitem__)
+        order = sorted((i for i, length in enumerate(lengths) if length), key=offsets.__getitem__)
         gap = _GAP["local" if self._fs is None else "remote"]
         spans: list[tuple[int, int, list[int]]] = []  # start, end, which ranges
         for i in order:
             start, end = offsets[i], offsets[i] + lengths[i]
-            if spans and start <= spans[-1][1] + gap and max(end, spans[-1][1]) - spans[-1][0] <= _MOST:
-                spans[-1] = (spans[-1][0], max(end, spans[-1][1]), [*spans[-1][2], i])
-            else:
-                spans.append((start, end, [i]))
+            if spans:
+                first, last, members = spans[-1]
+                if start <= last + gap and max(end, last) - first <= _MOST:
+                    members.append(i)
+                    spans[-1] = first, max(end, last), members
+                    continue
+            spans.append((start, end, [i]))
         if self._fs is not None:
             ends = [min(end, self.size) for _, end, _ in spans]
             blobs = self._fs.cat_ranges([self._remote] * len(spans), [start for start, _, _ in spans], ends)
