@@ -141,7 +141,7 @@ def stream(
             submit(i + len(buffers))
             problems: list[str | None] = []
             while len(problems) < len(batch):
-                for job in waiting.popleft():
+                for job in reversed(waiting.popleft()):  # one that is done wakes nobody
                     job.result()
                 problems += reads.finish(finished)
                 finished += 1
@@ -251,7 +251,7 @@ class _Cut:
         self._down = _Axis(slide, level, 1, grid.rows, used, grid, tile_px[1])
         self._columns, self._rows = grid.columns.tolist(), grid.rows.tolist()
         self._shrinks = np.minimum(self._across.shrinks[grid.columns], self._down.shrinks[grid.rows]).tolist()
-        self._last_use, self._is_alone = self._plan(grid, used)
+        self._last_use, self._alone = self._plan(grid, used)
         self._decoded: dict[_Tile, tuple[U8, _Run]] = {}
         self._free: dict[int, list[U8]] = {1: [], 2: [], 4: [], 8: []}
         self._to_drop: list[list[_Tile]] = [[] for _ in steps]
@@ -259,10 +259,11 @@ class _Cut:
         self._lock = threading.Lock()  # of who waits for whom
         self._local = threading.local()
 
-    def _plan(self, grid: TileGrid, used: npt.NDArray[np.int64]) -> tuple[list[list[int]], list[bool]]:
-        """Find the last step that touches each stored tile, by row and column; and the patches that share none.
+    def _plan(self, grid: TileGrid, used: npt.NDArray[np.int64]) -> tuple[list[list[int]], npt.NDArray[np.int32]]:
+        """Find the last step that touches each stored tile, by row and column.
 
-        Of these, only such as are a stored tile, pixel by pixel.
+        And the row and column of the stored tile that a patch is, pixel by pixel, where no other patch touches it;
+        else -1.
         """
         across, down = self._across, self._down
         last = np.full((down.n_tiles, across.n_tiles), -1, np.int32)
@@ -279,20 +280,22 @@ class _Cut:
                 np.add.at(touches, places, 1)
         same_shrink = across.shrinks[columns] == down.shrinks[rows]
         tiles = np.flatnonzero(across.is_tile[columns] & down.is_tile[rows] & same_shrink)
-        is_alone = np.zeros(len(grid), np.bool_)
-        is_alone[used[tiles]] = touches[first_y[tiles], first_x[tiles]] == 1
+        tiles = tiles[touches[first_y[tiles], first_x[tiles]] == 1]
+        alone = np.full((len(grid), 2), -1, np.int32)
+        alone[used[tiles]] = np.stack([first_y[tiles], first_x[tiles]], axis=1)
         found: list[list[int]] = last.tolist()
-        return found, is_alone.tolist()
+        return found, alone
 
     def submit(self, step: int, out: U8) -> list[Future[Any]]:
         alone: list[tuple[_Tile, U8]] = []  # decoded where they belong, and forgotten
         to_cut: list[tuple[_Span, _Span, list[_Tile], U8]] = []
-        for tile, patch_out in zip(self._steps[step], out, strict=True):
-            x, y, touched = self._find(tile)
-            if self._is_alone[tile]:
-                alone.append((touched[0], patch_out))
+        tiles = self._steps[step]
+        places = self._alone[tiles.start : tiles.stop].tolist()
+        for tile, (row, column), patch_out in zip(tiles, places, out, strict=True):
+            if row >= 0:
+                alone.append(((self._shrinks[tile], row, column), patch_out))
             else:
-                to_cut.append((x, y, touched, patch_out))
+                to_cut.append((*self._find(tile), patch_out))
         needed = sorted({tile for _, _, touched, _ in to_cut for tile in touched} - self._decoded.keys())
         runs = _in_runs([(tile, self._buffer(tile[0])) for tile in needed])
         for run in runs:
