@@ -215,8 +215,9 @@ class _Patch:
 
     x: _Span
     y: _Span
-    touched: list[U8]  # pixels of the stored tiles, row by row
+    touched: list[_Tile]  # row by row
     out: U8
+    pixels: list[U8] = field(default_factory=list)  # of the stored tiles
     awaited: int = 0  # runs that have to be decoded before
 
 
@@ -249,8 +250,8 @@ class _Cut:
         used = np.concatenate([np.arange(step.start, step.stop) for step in steps])
         self._across = _Axis(slide, level, 0, grid.columns, used, grid, tile_px[0])
         self._down = _Axis(slide, level, 1, grid.rows, used, grid, tile_px[1])
-        self._columns, self._rows = grid.columns.tolist(), grid.rows.tolist()
-        self._shrinks = np.minimum(self._across.shrinks[grid.columns], self._down.shrinks[grid.rows]).tolist()
+        self._columns, self._rows = grid.columns, grid.rows
+        self._shrinks = np.minimum(self._across.shrinks[grid.columns], self._down.shrinks[grid.rows])
         self._last_use, self._alone = self._plan(grid, used)
         self._decoded: dict[_Tile, tuple[U8, _Run]] = {}
         self._free: dict[int, list[U8]] = {1: [], 2: [], 4: [], 8: []}
@@ -262,8 +263,7 @@ class _Cut:
     def _plan(self, grid: TileGrid, used: npt.NDArray[np.int64]) -> tuple[list[list[int]], npt.NDArray[np.int32]]:
         """Find the last step that touches each stored tile, by row and column.
 
-        And the row and column of the stored tile that a patch is, pixel by pixel, where no other patch touches it;
-        else -1.
+        And for each patch the stored tile that it is, pixel by pixel, where no other patch touches it; else zeros.
         """
         across, down = self._across, self._down
         last = np.full((down.n_tiles, across.n_tiles), -1, np.int32)
@@ -281,31 +281,31 @@ class _Cut:
         same_shrink = across.shrinks[columns] == down.shrinks[rows]
         tiles = np.flatnonzero(across.is_tile[columns] & down.is_tile[rows] & same_shrink)
         tiles = tiles[touches[first_y[tiles], first_x[tiles]] == 1]
-        alone = np.full((len(grid), 2), -1, np.int32)
-        alone[used[tiles]] = np.stack([first_y[tiles], first_x[tiles]], axis=1)
+        alone = np.zeros((len(grid), 3), np.int32)
+        alone[used[tiles]] = np.stack([across.shrinks[columns[tiles]], first_y[tiles], first_x[tiles]], axis=1)
         found: list[list[int]] = last.tolist()
         return found, alone
 
     def submit(self, step: int, out: U8) -> list[Future[Any]]:
         alone: list[tuple[_Tile, U8]] = []  # decoded where they belong, and forgotten
-        to_cut: list[tuple[_Span, _Span, list[_Tile], U8]] = []
+        patches: list[_Patch] = []
         tiles = self._steps[step]
-        places = self._alone[tiles.start : tiles.stop].tolist()
-        for tile, (row, column), patch_out in zip(tiles, places, out, strict=True):
-            if row >= 0:
-                alone.append(((self._shrinks[tile], row, column), patch_out))
+        whole = self._alone[tiles.start : tiles.stop].tolist()
+        for tile, (shrink, row, column), patch_out in zip(tiles, whole, out, strict=True):
+            if shrink:
+                alone.append(((shrink, row, column), patch_out))
             else:
-                to_cut.append((*self._find(tile), patch_out))
-        needed = sorted({tile for _, _, touched, _ in to_cut for tile in touched} - self._decoded.keys())
-        runs = _in_runs([(tile, self._buffer(tile[0])) for tile in needed])
+                patches.append(_Patch(*self._find(tile), patch_out))
+        needed = sorted({stored for patch in patches for stored in patch.touched} - self._decoded.keys())
+        runs = _in_runs([(stored, self._buffer(stored[0])) for stored in needed])
         for run in runs:
             for stored, pixels in run.tiles:
                 self._decoded[stored] = pixels, run
                 self._to_drop[self._last_use[stored[1]][stored[2]]].append(stored)
         ready = []
-        for x, y, touched, patch_out in to_cut:
-            sources = [self._decoded[tile] for tile in touched]
-            patch = _Patch(x, y, [pixels for pixels, _ in sources], patch_out)
+        for patch in patches:
+            sources = [self._decoded[stored] for stored in patch.touched]
+            patch.pixels = [pixels for pixels, _ in sources]
             with self._lock:
                 awaited = {run for _, run in sources if not run.is_done}
                 patch.awaited = len(awaited)
@@ -329,8 +329,8 @@ class _Cut:
 
     def _find(self, tile: int) -> tuple[_Span, _Span, list[_Tile]]:
         """Where a patch lies, and which stored tiles it touches."""
-        shrink = self._shrinks[tile]
-        x, y = self._across.span(self._columns[tile], shrink), self._down.span(self._rows[tile], shrink)
+        shrink = int(self._shrinks[tile])
+        x, y = self._across.span(int(self._columns[tile]), shrink), self._down.span(int(self._rows[tile]), shrink)
         return x, y, [(shrink, row, column) for row in y.tiles for column in x.tiles]
 
     def _buffer(self, shrink: int) -> U8:
@@ -351,7 +351,8 @@ class _Cut:
             for patch in run.patches:
                 patch.awaited -= 1
             ready = [patch for patch in run.patches if not patch.awaited]
-        self._cut(ready)
+        if ready:
+            self._cut(ready)
 
     def _cut(self, patches: list[_Patch]) -> None:
         with self._slide.spent("cut"):
@@ -362,7 +363,7 @@ class _Cut:
                 if not (patch.x.is_inside and patch.y.is_inside):
                     region[...] = 255
                 places = itertools.product(patch.y.parts, patch.x.parts)
-                for ((to_y, from_y), (to_x, from_x)), pixels in zip(places, patch.touched, strict=True):
+                for ((to_y, from_y), (to_x, from_x)), pixels in zip(places, patch.pixels, strict=True):
                     region[to_y, to_x] = pixels[from_y, from_x]
                 if not is_copy:
                     resample(region, x, y, patch.out)
