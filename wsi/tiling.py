@@ -6,11 +6,13 @@ as a later patch needs them and no longer; otherwise each patch is one ``Slide.r
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy.typing as npt
 from wsi.errors import SlideUnreadable
 from wsi.grid import TileGrid
 from wsi.slide import Slide
-from wsi.slide.base import Cells, put, resample, shrunk
+from wsi.slide.base import ONE_PX, Cells, resample, shrunk
 
 U8 = npt.NDArray[np.uint8]
 
@@ -106,7 +108,7 @@ def stream(
     if not batches:
         return
     side = grid.tile_px
-    buffers = [empty((batch_size, side, side, 3)) for _ in range(min(ahead + 1, len(batches)))]
+    buffers = [_off_32((batch_size, side, side, 3), empty) for _ in range(min(ahead + 1, len(batches)))]
     level = slide.level_for(max(min(grid.tile) / side, 1e-9))
     tile_px = slide.tile_px(level)
     at_once = batch_size * len(buffers) if tile_px is None else max(2, max_bytes // _bytes_under(slide, grid, level))
@@ -139,7 +141,7 @@ def stream(
             submit(i + len(buffers))
             problems: list[str | None] = []
             while len(problems) < len(batch):
-                for job in waiting.popleft():
+                for job in reversed(waiting.popleft()):  # one that is done wakes nobody
                     job.result()
                 problems += reads.finish(finished)
                 finished += 1
@@ -151,6 +153,16 @@ def stream(
             yield Batch(batch, rgb, unreadable, why)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _off_32(shape: tuple[int, ...], empty: Callable[[tuple[int, ...]], U8]) -> U8:
+    """Take memory that begins 16 bytes off a multiple of 32.
+
+    On one that is, libjpeg-turbo writes past the caches: a twentieth slower, and the pixels are wanted at once.
+    """
+    flat = empty((math.prod(shape) + 32,))
+    first = (16 - flat.ctypes.data) % 32
+    return flat[first : first + math.prod(shape)].reshape(shape)
 
 
 def _bytes_under(slide: Slide, grid: TileGrid, level: int) -> int:
@@ -192,17 +204,37 @@ class _Span(NamedTuple):
 
     cells: Cells
     tiles: range  # stored tiles that it touches
+    parts: list[tuple[slice, slice]]  # of each of them: where on the patch, and which of its pixels
+    is_inside: bool  # it does not reach beyond the level
     is_tile: bool  # it is one stored tile, pixel by pixel
 
 
-class _Patch(NamedTuple):
+@dataclass(eq=False, slots=True)
+class _Patch:
+    """A patch to be cut."""
+
     x: _Span
     y: _Span
-    touched: list[_Tile]
+    touched: list[_Tile]  # row by row
+    out: U8
+    pixels: list[U8] = field(default_factory=list)  # of the stored tiles
+    awaited: int = 0  # runs that have to be decoded before
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """Stored tiles that a thread decodes in one go, and the patches that wait for them."""
+
+    tiles: list[tuple[_Tile, U8]]  # and where each goes
+    patches: list[_Patch] = field(default_factory=list)
+    is_done: bool = False
 
 
 class _Cut:
-    """Patches are cut from stored tiles, which are decoded once and kept while a patch to come needs them."""
+    """Patches are cut from stored tiles, which are decoded once and kept while a patch to come needs them.
+
+    Whoever decodes the last tile that a patch waits for cuts it: no thread waits for another.
+    """
 
     def __init__(
         self,
@@ -215,113 +247,126 @@ class _Cut:
     ) -> None:
         self._slide, self._steps, self._pool = slide, steps, pool
         self._level, self._tile_px = level, tile_px
-        self._across = _Axis(slide, level, 0, grid.columns, grid, tile_px[0])
-        self._down = _Axis(slide, level, 1, grid.rows, grid, tile_px[1])
-        self._columns, self._rows = grid.columns.tolist(), grid.rows.tolist()
-        self._shrinks = np.minimum(self._across.shrinks[grid.columns], self._down.shrinks[grid.rows]).tolist()
-        self._last_use = self._find_last_use(grid)
-        self._decoded: dict[_Tile, tuple[U8, Future[Any]]] = {}
+        used = np.concatenate([np.arange(step.start, step.stop) for step in steps])
+        self._across = _Axis(slide, level, 0, grid.columns, used, grid, tile_px[0])
+        self._down = _Axis(slide, level, 1, grid.rows, used, grid, tile_px[1])
+        self._columns, self._rows = grid.columns, grid.rows
+        self._shrinks = np.minimum(self._across.shrinks[grid.columns], self._down.shrinks[grid.rows])
+        self._last_use, self._alone = self._plan(grid, used)
+        self._decoded: dict[_Tile, tuple[U8, _Run]] = {}
         self._free: dict[int, list[U8]] = {1: [], 2: [], 4: [], 8: []}
         self._to_drop: list[list[_Tile]] = [[] for _ in steps]
         self._problems: dict[_Tile, str] = {}
+        self._lock = threading.Lock()  # of who waits for whom
         self._local = threading.local()
 
-    def _find_last_use(self, grid: TileGrid) -> list[list[int]]:
-        """Find the last step that touches each stored tile, by row and column."""
+    def _plan(self, grid: TileGrid, used: npt.NDArray[np.int64]) -> tuple[list[list[int]], npt.NDArray[np.int32]]:
+        """Find the last step that touches each stored tile, by row and column.
+
+        And for each patch the stored tile that it is, pixel by pixel, where no other patch touches it; else zeros.
+        """
         across, down = self._across, self._down
         last = np.full((down.n_tiles, across.n_tiles), -1, np.int32)
-        step_of = np.full(len(grid), -1, np.int32)
-        for step, tiles in enumerate(self._steps):
-            step_of[tiles.start : tiles.stop] = step
-        used = np.flatnonzero(step_of >= 0)
-        first_x, last_x = across.first_tile[grid.columns[used]], across.last_tile[grid.columns[used]]
-        first_y, last_y = down.first_tile[grid.rows[used]], down.last_tile[grid.rows[used]]
+        touches = np.zeros(last.shape, np.int32)
+        step_of = np.repeat(np.arange(len(self._steps), dtype=np.int32), [len(step) for step in self._steps])
+        columns, rows = grid.columns[used], grid.rows[used]
+        first_x, last_x = across.first_tile[columns], across.last_tile[columns]
+        first_y, last_y = down.first_tile[rows], down.last_tile[rows]
         for dy in range(int((last_y - first_y).max(initial=-1)) + 1):
             for dx in range(int((last_x - first_x).max(initial=-1)) + 1):
                 touched = (first_x + dx <= last_x) & (first_y + dy <= last_y)
-                np.maximum.at(last, (first_y[touched] + dy, first_x[touched] + dx), step_of[used][touched])
+                places = first_y[touched] + dy, first_x[touched] + dx
+                np.maximum.at(last, places, step_of[touched])
+                np.add.at(touches, places, 1)
+        same_shrink = across.shrinks[columns] == down.shrinks[rows]
+        tiles = np.flatnonzero(across.is_tile[columns] & down.is_tile[rows] & same_shrink)
+        tiles = tiles[touches[first_y[tiles], first_x[tiles]] == 1]
+        alone = np.zeros((len(grid), 3), np.int32)
+        alone[used[tiles]] = np.stack([across.shrinks[columns[tiles]], first_y[tiles], first_x[tiles]], axis=1)
         found: list[list[int]] = last.tolist()
-        return found
+        return found, alone
 
     def submit(self, step: int, out: U8) -> list[Future[Any]]:
-        patches = [self._patch(tile) for tile in self._steps[step]]
-        needed = sorted({tile for patch in patches for tile in patch.touched} - self._decoded.keys())
-        # A patch that is one stored tile, which no later step needs, is decoded where it belongs.
-        in_place: dict[_Tile, int] = {}
-        for j, patch in enumerate(patches):
-            if patch.x.is_tile and patch.y.is_tile:
-                tile = patch.touched[0]
-                if self._last_use[tile[1]][tile[2]] <= step and tile not in self._decoded:
-                    in_place[tile] = j
-        jobs = []
-        for start in range(0, len(needed), _RUN):
-            run = needed[start : start + _RUN]
-            targets = [out[in_place[tile]] if tile in in_place else self._buffer(tile[0]) for tile in run]
-            job = self._pool.submit(self._decode, run, targets)
-            jobs.append(job)
-            for tile, target in zip(run, targets, strict=True):
-                self._decoded[tile] = target, job
-                self._to_drop[self._last_use[tile[1]][tile[2]]].append(tile)
-        there = set(in_place.values())
-        to_cut = [j for j in range(len(patches)) if j not in there]
-        for start in range(0, len(to_cut), _RUN):
-            part = [
-                (patches[j], [self._decoded[tile] for tile in patches[j].touched], out[j])
-                for j in to_cut[start : start + _RUN]
-            ]
-            jobs.append(self._pool.submit(self._cut_all, part))
+        alone: list[tuple[_Tile, U8]] = []  # decoded where they belong, and forgotten
+        patches: list[_Patch] = []
+        tiles = self._steps[step]
+        whole = self._alone[tiles.start : tiles.stop].tolist()
+        for tile, (shrink, row, column), patch_out in zip(tiles, whole, out, strict=True):
+            if shrink:
+                alone.append(((shrink, row, column), patch_out))
+            else:
+                patches.append(_Patch(*self._find(tile), patch_out))
+        needed = sorted({stored for patch in patches for stored in patch.touched} - self._decoded.keys())
+        runs = _in_runs([(stored, self._buffer(stored[0])) for stored in needed])
+        for run in runs:
+            for stored, pixels in run.tiles:
+                self._decoded[stored] = pixels, run
+                self._to_drop[self._last_use[stored[1]][stored[2]]].append(stored)
+        ready = []
+        for patch in patches:
+            sources = [self._decoded[stored] for stored in patch.touched]
+            patch.pixels = [pixels for pixels, _ in sources]
+            with self._lock:
+                awaited = {run for _, run in sources if not run.is_done}
+                patch.awaited = len(awaited)
+                for run in awaited:
+                    run.patches.append(patch)
+            if not awaited:
+                ready.append(patch)
+        jobs: list[Future[Any]] = [self._pool.submit(self._decode, run) for run in (*_in_runs(alone), *runs)]
+        jobs += [self._pool.submit(self._cut, ready[i : i + _RUN]) for i in range(0, len(ready), _RUN)]
         return jobs
 
     def finish(self, step: int) -> list[str | None]:
         problems: list[str | None] = [None] * len(self._steps[step])
         if self._problems:
             for j, tile in enumerate(self._steps[step]):
-                problems[j] = next((self._problems[t] for t in self._patch(tile).touched if t in self._problems), None)
+                problems[j] = next((self._problems[t] for t in self._find(tile)[2] if t in self._problems), None)
         for dropped in self._to_drop[step]:
-            buffer, _ = self._decoded.pop(dropped)
-            if buffer.base is None:  # not a part of a batch
-                self._free[dropped[0]].append(buffer)
+            self._free[dropped[0]].append(self._decoded.pop(dropped)[0])
         self._to_drop[step] = []
         return problems
 
-    def _patch(self, tile: int) -> _Patch:
-        shrink = self._shrinks[tile]
-        x, y = self._across.span(self._columns[tile], shrink), self._down.span(self._rows[tile], shrink)
-        return _Patch(x, y, [(shrink, row, column) for row in y.tiles for column in x.tiles])
+    def _find(self, tile: int) -> tuple[_Span, _Span, list[_Tile]]:
+        """Where a patch lies, and which stored tiles it touches."""
+        shrink = int(self._shrinks[tile])
+        x, y = self._across.span(int(self._columns[tile]), shrink), self._down.span(int(self._rows[tile]), shrink)
+        return x, y, [(shrink, row, column) for row in y.tiles for column in x.tiles]
 
     def _buffer(self, shrink: int) -> U8:
         free = self._free[shrink]
         w, h = self._tile_px
         return free.pop() if free else np.empty((h // shrink, w // shrink, 3), np.uint8)
 
-    def _decode(self, tiles: list[_Tile], targets: list[U8]) -> None:
-        for shrink in sorted({tile[0] for tile in tiles}):
-            chosen = [i for i, tile in enumerate(tiles) if tile[0] == shrink]
-            at = [(tiles[i][2], tiles[i][1]) for i in chosen]
-            problems = self._slide.read_tiles(self._level, shrink, at, [targets[i] for i in chosen])
-            self._problems.update({tiles[i]: why for i, why in zip(chosen, problems, strict=True) if why is not None})
+    def _decode(self, run: _Run) -> None:
+        for shrink in sorted({tile[0] for tile, _ in run.tiles}):
+            chosen = [(tile, pixels) for tile, pixels in run.tiles if tile[0] == shrink]
+            at = [(column, row) for (_, row, column), _ in chosen]
+            problems = self._slide.read_tiles(self._level, shrink, at, [pixels for _, pixels in chosen])
+            for (tile, _), why in zip(chosen, problems, strict=True):
+                if why is not None:
+                    self._problems[tile] = why
+        with self._lock:
+            run.is_done = True
+            for patch in run.patches:
+                patch.awaited -= 1
+            ready = [patch for patch in run.patches if not patch.awaited]
+        if ready:
+            self._cut(ready)
 
-    def _cut_all(self, patches: list[tuple[_Patch, list[tuple[U8, Future[Any]]], U8]]) -> None:
-        for _, decoded, _ in patches:
-            for _, job in decoded:
-                job.result()  # handed out before this one, so some thread is at it or has done it
+    def _cut(self, patches: list[_Patch]) -> None:
         with self._slide.spent("cut"):
-            self._cut([(patch, [pixels for pixels, _ in decoded], out) for patch, decoded, out in patches])
-
-    def _cut(self, patches: list[tuple[_Patch, list[U8], U8]]) -> None:
-        for patch, decoded, out in patches:
-            x, y = patch.x.cells, patch.y.cells
-            is_copy = x.are_pixels and y.are_pixels
-            region = out if is_copy else self._scratch(y.last - y.first, x.last - x.first)
-            level_w, level_h = (side // x.shrink for side in self._slide.level_sizes[self._level])
-            if x.first < 0 or y.first < 0 or x.last > level_w or y.last > level_h:
-                region[...] = 255
-            for (_, row, column), pixels in zip(patch.touched, decoded, strict=True):
-                h, w, _ = pixels.shape
-                left, top = column * w, row * h
-                put(pixels[: level_h - top, : level_w - left], left, top, region, x.first, y.first)
-            if not is_copy:
-                resample(region, x, y, out)
+            for patch in patches:
+                x, y = patch.x.cells, patch.y.cells
+                is_copy = x.are_pixels and y.are_pixels
+                region = patch.out if is_copy else self._scratch(y.last - y.first, x.last - x.first)
+                if not (patch.x.is_inside and patch.y.is_inside):
+                    region[...] = 255
+                places = itertools.product(patch.y.parts, patch.x.parts)
+                for ((to_y, from_y), (to_x, from_x)), pixels in zip(places, patch.pixels, strict=True):
+                    region[to_y, to_x] = pixels[from_y, from_x]
+                if not is_copy:
+                    resample(region, x, y, patch.out)
 
     def _scratch(self, h: int, w: int) -> U8:
         """Memory of this thread: fresh pages for each patch cost more than cutting it."""
@@ -329,6 +374,10 @@ class _Cut:
         if flat is None or len(flat) < h * w * 3:
             flat = self._local.flat = np.empty(h * w * 3, np.uint8)
         return np.asarray(flat[: h * w * 3].reshape(h, w, 3))
+
+
+def _in_runs(tiles: list[tuple[_Tile, U8]]) -> list[_Run]:
+    return [_Run(tiles[start : start + _RUN]) for start in range(0, len(tiles), _RUN)]
 
 
 class _Axis:
@@ -342,25 +391,36 @@ class _Axis:
         By how much the decoder may reduce.
     first_tile, last_tile : int64 (positions,)
         Stored tiles touched, inclusive; none where last < first.
+    is_tile : bool (positions,)
+        Reduced so, it is one stored tile.
     """
 
     def __init__(
-        self, slide: Slide, level: int, axis: int, lattice: npt.NDArray[np.int32], grid: TileGrid, tile_px: int
+        self,
+        slide: Slide,
+        level: int,
+        axis: int,
+        lattice: npt.NDArray[np.int32],
+        used: npt.NDArray[np.int64],
+        grid: TileGrid,
+        tile_px: int,
     ) -> None:
         self._side, self._tile_px = slide.level_sizes[level][axis], tile_px
         self.n_tiles = -(-self._side // tile_px)
         positions = int(lattice.max(initial=-1)) + 1
         self.shrinks = np.ones(positions, np.int64)
         self.first_tile, self.last_tile = np.zeros(positions, np.int64), np.full(positions, -1, np.int64)
+        self.is_tile = np.zeros(positions, np.bool_)
         self._edges: dict[int, npt.NDArray[np.int64]] = {}
         self._spans: dict[tuple[int, int], _Span] = {}
-        for i in np.unique(lattice).tolist():
-            edges = slide.cells_along(level, axis, i * grid.stride[axis], grid.tile[axis], grid.tile_px)
-            self._edges[i] = edges
-            self.shrinks[i] = slide.shrink_along(level, axis, edges)
-            full = Cells.of(edges)
-            self.first_tile[i] = max(full.first, 0) // tile_px
-            self.last_tile[i] = (min(full.last, self._side) - 1) // tile_px
+        there = np.unique(lattice[used])
+        edges = slide.cells_along(level, axis, there * grid.stride[axis], grid.tile[axis], grid.tile_px)
+        self.first_tile[there] = np.maximum(edges[:, 0] // ONE_PX, 0) // tile_px
+        self.last_tile[there] = (np.minimum(-(edges[:, -1] // -ONE_PX), self._side) - 1) // tile_px
+        for i, of_position in zip(there.tolist(), edges, strict=True):
+            self._edges[i] = of_position
+            shrink = self.shrinks[i] = slide.shrink_along(level, axis, of_position)
+            self.is_tile[i] = self.span(i, shrink).is_tile
 
     def span(self, position: int, shrink: int) -> _Span:
         """Where the patches of a lattice position lie on the level, reduced."""
@@ -369,8 +429,13 @@ class _Axis:
             cells = shrunk(self._edges[position], shrink)
             tiles = range(int(self.first_tile[position]), int(self.last_tile[position]) + 1)
             side, tile_px = self._side // shrink, self._tile_px // shrink
-            # Beyond the level's border a stored tile holds anything, and a patch is white.
-            whole = tiles.start * tile_px, min((tiles.start + 1) * tile_px, side)
-            is_tile = cells.are_pixels and (cells.first, cells.last) == whole and cells.last - cells.first == tile_px
-            self._spans[key] = _Span(cells, tiles, is_tile)
+            parts = []
+            for left in range(tiles.start * tile_px, tiles.stop * tile_px, tile_px):
+                # Beyond the level's border a stored tile holds anything, and a patch is white.
+                start = max(cells.first, left)
+                stop = max(start, min(cells.last, left + tile_px, side))
+                parts.append((slice(start - cells.first, stop - cells.first), slice(start - left, stop - left)))
+            is_inside = cells.first >= 0 and cells.last <= side
+            is_tile = cells.are_pixels and is_inside and parts == [(slice(0, tile_px), slice(0, tile_px))]
+            self._spans[key] = _Span(cells, tiles, parts, is_inside, is_tile)
         return self._spans[key]

@@ -43,37 +43,34 @@ def boxes(side_px: int, box_px: int, at_most: int) -> tuple[tuple[int, int], ...
     return tuple(zip((xs[chosen] * box_px).tolist(), (ys[chosen] * box_px).tolist(), strict=True))
 
 
-def work(name: str, jobs: list[Job], share: int, of: int) -> list[Result]:
-    """Do a share of each job in this process; together with the others, of whom each has another share."""
+def work(name: str, job: Job, share: int, of: int) -> Result | None:
+    """Do a share of a job in this process; together with the others, of whom each has another share."""
     program = PROGRAMS[name]
     threads = of if program.threads else 1
     if program.threads and share > 0:
-        return []  # the first one does it all
+        return None  # the first one does it all
     if threads == 1:
         bind(cores()[share])
-    results = []
-    for job in jobs:
-        part = np.array_split(np.arange(len(job.corners)), 1 if program.threads else of)[share]
-        mine = dataclasses.replace(job, corners=tuple(job.corners[i] for i in part))
-        result: Result = {}
+    part = np.array_split(np.arange(len(job.corners)), 1 if program.threads else of)[share]
+    mine = dataclasses.replace(job, corners=tuple(job.corners[i] for i in part))
+    result: Result = {}
+    try:
+        few = program.prepare(dataclasses.replace(mine, corners=mine.corners[:SAMPLES]), threads)
+        result["samples"] = np.stack([patch.copy() for patch in few()])  # and what is done once is done
+        run = program.prepare(mine, threads)
+    except Exception as error:  # noqa: BLE001  # a peer may raise anything: it goes into the table
+        result["reason"] = reason_of(error)
+    if not program.threads:
+        _barrier.wait(PATIENCE_S)  # whatever happened: the others wait too
+    if "reason" not in result:
         try:
-            few = program.prepare(dataclasses.replace(mine, corners=mine.corners[:SAMPLES]), threads)
-            result["samples"] = np.stack([patch.copy() for patch in few()])  # and what is done once is done
-            run = program.prepare(mine, threads)
-        except Exception as error:  # noqa: BLE001  # a peer may raise anything: it goes into the table
+            cpu, wall = time.process_time(), time.perf_counter()
+            for _ in run():
+                pass
+            result |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+        except Exception as error:  # noqa: BLE001  # likewise
             result["reason"] = reason_of(error)
-        if not program.threads:
-            _barrier.wait(PATIENCE_S)  # whatever happened: the others wait too
-        if "reason" not in result:
-            try:
-                cpu, wall = time.process_time(), time.perf_counter()
-                for _ in run():
-                    pass
-                result |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-            except Exception as error:  # noqa: BLE001  # likewise
-                result["reason"] = reason_of(error)
-        results.append(result | {"peak_mib": peak_mib()})
-    return results
+    return result | {"peak_mib": peak_mib()}
 
 
 def start(barrier: Barrier) -> None:
@@ -82,28 +79,21 @@ def start(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def measured(name: str, jobs: list[Job], n: int) -> list[Result]:
-    """Let `n` processes do the jobs, and add up what they say of each."""
+def measured(name: str, job: Job, n: int) -> Result:
+    """Let `n` new processes do a job, and add up what they say."""
     context = multiprocessing.get_context("spawn")  # nothing of one program is in the memory of another
     barrier = context.Barrier(n)
     try:
         with ProcessPoolExecutor(n, context, start, (barrier,)) as pool:
-            futures = [pool.submit(work, name, jobs, share, n) for share in range(n)]
-            shares = [share for share in (future.result() for future in futures) if share]
+            futures = [pool.submit(work, name, job, share, n) for share in range(n)]
+            parts = [part for part in (future.result() for future in futures) if part]
     except Exception as error:  # noqa: BLE001  # such as a process that died
-        return [{"reason": reason_of(error)} for _ in jobs]
-    results = []
-    for parts in zip(*shares, strict=True):
-        failed = [{"reason": part["reason"]} for part in parts if "reason" in part]
-        results += failed[:1] or [
-            {
-                "cpu_s": sum(part["cpu_s"] for part in parts),
-                "wall_s": max(part["wall_s"] for part in parts),
-                "peak_mib": parts[0]["peak_mib"],
-                "samples": parts[0]["samples"],
-            }
-        ]
-    return results
+        return {"reason": reason_of(error)}
+    failed = [{"reason": part["reason"]} for part in parts if "reason" in part]
+    return (failed or [parts[0]])[0] | {
+        "cpu_s": sum(part.get("cpu_s", 0) for part in parts),
+        "wall_s": max(part.get("wall_s", 0) for part in parts),
+    }
 
 
 def row_of(name: str, job: Job, rounds: list[tuple[Result, Result]], reference: Any) -> Result:
@@ -155,8 +145,10 @@ def main() -> None:
     for i in range(options.rounds):
         for name, of_rounds in rounds.items():
             print(f"round {i + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
-            one = measured(name, jobs, 1)
-            of_rounds.append(list(zip(one, measured(name, jobs, n) if n > 1 else one, strict=True)))
+            of_rounds.append([])
+            for job in jobs:  # in processes of its own: the next one reads the same tissue, and some keep all they saw
+                one = measured(name, job, 1)
+                of_rounds[-1].append((one, measured(name, job, n) if n > 1 else one))
 
     rows = []
     for j, job in enumerate(jobs):

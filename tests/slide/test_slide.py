@@ -203,6 +203,32 @@ def test_url_through_fsspec(pyramid: Path) -> None:
         open_slide("memory://slides/nothing.tif")
 
 
+def test_url_of_an_s3_server(pyramid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = "no s3fs and moto[server], which only this test needs"
+    moto, s3fs = (pytest.importorskip(name, reason=why) for name in ("moto.server", "s3fs"))
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "anything")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        s3fs.S3FileSystem.clear_instance_cache()
+        files = s3fs.S3FileSystem()
+        files.mkdir("slides")
+        files.pipe("slides/cohort/pyramid.tif", pyramid.read_bytes())
+        with open_slide("s3://slides/cohort/pyramid.tif") as slide, open_slide(pyramid) as local:
+            assert (slide.reader, slide.level_sizes) == ("tiff", local.level_sizes)
+            box = Box(10, 10, 600, 400)
+            np.testing.assert_array_equal(slide.read(box, (75, 50)), local.read(box, (75, 50)))
+        with pytest.raises(SlideNotFound):
+            open_slide("s3://slides/nothing.tif")
+        with pytest.raises(SlideUnreadable, match="folder"):
+            open_slide("s3://slides/cohort")
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 def test_labels_are_never_read(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(self: object) -> None:
         raise AssertionError("an associated image was looked at")

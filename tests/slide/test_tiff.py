@@ -360,6 +360,27 @@ class TestSource:
         assert [bytes(g) for g in got] == [content[1_900_000:], content[10:30]] and calls == [2]
         assert source.size == len(content) and source.read(5, 7) == content[5:12]
 
+    def test_whatever_a_server_raises_says_where_and_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Away(Exception):
+            """Of a file system that knows nothing of OSError."""
+
+        def away(*arguments: Any, **more: Any) -> Any:
+            raise Away("no route\nand more")
+
+        with fsspec.open("memory://ranges/b", "wb") as file:
+            file.write(bytes(100))
+        source = Source("memory://ranges/b")
+        monkeypatch.setattr(type(source._fs), "cat_file", away)
+        for read in (lambda: source.read(0, 10), lambda: source.ranges([0, 50], [10, 10])):
+            with pytest.raises(OSError, match="^no route$"):
+                read()
+        monkeypatch.setattr(type(source._fs), "info", away)
+        with pytest.raises(SlideUnreadable, match=r"memory://ranges/b: cannot be reached \(no route\)"):
+            Source("memory://ranges/b")
+        monkeypatch.setattr(type(source._fs), "info", lambda *a, **m: {"type": "file", "size": None})
+        with pytest.raises(SlideUnreadable, match="length"):
+            Source("memory://ranges/b")
+
 
 def test_a_known_beginning_of_a_jpeg_promises_one_scan() -> None:
     """Tiles that begin like one that was looked at are not counted again: libjpeg refuses what would come after."""

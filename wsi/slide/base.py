@@ -37,7 +37,8 @@ DECODES = ("auto", "full", "fast")
 #: Of a damaged region, parts down to this side are tried on their own.
 _LEAST_PX = 256
 
-_ONE_PX = 1 << native.FIXED_POINT_BITS
+#: Edges of cells are counted in this part of a pixel.
+ONE_PX = 1 << native.FIXED_POINT_BITS
 
 
 class GivenMpp(NamedTuple):
@@ -72,9 +73,9 @@ class Cells:
     @classmethod
     def of(cls, edges: npt.NDArray[np.int64], shrink: int = 1) -> Self:
         """Take edges counted from the level's border."""
-        first, last = int(edges[0]) // _ONE_PX, -(int(edges[-1]) // -_ONE_PX)
-        are_pixels = len(edges) == last - first + 1 and bool((np.diff(edges) == _ONE_PX).all())
-        return cls(edges - first * _ONE_PX, first, last, shrink, are_pixels)
+        first, last = int(edges[0]) // ONE_PX, -(int(edges[-1]) // -ONE_PX)
+        are_pixels = len(edges) == last - first + 1 and bool((np.diff(edges) == ONE_PX).all())
+        return cls(edges - first * ONE_PX, first, last, shrink, are_pixels)
 
 
 class Slide(ABC):
@@ -186,9 +187,11 @@ class Slide(ABC):
         shrink = min(self.shrink_along(level, 0, x), self.shrink_along(level, 1, y))
         return level, shrunk(x, shrink), shrunk(y, shrink)
 
-    def cells_along(self, level: int, axis: int, start: float, length: float, n: int) -> npt.NDArray[np.int64]:
-        """Edges of `n` cells over [start, start + length) level-0 px in 1/4096 px of a level."""
-        return _cell_edges(start, length, n, self.scale(level)[axis])
+    def cells_along(
+        self, level: int, axis: int, starts: npt.NDArray[np.floating], length: float, n: int
+    ) -> npt.NDArray[np.int64]:
+        """Edges of `n` cells over [start, start + length) level-0 px in 1/4096 px of a level: a row for each start."""
+        return _cell_edges(starts[:, None], length, n, self.scale(level)[axis])
 
     def shrink_along(self, level: int, axis: int, edges: npt.NDArray[np.int64]) -> int:
         """Find by how much the decoder may reduce a level for cells with these edges.
@@ -199,10 +202,10 @@ class Slide(ABC):
         side = self.level_sizes[level][axis]
         for shrink in self.shrinks(level):
             if self.decode == "fast":
-                fits = int(np.diff(edges).min()) >= shrink * _ONE_PX
+                fits = int(np.diff(edges).min()) >= shrink * ONE_PX
             else:
-                fits = not int(np.bitwise_or.reduce(edges)) % (shrink * _ONE_PX)
-            inside = side % shrink == 0 or (edges[-1] <= side // shrink * shrink * _ONE_PX)
+                fits = not int(np.bitwise_or.reduce(edges)) % (shrink * ONE_PX)
+            inside = side % shrink == 0 or (edges[-1] <= side // shrink * shrink * ONE_PX)
             if fits and inside:
                 return shrink
         return 1
@@ -387,7 +390,7 @@ def compose_on_white(rgba: U8) -> U8:
     return ((rgba[..., :3] * a + 255 * (255 - a) + 127) // 255).astype(np.uint8)
 
 
-def _cell_edges(start: float, length: float, n: int, scale: float) -> npt.NDArray[np.int64]:
+def _cell_edges(start: float | npt.NDArray[np.floating], length: float, n: int, scale: float) -> npt.NDArray[np.int64]:
     """Edges of `n` equal cells over [start, start + length) level-0 px, in 1/4096 px of a level."""
     position = (start + np.arange(n + 1) * (length / n)) * (scale * (1 << native.FIXED_POINT_BITS))
     edges: npt.NDArray[np.int64] = np.rint(position).astype(np.int64)
@@ -426,7 +429,7 @@ def _part(cells: Cells, run: slice) -> Cells:
     """Take the cells of a run."""
     if run.stop - run.start == len(cells.edges) - 1:
         return cells
-    return Cells.of(cells.edges[run.start : run.stop + 1] + cells.first * _ONE_PX, cells.shrink)
+    return Cells.of(cells.edges[run.start : run.stop + 1] + cells.first * ONE_PX, cells.shrink)
 
 
 def _blocks(cells: Cells, max_px: int) -> list[slice]:

@@ -42,7 +42,7 @@ class Source:
         try:
             if "://" in path:
                 self._fs, self._remote = fsspec.core.url_to_fs(path)
-                self.size = int(self._fs.size(self._remote))
+                self.size = self._find()
             else:
                 self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
                 self._lock = threading.Lock()
@@ -52,14 +52,29 @@ class Source:
         except FileNotFoundError as error:
             raise SlideNotFound(path, "there is no such file", "Check the path") from error
 
+    def _find(self) -> int:
+        """Ask the server for the file's length."""
+        try:
+            found = self._fs.info(self._remote)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each file system has errors of its own
+            remedy = "Check the address, the network, and that the server knows you"
+            raise SlideUnreadable(self.path, f"cannot be reached ({_said(error)})", remedy) from error
+        if found["type"] == "directory":
+            raise SlideUnreadable(self.path, "is a folder, not a slide", "Name the slide file inside it")
+        if found["size"] is None:
+            raise SlideUnreadable(self.path, "is of a length that its server does not tell", "Copy it nearer")
+        return int(found["size"])
+
     def open(self) -> Any:
         """Open the file as a stream of bytes, for those who want one."""
         return self._fs.open(self._remote, "rb") if self._fs is not None else Path(self.path).open("rb")
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read up to `length` bytes: fewer where the file ends."""
+        """Read up to `length` bytes: fewer where the file ends; or raise OSError."""
         if self._fs is not None:
-            return bytes(self._fs.cat_file(self._remote, start=offset, end=min(offset + length, self.size)))
+            return bytes(self._fetch([(offset, offset + length)])[0])
         if hasattr(os, "pread"):
             return os.pread(self._fd, length, offset)
         with self._lock:
@@ -67,19 +82,21 @@ class Source:
             return os.read(self._fd, length)
 
     def ranges(self, offsets: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
-        """Read many ranges, neighbours in one go, and remote ones all at the same time."""
-        order = sorted((i for i in range(len(offsets)) if lengths[i]), key=offsets.__getitem__)
+        """Read many ranges, neighbours in one go, and remote ones all at the same time; or raise OSError."""
+        order = sorted((i for i, length in enumerate(lengths) if length), key=offsets.__getitem__)
         gap = _GAP["local" if self._fs is None else "remote"]
         spans: list[tuple[int, int, list[int]]] = []  # start, end, which ranges
         for i in order:
             start, end = offsets[i], offsets[i] + lengths[i]
-            if spans and start <= spans[-1][1] + gap and max(end, spans[-1][1]) - spans[-1][0] <= _MOST:
-                spans[-1] = (spans[-1][0], max(end, spans[-1][1]), [*spans[-1][2], i])
-            else:
-                spans.append((start, end, [i]))
+            if spans:
+                first, last, members = spans[-1]
+                if start <= last + gap and max(end, last) - first <= _MOST:
+                    members.append(i)
+                    spans[-1] = first, max(end, last), members
+                    continue
+            spans.append((start, end, [i]))
         if self._fs is not None:
-            ends = [min(end, self.size) for _, end, _ in spans]
-            blobs = self._fs.cat_ranges([self._remote] * len(spans), [start for start, _, _ in spans], ends)
+            blobs = self._fetch([(start, end) for start, end, _ in spans])
         else:
             blobs = [self.read(start, end - start) for start, end, _ in spans]
         found: list[memoryview] = [memoryview(b"")] * len(offsets)
@@ -89,6 +106,13 @@ class Source:
                 found[i] = view[offsets[i] - start : offsets[i] - start + lengths[i]]
         return found
 
+    def _fetch(self, spans: list[tuple[int, int]]) -> list[Any]:
+        starts, ends = [start for start, _ in spans], [min(end, self.size) for _, end in spans]
+        try:
+            return list(self._fs.cat_ranges([self._remote] * len(spans), starts, ends, on_error="raise"))
+        except Exception as error:  # each file system has errors of its own
+            raise OSError(_said(error)) from error
+
     def close(self) -> None:
         """Close the file; so does its last reference."""
         if self._fd >= 0:
@@ -97,3 +121,7 @@ class Source:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _said(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__

@@ -193,10 +193,10 @@ class TiffReader(Slide):
         """Read stored tiles: their numbers, the lengths they should have, and what is there of them."""
         stored = self._levels[level]
         numbers = [row * stored.columns + column for column, row in tiles]
-        counts = [int(stored.counts[i]) for i in numbers]
+        offsets, counts = stored.offsets[numbers].tolist(), stored.counts[numbers].tolist()
         try:
             with self.spent("read"):
-                return numbers, counts, self._source.ranges([int(stored.offsets[i]) for i in numbers], counts)
+                return numbers, counts, self._source.ranges(offsets, counts)
         except OSError as error:
             raise SlideUnreadable(self.path, f"cannot be read ({error})", "Try again, or copy it nearer") from error
 
