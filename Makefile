@@ -67,7 +67,7 @@ PEERS := benchmarks/compare/requirements-peers
 	touch $@
 
 # Only tests of exports: these packages bring versions of their own.
-READERS := torchmil anndata ome-zarr ome-zarr-models highdicom
+READERS := torchmil anndata ome-zarr ome-zarr-models highdicom wsinfer
 test-readers: .venv-readers/installed
 	.venv-readers/bin/python -m pytest -W ignore tests/export
 
