@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=100_000, help="rows that peers write")
     arguments = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
-    print(f"{'':14} {'tiles':>10} {'seconds':>9} {'s per 1M':>9} {'peak MiB':>9} {'MB':>8}")
+    print(f"{'':14} {'tiles':>10} {'seconds':>9} {'s per 1M':>9} {'peak MiB':>9} {'MB':>8} {'x ours':>7}")
+    first = None
     for work, n in (
         (ours, arguments.tiles),
         (plain, arguments.tiles),
@@ -119,7 +120,9 @@ def main() -> None:
             print(f"{work.__name__:14} {found}")
             continue
         seconds, peak, size = found
-        print(f"{work.__name__:14} {n:10,} {seconds:9.2f} {seconds * 1e6 / n:9.1f} {peak:9.0f} {size:8.1f}")
+        each = seconds * 1e6 / n
+        first = first or each
+        print(f"{work.__name__:14} {n:10,} {seconds:9.2f} {each:9.1f} {peak:9.0f} {size:8.1f} {each / first:7.1f}")
 
 
 if __name__ == "__main__":
