@@ -4,7 +4,8 @@
 
 Tiles with a class and three measurements, in files of at most 200,000, gzipped, and once more plain. Peers write as
 many rows as --peers says, plain as they do it, in the same run.
-geopandas stands for itself (``GeoDataFrame.to_file``, through pyogrio) where it is installed. "WSInfer's way" is
+geopandas stands for itself (``GeoDataFrame.to_file``, through pyogrio) where it is installed, as in .venv-readers.
+The last column is how many times the seconds of our packed files a program takes for as many rows. "WSInfer's way" is
 written from the description of its output: a dictionary a tile with an identifier of ``uuid.uuid4``, all of them in a
 list, and one ``json.dump``. Peak memory is that of a process of its own, above what the arrays and imports took before.
 """

@@ -152,6 +152,8 @@ def test_a_damaged_npy_is_one_line(tmp_path: Path):
 
 
 def test_torchmil_reads_both(tmp_path: Path):
+    import wsi.nn.backbone  # noqa: F401  # mends a torchvision that does not fit torch, which torchmil imports
+
     datasets = pytest.importorskip("torchmil.datasets", reason="torchmil is not installed", exc_type=ImportError)
     made = marked_results(tmp_path / "r", features=4)
     export_bags(tmp_path / "r", tmp_path / "npy", "torchmil")

@@ -214,7 +214,8 @@ def test_long_files_are_packed_in_pieces_that_are_read_as_one(tmp_path: Path):
         pytest.skip("no Java here")
     source = """import java.io.*; import java.nio.file.*; import java.util.zip.*;
         public class Read { public static void main(String[] a) throws Exception {
-            try (var in = new GZIPInputStream(Files.newInputStream(Path.of(a[0])))) { in.transferTo(System.out); } } }"""
+            var in = new GZIPInputStream(Files.newInputStream(Path.of(a[0])));
+            in.transferTo(System.out); } }"""
     (tmp_path / "Read.java").write_text(source)
     found = subprocess.run(["java", tmp_path / "Read.java", tmp_path / "a.geojson.gz"], capture_output=True, check=True)
     assert found.stdout == text
