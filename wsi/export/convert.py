@@ -168,9 +168,9 @@ def lattice(
 
     Examples
     --------
-    >>> positions, distance = lattice(np.array([[527.0, 0], [1580, 0], [527, 527]]), 50)
+    >>> positions, distance = lattice(np.array([[527.0, 0], [1053, 0], [2633, 527]]), 50)
     >>> positions.tolist(), np.round(distance, 1).tolist()
-    ([[1.0, 0.0], [3.0, 0.0], [1.0, 1.0]], [526.8, 527.0])
+    ([[1.0, 0.0], [2.0, 0.0], [5.0, 1.0]], [526.6, 527.0])
     """
     axes = np.round(corners.T, 3)
     steps = [_step(np.unique(values), least) for values in axes]
