@@ -66,16 +66,21 @@ PEERS := benchmarks/compare/requirements-peers
 	.venv-peers/bin/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
-# Only tests of exports: these packages bring versions of their own.
-READERS := torchmil anndata ome-zarr ome-zarr-models highdicom
+# Only tests of exports: these packages bring versions of their own. One by one: one that does not install keeps no
+# other away. tiatoolbox alone asks for older versions of everything; the last line but one is what it imports.
+READERS := torchmil anndata ome-zarr ome-zarr-models highdicom spatialdata wsinfer \
+	SimpleITK umap-learn transformers opencv-python-headless joblib
+READERS_ALONE := tiatoolbox==2.1.3
 test-readers: .venv-readers/installed
-	.venv-readers/bin/python -m pytest -W ignore tests/export
+	.venv-readers/bin/python -m pytest -W ignore -rs tests/export
 
-.venv-readers/installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find native -type f)
+.venv-readers/installed: Makefile pyproject.toml constraints.txt CMakeLists.txt $(shell find native -type f)
 	test -d .venv-readers || $(PYTHON) -m venv .venv-readers
 	.venv-readers/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	for reader in $(READERS); do \
 	  .venv-readers/bin/python -m pip install --quiet -c constraints.txt "$$reader" || echo "not installed: $$reader"; done
+	for reader in $(READERS_ALONE); do \
+	  .venv-readers/bin/python -m pip install --quiet --no-deps "$$reader" || echo "not installed: $$reader"; done
 	touch $@
 
 clean:

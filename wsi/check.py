@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlparse
 from wsi.annotations import READERS, Frame, read_annotations
 from wsi.annotations.mask import read_mask
 from wsi.errors import AnnotationError, SlideError, StoreError, TrainError, WsiError
+from wsi.export.convert import read_scores, scores_of_wsinfer
 from wsi.export.rules import problems, slides_of
 from wsi.result import read_result
 from wsi.slide import open_slide
@@ -74,7 +75,7 @@ def check(path: Path) -> Found:
     name = path.name.lower()
     if name.endswith(".qpproj"):
         return _project(path)
-    if name.endswith((".h5", ".pt")):
+    if name.endswith((".h5", ".pt", ".npy", ".h5ad")):
         return _bags(path)
     if name.endswith(_IMAGES):
         return _image(path)
@@ -137,6 +138,8 @@ def _folder(path: Path) -> Found:
         return _results(path)
     if (path / "config.json").is_file():
         return Found(str(path), "model folder", json.loads((path / "config.json").read_text(encoding="utf-8")))
+    if scores_of_wsinfer(path):
+        return _wsinfer(path)
     try:
         return _bags(path)
     except TrainError:
@@ -215,6 +218,21 @@ def _bags(path: Path) -> Found:
         found.facts["tiles"] = found.facts.get("tiles", 0) + len(bag.features)
         if bag.boxes is None:
             found.problems.append(f"{slide_id}: has no coordinates")
+    return found
+
+
+def _wsinfer(path: Path) -> Found:
+    tables = scores_of_wsinfer(path)
+    found = Found(str(path), "results of WSInfer", {"slides": len(tables)})
+    for slide_id, table in tables.items():
+        try:
+            boxes, scores = read_scores(table)
+        except TrainError as error:
+            found.problems.append(f"{slide_id}: {error.what}")
+            continue
+        found.facts |= {"classes": list(scores), "tiles": found.facts.get("tiles", 0) + len(boxes)}
+    for file in sorted((path / "model-outputs-geojson").glob("*.geojson")):
+        found.problems += [f"{file.name}: {line}" for line in _qupath(file)]
     return found
 
 

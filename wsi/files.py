@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import gzip
 import io
 import json
@@ -66,6 +67,25 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         told = f"{size / 2**20:,.0f} MiB" if size else f"more than {most_bytes / 2**20:,.0f} MiB unpacked"
         raise ValueError(f"it is {told}, and at most {most_bytes / 2**20:,.0f} are read")
     return raw
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Hold the collector of cycles while millions of objects are made that stay: it would look at them again and again.
+
+    Examples
+    --------
+    >>> with collector_paused():
+    ...     gc.isenabled()
+    False
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from PIL import Image
 
 from tests.annotations.make import asap_xml, mask_tiff
 from wsi.annotations import Annotation, lesion_area, rasterize, read_annotations, read_mask
+from wsi.annotations.base import valid
+from wsi.annotations.convert import write_annotations
 from wsi.errors import AnnotationError
+from wsi.units import Box
 
 SQUARE = shapely.box(100, 200, 300, 260)
 
@@ -261,3 +265,66 @@ def test_formats_that_are_unknown_are_named(tmp_path: Path):
     (tmp_path / "a.docx").write_text("")
     with pytest.raises(AnnotationError, match=r"Known: \.xml"):
         read_annotations(tmp_path / "a.docx")
+
+
+def test_many_outlines_at_once_are_what_one_by_one_gives(tmp_path: Path):
+    """Nine thousand in several blocks, sound ones among all others, against shapely one by one."""
+    rng = np.random.default_rng(0)
+    geometries: list[dict[str, Any]] = []
+    for i in range(9000):
+        x, y = (rng.random(2) * 5000).round(2).tolist()
+        ring = [[x, y], [x + 9.5, y], [x + 9, y + 8.25], [x, y + 9], [x, y]]
+        hole = [[x + 2, y + 2], [x + 4, y + 2], [x + 2, y + 4], [x + 2, y + 2]]
+        solid = {"type": "Polygon", "coordinates": [[[*xy, 1.0] for xy in ring]]}
+        geometries.append(
+            [
+                {"type": "Polygon", "coordinates": [ring]},
+                {"type": "Polygon", "coordinates": [ring, hole]},
+                {"type": "Polygon", "coordinates": [[[round(u) for u in xy] for xy in ring]]},
+                {"type": "Polygon", "coordinates": [ring[:-1]]},  # open
+                {"type": "Polygon", "coordinates": [[ring[0], ring[2], ring[1], ring[3], ring[0]]]},  # crosses itself
+                {"type": "Point", "coordinates": [x, y]} if i < 5000 else solid,
+                {"type": "MultiPolygon", "coordinates": [[ring], [[[u + 50, v] for u, v in ring]]]},
+            ][0 if i % 3 else i // 3 % 7]
+        )  # fmt: skip
+    features = [
+        {"type": "Feature", "geometry": geometry, "properties": {"classification": {"name": f"class {i % 4}"}}}
+        for i, geometry in enumerate(geometries)
+    ]
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    found = read_annotations(tmp_path / "a.geojson", origin=(100.5, 7.25))
+    assert [each.group for each in found] == [f"class {i % 4}" for i in range(9000)]
+    expected = []
+    for geometry in geometries:
+        alone = shapely.force_2d(shapely.geometry.shape(geometry))
+        expected.append(shapely.transform(valid(alone), lambda xy: xy + np.array([100.5, 7.25])))
+    assert shapely.equals_exact([each.geometry for each in found], expected).all()
+    # And back: each ring rounded by itself, as text.
+    n = write_annotations(tmp_path / "b.geojson", found, bounds=Box(100.5, 7.25, 1, 1), slide_id="s")
+    written = json.loads((tmp_path / "b.geojson").read_text())["features"]
+    assert n == len(written) == len(found), "nothing is smaller than a pixel"
+    checked = 0
+    for feature, geometry in zip(written, geometries, strict=True):
+        if geometry["type"] == "Polygon" and shapely.geometry.shape(geometry).is_valid:
+            rings = [ring if ring[0] == ring[-1] else [*ring, ring[0]] for ring in geometry["coordinates"]]
+            rounded = [[[round(u, 2) for u in xy[:2]] for xy in ring] for ring in rings]
+            assert feature["geometry"] == {"type": "Polygon", "coordinates": rounded}
+            checked += 1
+    assert checked > 7000
+
+
+def test_one_bad_outline_among_thousands_is_named(tmp_path: Path):
+    square = {"type": "Polygon", "coordinates": [[[0, 0], [9, 0], [9, 9], [0, 0]]]}
+    for bad in (
+        {"type": "Polygon", "coordinates": [[[0, 0], [float("nan"), 0], [9, 9], [0, 0]]]},
+        {"type": "Polygon", "coordinates": [[[0, 0], [9, 0, 1], [9, 9], [0, 0]]]},
+        {"type": "Polygon", "coordinates": [[[0, 0], [9, "x"], [9, 9], [0, 0]]]},
+        {"type": "Polygon", "coordinates": [[[0], [9], [9], [0]]]},
+        {"type": "Polygon", "coordinates": 5},
+        {"type": "Nothing"},
+        None,
+    ):
+        features = [{"type": "Feature", "geometry": each, "properties": {}} for each in [*[square] * 5000, bad]]
+        (tmp_path / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+        with pytest.raises(AnnotationError, match="feature 5000: has no usable geometry"):
+            read_annotations(tmp_path / "a.geojson")

@@ -6,8 +6,11 @@ import errno
 import gzip
 import json
 import math
+import shutil
+import subprocess
 import tracemalloc
 import uuid
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +189,36 @@ def test_the_same_tiles_are_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "a.geojson.gz").read_bytes() == (tmp_path / "b.geojson.gz").read_bytes()
     assert not {o["id"] for o in a} & {o["id"] for o in c}
     assert [o["id"] for o in a] == [o["id"] for o in b]
+
+
+def test_long_files_are_packed_in_pieces_that_are_read_as_one(tmp_path: Path):
+    """By Python, by zlib piece after piece, and by Java's own reader, which QuPath uses."""
+    n = 9000
+    boxes = np.column_stack([np.arange(n) % 95 * 256.25, np.arange(n) // 95 * 256.25, np.full((n, 2), 256.25)])
+    for name in ("a.geojson", "a.geojson.gz"):
+        write_tiles(
+            tmp_path / name, boxes, [TUMOUR], np.zeros(n, int), {"p": np.linspace(0, 1, n)},
+            bounds=Box(0, 0, 40_000, 40_000), slide_id="s",
+        )  # fmt: skip
+    text, packed = (tmp_path / "a.geojson").read_bytes(), (tmp_path / "a.geojson.gz").read_bytes()
+    assert gzip.decompress(packed) == text
+    pieces, rest = [], packed
+    while rest:
+        member = zlib.decompressobj(wbits=31)
+        pieces.append(member.decompress(rest))
+        assert member.eof and rest[4:8] == bytes(4), "no time"
+        rest = member.unused_data
+    assert b"".join(pieces) == text and len(pieces) > 1
+    assert len(pieces[-1]) > 1 << 20, "Java takes a very short last one for no member"
+    if not (shutil.which("java") and shutil.which("javac")):
+        pytest.skip("no Java here")
+    source = """import java.io.*; import java.nio.file.*; import java.util.zip.*;
+        public class Read { public static void main(String[] a) throws Exception {
+            var in = new GZIPInputStream(Files.newInputStream(Path.of(a[0])));
+            in.transferTo(System.out); } }"""
+    (tmp_path / "Read.java").write_text(source)
+    found = subprocess.run(["java", tmp_path / "Read.java", tmp_path / "a.geojson.gz"], capture_output=True, check=True)
+    assert found.stdout == text
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path):

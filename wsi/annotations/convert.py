@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from wsi.annotations.base import Annotation
 from wsi.export.qupath import PathClass, Region, write_regions
+from wsi.files import collector_paused
 from wsi.units import Box
 
 #: QuPath's own classes keep its colours; others get one of these by the order in which they come.
@@ -58,4 +59,5 @@ def write_annotations(
     for i, name in enumerate(dict.fromkeys(filter(None, names))):
         kinds[name] = PathClass(name, _KNOWN_RGB.get(name.lower(), _RGB[i % len(_RGB)]))
     regions = (Region(a.geometry, kinds.get(name), a.name) for a, name in zip(annotations, names, strict=True))
-    return write_regions(path, regions, bounds=bounds or Box(0, 0, 0, 0), slide_id=slide_id, clip=False)
+    with collector_paused():
+        return write_regions(path, regions, bounds=bounds or Box(0, 0, 0, 0), slide_id=slide_id, clip=False)

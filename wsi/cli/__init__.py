@@ -8,6 +8,7 @@ import sys
 import typer
 
 from wsi.cli.check import check
+from wsi.cli.convert import convert
 from wsi.cli.demo import demo
 from wsi.cli.doctor import doctor
 from wsi.cli.embed import embed
@@ -29,7 +30,7 @@ app = typer.Typer(
     help="Whole-slide pathology analysis: slides in; grades, QuPath GeoJSON and heatmaps out. Research use only.",
     epilog="Start with [bold]wsi demo[/bold]; `wsi VERB --help` has examples.",
 )
-for verb in (score, tile, embed, info, check, demo, doctor):
+for verb in (score, tile, embed, info, check, convert, demo, doctor):
     app.command()(verb)
 app.command("import")(import_annotations)
 for group in (export, evaluate, train):

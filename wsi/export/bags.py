@@ -11,7 +11,8 @@
 
 Corners are whole level-0 pixels, as these programs have them: a tile of ours may lie half a pixel beside. Features
 are written in blocks of about 1,024 rows; TRIDENT's own blocks of one row take many times as long to read. Tiles that
-the slide could not be read at are left out. ``wsi.train.bags`` reads the first four back.
+the slide could not be read at are left out. ``wsi.train.bags`` reads all but the last back, ``wsi.export.convert`` goes
+from one to another.
 """
 
 from __future__ import annotations
@@ -46,29 +47,59 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class _Bag:
-    """A slide's tiles, as a layout needs them; `name` is what the slide is called outside."""
+class TileTable:
+    """A slide's tiles, as layouts need them; None is what nobody said.
+
+    Attributes
+    ----------
+    name : str
+        What the slide is called outside.
+    corners : float64 (n, 2)
+        Level-0 pixels, not rounded.
+    positions : int64 or float64 (n, 2)
+        Column and row on the lattice; fractional where tiles lie on no common one.
+    tile, stride : (float, float)
+        Level-0 pixels.
+    tile_px : int
+        Side of a tile in the pixels that it was cut with.
+    tile_mpp : float
+        Microns that one of these measures.
+    mpp : Mpp
+        Microns per level-0 pixel.
+    size : (int, int)
+        The slide's, in level-0 pixels.
+    encoder : str
+        Fit to be the name of a folder.
+    scored : (ScoredSlide, ScoredTiles)
+        Where the scores are.
+    """
 
     name: str
-    slide: ScoredSlide
-    tiles: ScoredTiles
-    mpp: Mpp
     features: npt.NDArray[Any] | None
-    encoder: str
+    corners: npt.NDArray[np.float64]
+    positions: npt.NDArray[Any]
+    tile: tuple[float, float]
+    stride: tuple[float, float] | None = None
+    tile_px: int | None = None
+    tile_mpp: float | None = None
+    mpp: Mpp | None = None
+    size: tuple[int, int] | None = None
+    encoder: str | None = None
+    scored: tuple[ScoredSlide, ScoredTiles] | None = None
 
     @property
-    def corners(self) -> npt.NDArray[np.int64]:
-        return np.rint(self.tiles.grid.boxes()[:, :2]).astype(np.int64)
+    def corners_px(self) -> npt.NDArray[np.int64]:
+        return np.rint(self.corners).astype(np.int64)
 
     @property
     def side(self) -> int:
         """A tile's side in whole level-0 pixels."""
-        return round(self.tiles.grid.tile[0])
+        return round(self.tile[0])
 
     @property
     def overlap_px(self) -> int:
-        grid = self.tiles.grid
-        return max(0, round(grid.tile_px * (1 - grid.stride[0] / grid.tile[0])))
+        assert self.stride is not None and self.tile_px is not None
+        return max(0, round(self.tile_px * (1 - self.stride[0] / self.tile[0])))
 
 
 def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = None) -> list[Json]:
@@ -115,101 +146,112 @@ def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = No
         features = store.get("features")[tiles.rows] if "features" in store.arrays else None
         if features is None and layout != "wsinfer":
             raise ResultsError(slide.folder, "holds no features", "Score it with a model that gives features")
-        model = str(slide.numbers.get("provenance", {}).get("model", "wsi"))
-        encoder = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-") or "wsi"
-        LAYOUTS[layout](out, _Bag(name, slide, tiles, slide.pixel_size(store), features, encoder))
+        grid = tiles.grid
+        table = TileTable(
+            name, features, grid.boxes()[:, :2], np.stack([grid.columns, grid.rows], axis=1).astype(np.int64),
+            grid.tile, grid.stride, grid.tile_px, grid.mpp, slide.pixel_size(store), slide.size,
+            folder_name(str(slide.numbers.get("provenance", {}).get("model", "wsi"))), (slide, tiles),
+        )  # fmt: skip
+        LAYOUTS[layout](out, table)
         rows.append({"slide_id": name, "tiles": len(tiles.rows), "warnings": []})
     return rows
 
 
-def _clam(out: Path, bag: _Bag) -> None:
+def folder_name(encoder: str) -> str:
+    """What a folder of an encoder's features is called: letters, digits, dots and hyphens.
+
+    Examples
+    --------
+    >>> folder_name("hf-hub:MahmoodLab/UNI")
+    'hf-hub-MahmoodLab-UNI'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", encoder).strip("-") or "wsi"
+
+
+def _clam(out: Path, bag: TileTable) -> None:
     _coordinates(out / "patches" / f"{bag.name}.h5", bag)
-    assert bag.features is not None
+    if bag.features is None:
+        return
     features = bag.features.astype(np.float32)
-    _h5(out / "h5_files" / f"{bag.name}.h5", {"features": (features, {}), "coords": (bag.corners, {})})
+    _h5(out / "h5_files" / f"{bag.name}.h5", {"features": (features, {}), "coords": (bag.corners_px, {})})
     (out / "pt_files").mkdir(parents=True, exist_ok=True)
     write_pt(out / "pt_files" / f"{bag.name}.pt", features)
 
 
-def _coordinates(path: Path, bag: _Bag, more: Mapping[str, Any] | None = None) -> None:
+def _coordinates(path: Path, bag: TileTable, more: Mapping[str, Any] | None = None) -> None:
     """CLAM's file of coordinates: patches are cut at level 0 and made smaller, which TRIDENT calls legacy."""
-    width, height = bag.slide.size
     attributes = {
         "patch_size": bag.side,
         "patch_level": 0,
         "downsample": (1.0, 1.0),
-        "downsampled_level_dim": (width, height),
-        "level_dim": (width, height),
+        **({} if bag.size is None else {"downsampled_level_dim": bag.size, "level_dim": bag.size}),
         "name": bag.name,
         "save_path": ".",
         **(more or {}),
     }
-    _h5(path, {"coords": (bag.corners, attributes)})
+    _h5(path, {"coords": (bag.corners_px, attributes)})
 
 
-def _trident(out: Path, bag: _Bag) -> None:
-    grid, (width, height) = bag.tiles.grid, bag.slide.size
-    magnification = float(f"{10 / grid.mpp:.4g}")
-    job = out / f"{magnification:g}x_{grid.tile_px}px_{bag.overlap_px}px_overlap"
+def _trident(out: Path, bag: TileTable) -> None:
+    assert bag.tile_mpp and bag.mpp
+    magnification = float(f"{10 / bag.tile_mpp:.4g}")
+    job = out / f"{magnification:g}x_{bag.tile_px}px_{bag.overlap_px}px_overlap"
     attributes = {
-        "patch_size": grid.tile_px,
+        "patch_size": bag.tile_px,
         "patch_size_level0": bag.side,
         "level0_magnification": float(f"{10 / bag.mpp.x:.4g}"),
         "target_magnification": magnification,
         "overlap": bag.overlap_px,
         "name": bag.name,
         "savetodir": ".",
-        "level0_width": width,
-        "level0_height": height,
+        # As TRIDENT has what it does not know.
+        **dict(zip(("level0_width", "level0_height"), bag.size or ("None", "None"), strict=True)),
     }
-    _h5(job / "patches" / f"{bag.name}_patches.h5", {"coords": (bag.corners, attributes)})
+    _h5(job / "patches" / f"{bag.name}_patches.h5", {"coords": (bag.corners_px, attributes)})
+    if bag.features is None:
+        return
     about = {"name": bag.name, "savetodir": ".", "encoder": bag.encoder}
+    features = bag.features.astype(np.float32)
     path = job / f"features_{bag.encoder}" / f"{bag.name}.h5"
-    assert bag.features is not None
-    _h5(path, {"features": (bag.features.astype(np.float32), about), "coords": (bag.corners, attributes)})
+    _h5(path, {"features": (features, about), "coords": (bag.corners_px, attributes)})
 
 
-def _stamp(out: Path, bag: _Bag) -> None:
-    grid = bag.tiles.grid
-    assert bag.features is not None
-    microns = grid.boxes()[:, :2] * np.array(bag.mpp)
+def _stamp(out: Path, bag: TileTable) -> None:
+    assert bag.features is not None and bag.mpp and bag.tile_px and bag.tile_mpp
     attributes = {
         "stamp_version": "2.0.0",
         "extractor": bag.encoder,
         "unit": "um",
-        "tile_size_um": float(grid.tile_px * grid.mpp),
-        "tile_size_px": grid.tile_px,
+        "tile_size_um": float(bag.tile_px * bag.tile_mpp),
+        "tile_size_px": bag.tile_px,
         "code_hash": f"wsi-{__version__}",
         "feat_type": "tile",
         "wsi_slide_mpp": list(bag.mpp),  # ours: without it nobody can go back to pixels
     }
     arrays: dict[str, tuple[npt.NDArray[Any], Json]] = {
-        "coords": (microns, {}),
+        "coords": (bag.corners * np.array(bag.mpp), {}),
         "feats": (bag.features.astype(np.float16), {}),
     }
-    _h5(out / bag.encoder / f"{bag.name}.h5", arrays, attributes)
+    _h5(out / str(bag.encoder) / f"{bag.name}.h5", arrays, attributes)
 
 
-def _torchmil(out: Path, bag: _Bag) -> None:
-    grid = bag.tiles.grid
+def _torchmil(out: Path, bag: TileTable) -> None:
     assert bag.features is not None
-    for folder, values in (
-        ("features", bag.features.astype(np.float32)),
-        ("coords", np.stack([grid.columns, grid.rows], axis=1).astype(np.int64)),
-    ):
+    for folder, values in (("features", bag.features.astype(np.float32)), ("coords", bag.positions)):
         (out / folder).mkdir(parents=True, exist_ok=True)
         with replacing(out / folder / f"{bag.name}.npy") as file:
             np.save(file, values, allow_pickle=False)
 
 
-def _wsinfer(out: Path, bag: _Bag) -> None:
+def _wsinfer(out: Path, bag: TileTable) -> None:
     """The CSV in level-0 pixels of the whole plane, as WSInfer writes it; the GeoJSON as QuPath shows the slide."""
-    grid = bag.tiles.grid
-    columns = ["minx", "miny", "width", "height", *(f"prob_{name}" for name in bag.slide.class_names)]
+    assert bag.scored is not None
+    slide, tiles = bag.scored
+    columns = ["minx", "miny", "width", "height", *(f"prob_{name}" for name in slide.class_names)]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    for (x, y), values in zip(bag.corners.tolist(), bag.tiles.probabilities.tolist(), strict=True):
+    for (x, y), values in zip(bag.corners_px.tolist(), tiles.probabilities.tolist(), strict=True):
         writer.writerow([x, y, bag.side, bag.side, *(f"{value:.7g}" for value in values)])
     for folder in ("model-outputs-csv", "model-outputs-geojson"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -217,40 +259,47 @@ def _wsinfer(out: Path, bag: _Bag) -> None:
         file.write(text.getvalue().encode())
     write_tiles(
         out / "model-outputs-geojson" / f"{bag.name}.geojson",
-        grid.boxes(),
-        path_classes(bag.slide),
-        called(bag.tiles.probabilities, bag.slide.positive, float(bag.slide.numbers["threshold"])),
-        measurements(bag.slide, bag.tiles),
-        bounds=bag.slide.bounds,
+        tiles.grid.boxes(),
+        path_classes(slide),
+        called(tiles.probabilities, slide.positive, float(slide.numbers["threshold"])),
+        measurements(slide, tiles),
+        bounds=slide.bounds,
         slide_id=bag.name,
     )
-    _coordinates(out / "patches" / f"{bag.name}.h5", bag, {"patch_spacing_um_px": grid.mpp})
+    _coordinates(out / "patches" / f"{bag.name}.h5", bag, {"patch_spacing_um_px": bag.tile_mpp})
 
 
-def _anndata(out: Path, bag: _Bag) -> None:
+def _anndata(out: Path, bag: TileTable) -> None:
     try:
         import anndata
         import pandas as pd
     except ImportError as error:
         what = f"needs anndata ({error})"
         raise ResultsError("wsi export anndata", what, "Install it: pip install 'wsi[anndata]'") from None
-    boxes = bag.tiles.grid.boxes()
-    names = [f"{bag.name}-{row}" for row in bag.tiles.rows.tolist()]
-    obs = pd.DataFrame(measurements(bag.slide, bag.tiles), index=pd.Index(names, name="tile"))
-    threshold = float(bag.slide.numbers["threshold"])
-    classes = called(bag.tiles.probabilities, bag.slide.positive, threshold)
-    obs["class"] = pd.Categorical.from_codes(classes, list(bag.slide.class_names))
     assert bag.features is not None
+    numbers = range(len(bag.corners)) if bag.scored is None else bag.scored[1].rows.tolist()
+    obs = pd.DataFrame(index=pd.Index([f"{bag.name}-{number}" for number in numbers], name="tile"))
+    if bag.scored is not None:
+        slide, tiles = bag.scored
+        obs = obs.assign(**measurements(slide, tiles))
+        classes = called(tiles.probabilities, slide.positive, float(slide.numbers["threshold"]))
+        obs["class"] = pd.Categorical.from_codes(classes, list(slide.class_names))
+    known = {
+        "slide_mpp": bag.mpp,
+        "slide_size_px": bag.size,
+        "tile_level0_px": bag.tile,
+        "stride_level0_px": bag.stride,
+        "tile_px": bag.tile_px,
+        "encoder": bag.encoder,
+    }
     table = anndata.AnnData(
         X=bag.features.astype(np.float32),
         obs=obs,
-        obsm={"spatial": boxes[:, :2] + boxes[:, 2:] / 2},
+        obsm={"spatial": bag.corners + np.array(bag.tile) / 2},
         uns={
             "slide_id": bag.name,
-            "slide_mpp": list(bag.mpp),
-            "tile_level0_px": list(bag.tiles.grid.tile),
-            "encoder": bag.encoder,
             "use": "research only",
+            **{name: list(v) if isinstance(v, tuple) else v for name, v in known.items() if v is not None},
         },
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -264,7 +313,7 @@ def _anndata(out: Path, bag: _Bag) -> None:
 
 
 #: Who writes what.
-LAYOUTS: dict[str, Callable[[Path, _Bag], None]] = {
+LAYOUTS: dict[str, Callable[[Path, TileTable], None]] = {
     "clam": _clam,
     "trident": _trident,
     "stamp": _stamp,

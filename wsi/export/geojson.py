@@ -6,7 +6,6 @@ QuPath rejects a whole file for one feature it dislikes: rings must be closed, g
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
@@ -15,8 +14,9 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import IO, Any, cast
+from typing import IO, Any
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import shapely
@@ -33,6 +33,8 @@ MIN_AREA_PX = 1.0
 _REPAIR: Json = {"method": "structure", "keep_collapsed": False}
 #: What a repair adds must be rounded again; it settles at once or twice.
 _MAX_REPAIRS = 10
+#: Of a file that is packed, this much text at once.
+_MEMBER_BYTES = 1 << 20
 #: A Python object takes some ten times the text it was written in.
 _MAX_READ_BYTES = 256 << 20
 
@@ -86,43 +88,55 @@ def _features(node: Any, where: str) -> Iterator[Json]:
         raise ValueError(f"{where}: is not GeoJSON")
 
 
-def acceptable(geometry: shapely.Geometry, bounds: Box, *, clip: bool = True) -> Json | None:
-    """Return a geometry as QuPath accepts it, from the corner of `bounds`, or None where nothing is left of it.
+def acceptable(geometries: Sequence[shapely.Geometry], bounds: Box, *, clip: bool = True) -> list[Json | None]:
+    """Return geometries as QuPath accepts them, from the corner of `bounds`, or None where nothing is left of one.
 
     Parameters
     ----------
-    geometry : shapely.Geometry
-        Polygons, points or one line, in level-0 pixels; need not be valid.
+    geometries : sequence of shapely.Geometry
+        Each polygons, points or one line, in level-0 pixels; need not be valid.
     bounds : Box
     clip : bool
         Leave out what lies outside `bounds`.
 
     Examples
     --------
-    >>> acceptable(shapely.LineString([(10, 10), (14, 13.337)]), Box(10, 0, 100, 100))
-    {'type': 'LineString', 'coordinates': [[0, 10], [4, 13.34]]}
+    >>> acceptable([shapely.LineString([(10, 10), (14, 13.337)])], Box(10, 0, 100, 100))
+    [{'type': 'LineString', 'coordinates': [[0, 10], [4, 13.34]]}]
     """
     w, h = within(np.array([bounds.x + bounds.w, bounds.y + bounds.h]), bounds)
+    given = np.empty(len(geometries), object)
+    given[:] = geometries
+    found: list[Json | None] = [None] * len(given)
     with np.errstate(all="ignore"):  # GEOS leaves floating-point flags behind that say nothing of its result
-        simple = shapely.transform(geometry, lambda xy: np.round(xy - (bounds.x, bounds.y), _DECIMALS))
-        (x0, y0, x1, y1), kind = simple.bounds, simple.geom_type
-        inside = not clip or (x0 >= 0 and y0 >= 0 and x1 <= w and y1 <= h)
-        if kind in ("Point", "MultiPoint", "LineString"):
-            return _open_shape(simple) if inside and not simple.is_empty else None
-        if kind.endswith("Polygon") and inside and simple.is_valid:
-            return _coordinates(simple)  # most are; what follows takes ten times as long
-        # GEOS fails on the smallest of floating-point numbers: a millionth of a pixel is small enough.
-        moved = shapely.transform(geometry, lambda xy: np.round(xy - (bounds.x, bounds.y), 6))
-        found = shapely.make_valid(moved, **_REPAIR)
-        if clip:
-            found = shapely.intersection(found, shapely.box(0, 0, w, h))
-        for _ in range(_MAX_REPAIRS):
-            # Snap rounding: unlike rounding each coordinate, it cannot make edges cross.
-            snapped = shapely.set_precision(found, 10.0**-_DECIMALS)
-            found = shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS))
-            if found.is_valid:
-                return _coordinates(found)
-            found = shapely.make_valid(found, **_REPAIR)
+        simple = shapely.transform(given, lambda xy: np.round(xy - (bounds.x, bounds.y), _DECIMALS))
+        x0, y0, x1, y1 = shapely.bounds(simple).T
+        inside = (x0 >= 0) & (y0 >= 0) & (x1 <= w) & (y1 <= h) | (not clip)
+        areas = shapely.get_dimensions(simple) == 2
+        good = np.flatnonzero(areas & inside & shapely.is_valid(simple))  # most are, and done together
+        for i, shape in zip(good.tolist(), _coordinates(simple[good]), strict=True):
+            found[i] = shape
+        for i in np.setdiff1d(np.arange(len(given)), good).tolist():
+            if simple[i].geom_type in ("Point", "MultiPoint", "LineString"):
+                found[i] = _open_shape(simple[i]) if inside[i] and not simple[i].is_empty else None
+            else:
+                found[i] = _mended(given[i], bounds, shapely.box(0, 0, w, h) if clip else None)
+    return found
+
+
+def _mended(geometry: shapely.Geometry, bounds: Box, within: shapely.Polygon | None) -> Json | None:
+    # GEOS fails on the smallest of floating-point numbers: a millionth of a pixel is small enough.
+    moved = shapely.transform(geometry, lambda xy: np.round(xy - (bounds.x, bounds.y), 6))
+    found = shapely.make_valid(moved, **_REPAIR)
+    if within is not None:
+        found = shapely.intersection(found, within)
+    for _ in range(_MAX_REPAIRS):
+        # Snap rounding: unlike rounding each coordinate, it cannot make edges cross.
+        snapped = shapely.set_precision(found, 10.0**-_DECIMALS)
+        found = shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS))
+        if found.is_valid:
+            return _coordinates(np.array([found], object))[0]
+        found = shapely.make_valid(found, **_REPAIR)
     return None
 
 
@@ -134,22 +148,32 @@ def _open_shape(geometry: shapely.Geometry) -> Json:
     return {"type": geometry.geom_type, "coordinates": points}
 
 
-def _coordinates(geometry: shapely.Geometry) -> Json | None:
-    """The polygons in it that QuPath can show, as GeoJSON."""
-    parts = [
-        part
-        for part in shapely.get_parts(shapely.get_parts(geometry))
-        if part.geom_type == "Polygon" and part.area >= MIN_AREA_PX
+def _coordinates(geometries: npt.NDArray[np.object_]) -> list[Json | None]:
+    """The polygons in each that QuPath can show, as GeoJSON."""
+    parts, of_parts = shapely.get_parts(geometries, return_index=True)
+    parts, of = shapely.get_parts(parts, return_index=True)  # of collections
+    kept = (shapely.get_type_id(parts) == shapely.GeometryType.POLYGON) & (shapely.area(parts) >= MIN_AREA_PX)
+    parts, of_parts = parts[kept], of_parts[of][kept]
+    rings, of_rings = shapely.get_rings(parts, return_index=True)
+    points, of_points = shapely.get_coordinates(rings, return_index=True)
+    written = [[whole(x), whole(y)] for x, y in points.tolist()]
+    drawn = _grouped(
+        _grouped(_grouped(written, of_points, len(rings)), of_rings, len(parts)), of_parts, len(geometries)
+    )
+    return [
+        None
+        if not polygons
+        else {"type": "Polygon", "coordinates": polygons[0]}
+        if len(polygons) == 1
+        else {"type": "MultiPolygon", "coordinates": polygons}
+        for polygons in drawn
     ]
-    if not parts:
-        return None
-    polygons = [
-        [[[whole(x), whole(y)] for x, y in shapely.get_coordinates(ring).tolist()] for ring in shapely.get_rings(part)]
-        for part in parts
-    ]
-    if len(polygons) == 1:
-        return {"type": "Polygon", "coordinates": polygons[0]}
-    return {"type": "MultiPolygon", "coordinates": polygons}
+
+
+def _grouped(items: list[Any], of: npt.NDArray[np.integer], n: int) -> list[list[Any]]:
+    """Items by the group that each is of; they stand in its order."""
+    ends = np.cumsum(np.bincount(of, minlength=n)).tolist()
+    return [items[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
 
 def within(xy: npt.NDArray[np.float64], bounds: Box) -> npt.NDArray[np.float64]:
@@ -184,8 +208,11 @@ def texts(label: str, values: npt.NDArray[np.floating]) -> list[str]:
     return [f"{label}{value:.7g}" if good else "" for value, good in zip(values.tolist(), finite, strict=True)]
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def encode(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def write_features(path: str | os.PathLike[str], features: Iterator[str], metadata: Mapping[str, str] | None) -> int:
@@ -204,11 +231,32 @@ def write_features(path: str | os.PathLike[str], features: Iterator[str], metada
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def _opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes] | _Gzip]:
     with replacing(path) as file:
         if not os.fspath(path).endswith(".gz"):
             yield file
             return
-        # No name and no time inside: the same tiles are the same bytes.
-        with gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as packed:
-            yield cast(IO[bytes], packed)
+        packed = _Gzip(file)
+        yield packed
+        packed.finish()
+
+
+class _Gzip:
+    """Gzip by libdeflate, which takes a third of zlib's time and packs tighter, but only whole pieces.
+
+    Each piece is a member of its own (RFC 1952, 2.2), with no name and no time inside: the same tiles are the same
+    bytes. Java before 23, as QuPath has it, goes on after a member where more bytes are ``available``, which files
+    tell, or where at least 19 are left in its buffer: so the last piece is a long one, or the only one.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._waiting = file, bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._waiting += data
+        while len(self._waiting) >= 2 * _MEMBER_BYTES:
+            self._file.write(imagecodecs.gzip_encode(self._waiting[:_MEMBER_BYTES], level=1))
+            del self._waiting[:_MEMBER_BYTES]
+
+    def finish(self) -> None:
+        self._file.write(imagecodecs.gzip_encode(self._waiting, level=1))

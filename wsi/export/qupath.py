@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,8 @@ from wsi.units import Box
 
 #: Tiles formatted at once: enough for NumPy to pay, little enough to be no memory.
 _BLOCK = 2048
+#: And regions, which may have many points each.
+_REGIONS = 512
 
 
 @dataclass(frozen=True)
@@ -241,19 +244,21 @@ def write_regions(
     """
 
     def features() -> Iterator[str]:
-        for i, region in enumerate(regions):
-            geometry = acceptable(region.geometry, bounds, clip=clip)
-            if geometry is None:
-                continue
-            (uid,) = identifiers(slide_id, "region", [i])
-            properties = {
-                "objectType": "annotation",
-                **({"name": region.name} if region.name else {}),
-                **({"classification": region.path_class._json()} if region.path_class else {}),
-                "isLocked": True,
-                "measurements": finite(region.measurements),
-                **({"metadata": dict(metadata)} if metadata else {}),
-            }
-            yield encode({"type": "Feature", "id": uid, "geometry": geometry, "properties": properties})
+        numbered = enumerate(regions)
+        while some := list(islice(numbered, _REGIONS)):
+            shapes = acceptable([region.geometry for _, region in some], bounds, clip=clip)
+            ids = identifiers(slide_id, "region", [i for i, _ in some])
+            for (_, region), geometry, uid in zip(some, shapes, ids, strict=True):
+                if geometry is None:
+                    continue
+                properties = {
+                    "objectType": "annotation",
+                    **({"name": region.name} if region.name else {}),
+                    **({"classification": region.path_class._json()} if region.path_class else {}),
+                    "isLocked": True,
+                    "measurements": finite(region.measurements),
+                    **({"metadata": dict(metadata)} if metadata else {}),
+                }
+                yield encode({"type": "Feature", "id": uid, "geometry": geometry, "properties": properties})
 
     return write_features(path, features(), metadata)

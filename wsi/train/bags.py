@@ -4,15 +4,17 @@
 
     results/<slide>/store.zarr                      wsi score, wsi embed
     h5_files/<slide>.h5, pt_files/<slide>.pt        CLAM: features (n, d) and coords (n, 2); a tensor (n, d)
+    patches/<slide>.h5                              CLAM: coords beside them, with the size of tiles
     .../features_<encoder>/<slide>.h5               TRIDENT: the same, and attributes
     <encoder>/<slide>.h5                            STAMP: feats (n, d), coords in microns
     features/<slide>.npy                            torchmil: coords/<slide>.npy beside, positions on the lattice
+    <slide>.h5ad                                    AnnData as we write it: X (n, d), centres in obsm["spatial"]
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +24,37 @@ import numpy.typing as npt
 from wsi.errors import StoreError, TrainError
 from wsi.files import replacing
 from wsi.store import PatchStore
+from wsi.units import Mpp
 
-_FILES = (".h5", ".pt", ".npy")
+_FILES = (".h5", ".pt", ".npy", ".h5ad")
+
+
+class Said(NamedTuple):
+    """What a file says of its slide and its tiles besides; None is what it does not say.
+
+    Attributes
+    ----------
+    tile, stride : (float, float)
+        Width and height of tiles, and their distances, in level-0 pixels.
+    tile_px : int
+        Side of a tile in the pixels that it was cut with.
+    mpp : Mpp
+        Microns per level-0 pixel.
+    size : (int, int)
+        The slide's width and height in level-0 pixels.
+    encoder_name : str
+        Of a store of ours, whose bags know their encoder by its hash.
+    unit : {"px", "um", "lattice"}
+        What the bag's boxes are counted in: level-0 pixels, microns, or tiles.
+    """
+
+    tile: tuple[float, float] | None = None
+    stride: tuple[float, float] | None = None
+    tile_px: int | None = None
+    mpp: Mpp | None = None
+    size: tuple[int, int] | None = None
+    encoder_name: str | None = None
+    unit: str = "px"
 
 
 class Bag(NamedTuple):
@@ -34,14 +65,16 @@ class Bag(NamedTuple):
     features : float16 or float32 (n, d)
         n >= 1, finite.
     boxes : float64 (n, 4), optional
-        Level-0 x, y, w, h; None where the file does not say.
+        x, y, w, h in `said.unit`, level-0 pixels unless a file has others; None where it does not say.
     encoder : str, optional
         What made the features: the hash of the weights, or the name that a TRIDENT file gives.
+    said : Said
     """
 
     features: npt.NDArray[Any]
     boxes: npt.NDArray[np.float64] | None
     encoder: str | None
+    said: Said = Said()
 
 
 def find_bags(places: Iterable[str | Path]) -> dict[str, Path]:
@@ -85,7 +118,7 @@ def read_bag(path: Path, encoder: str | None = None) -> Bag:
         It is empty, not a table of finite numbers, or damaged; the bag is named.
     """
     try:
-        read = {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy}.get(path.suffix)
+        read = {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy, ".h5ad": _read_h5ad}.get(path.suffix)
         bag = read(path) if read else _read_store(path, encoder)
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError, StoreError) as error:
         raise TrainError(path, f"cannot be read ({error})", "Compute its features again") from error
@@ -118,12 +151,29 @@ def _bags_in(place: Path) -> Iterable[tuple[str, Path]]:
     folders = [folder for folder in (place / "h5_files", place / "pt_files") if folder.is_dir()][:1]
     named = [*sorted(place.glob("features_*")), *sorted(place.glob("*/features_*")), place / "features"]
     folders = folders or [place, *named]
-    files = [[file for suffix in _FILES for file in sorted(folder.glob(f"*{suffix}"))] for folder in folders]
-    full = [(folder, bags) for folder, bags in zip(folders, files, strict=True) if bags]
+    full = _with_bags(folders) or _with_bags([each.parent for each in sorted(place.glob("*/*.h5")) if _is_stamp(each)])
     if len(full) > 1:
         names = ", ".join(str(folder.relative_to(place)) for folder, _ in full)
         raise TrainError(place, f"holds features in {names}", "Give one of them: features of two encoders do not mix")
     return [(file.stem, file) for _, bags in full for file in bags]
+
+
+def _with_bags(folders: Iterable[Path]) -> list[tuple[Path, list[Path]]]:
+    found = [
+        (folder, [file for suffix in _FILES for file in sorted(folder.glob(f"*{suffix}"))])
+        for folder in dict.fromkeys(folders)
+    ]
+    return [(folder, files) for folder, files in found if files]
+
+
+def _is_stamp(path: Path) -> bool:
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            return "feats" in file
+    except OSError:
+        return False
 
 
 def _read_store(path: Path, encoder: str | None) -> Bag:
@@ -145,9 +195,18 @@ def _read_store(path: Path, encoder: str | None) -> Bag:
     if len({sha256 for _, sha256 in found.values()}) != 1:
         what = f"holds features of {there or 'no encoder'}" + (f", not of {encoder!r} alone" if encoder else "")
         raise TrainError(path, what, "Name one with --encoder" if there else "Run wsi embed")
-    array, (_, sha256) = found.popitem()
+    array, (name, sha256) = found.popitem()
     readable = ~store.get("unreadable") if not store.missing("unreadable") else slice(None)
-    return Bag(store.get(array)[readable], store.grid.boxes()[readable], sha256 or None)
+    grid, slide = store.grid, store.attributes.get("slide", {})
+    said = Said(
+        tile=grid.tile,
+        stride=grid.stride,
+        tile_px=grid.tile_px,
+        mpp=_mpp(slide.get("mpp")),
+        size=_pair(slide.get("size"), int),
+        encoder_name=name,
+    )
+    return Bag(store.get(array)[readable], grid.boxes()[readable], sha256 or None, said)
 
 
 def _read_h5(path: Path) -> Bag:
@@ -161,38 +220,102 @@ def _read_h5(path: Path) -> Bag:
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
         encoder = dataset.attrs.get("encoder")
         coords = file.get("coords")
-        boxes = None if coords is None else _boxes(np.asarray(coords, np.float64), dict(coords.attrs))
-    return Bag(features, boxes, None if encoder in (None, "None") else str(encoder))
+        boxes, said = _beside(path) if coords is None else _boxes(coords)
+        if boxes is not None and said.tile is None:
+            said = _beside(path)[1]
+            boxes[:, 2:] = said.tile or boxes[:, 2:]
+    return Bag(features, boxes, None if encoder in (None, "None") else str(encoder), said)
 
 
 def _read_stamp(file: Any) -> Bag:
     """Microns to pixels only where the file says how large a pixel is, which STAMP's own do not."""
-    coords, mpp = np.asarray(file["coords"], np.float64)[:, :2], file.attrs.get("wsi_slide_mpp")
-    boxes = None
-    if mpp is not None:
-        side = np.full((len(coords), 2), float(file.attrs["tile_size_um"]))
-        boxes = np.concatenate([coords, side], axis=1) / np.tile(np.asarray(mpp, np.float64), 2)
-    return Bag(
-        np.asarray(file["feats"]), boxes, str(file.attrs.get("extractor")) if "extractor" in file.attrs else None
-    )
+    corners, attributes = np.asarray(file["coords"], np.float64)[:, :2], dict(file.attrs)
+    boxes = np.concatenate([corners, np.full((len(corners), 2), float(attributes["tile_size_um"]))], axis=1)
+    said = Said(tile_px=_number(attributes, "tile_size_px", int), unit="um")
+    mpp = _mpp(attributes.get("wsi_slide_mpp"))
+    if mpp is not None and len(boxes):
+        boxes /= np.tile(mpp, 2)
+        said = said._replace(mpp=mpp, tile=_pair(boxes[0, 2:], float), unit="px")
+    encoder = str(attributes["extractor"]) if "extractor" in attributes else None
+    return Bag(np.asarray(file["feats"]), boxes, encoder, said)
 
 
 def _read_npy(path: Path) -> Bag:
     features = np.load(path, allow_pickle=False)
     beside = path.parent.parent / "coords" / path.name
     coords = np.load(beside, allow_pickle=False).astype(np.float64) if beside.is_file() else None
-    return Bag(features, None if coords is None else np.concatenate([coords, np.ones_like(coords)], axis=1), None)
+    boxes = None if coords is None else np.concatenate([coords, np.ones_like(coords)], axis=1)
+    return Bag(features, boxes, None, Said(unit="lattice"))
 
 
-def _boxes(coords: npt.NDArray[np.float64], attributes: dict[str, Any]) -> npt.NDArray[np.float64]:
+def _read_h5ad(path: Path) -> Bag:
+    """AnnData is HDF5: what we wrote needs no other library."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        if not isinstance(file["X"], h5py.Dataset):
+            raise ValueError("X is sparse")
+        features, about = np.asarray(file["X"]), file.get("uns", {})
+        kept = {name: about[name][()] for name in about if isinstance(about[name], h5py.Dataset)}
+        tile, encoder, boxes = _pair(kept.get("tile_level0_px"), float), kept.get("encoder"), None
+        if tile and "spatial" in file.get("obsm", {}):
+            corners = np.asarray(file["obsm"]["spatial"], np.float64)[:, :2] - np.array(tile) / 2
+            boxes = np.concatenate([corners, np.tile(tile, (len(corners), 1))], axis=1)
+    said = Said(
+        tile=tile,
+        stride=_pair(kept.get("stride_level0_px"), float),
+        tile_px=_number(kept, "tile_px", int),
+        mpp=_mpp(kept.get("slide_mpp")),
+        size=_pair(kept.get("slide_size_px"), int),
+    )
+    return Bag(features, boxes, encoder.decode() if isinstance(encoder, bytes) else None, said)
+
+
+def _boxes(coords: Any) -> tuple[npt.NDArray[np.float64], Said]:
     """Top left corners (n, 2 or more) to boxes (n, 4); a side that is not said is the least step between tiles."""
-    corner = coords.reshape(len(coords), -1)[:, :2]
-    said = attributes.get("patch_size_level0")
-    if isinstance(said, (int, float, np.number)):  # TRIDENT stores a missing number as the word None
-        side = float(said)
-    else:
+    attributes = dict(coords.attrs)
+    corner = np.asarray(coords, np.float64).reshape(len(coords), -1)[:, :2]
+    side, said = _number(attributes, "patch_size_level0", float), Said()
+    if side is not None:  # TRIDENT
+        size = _number(attributes, "level0_width", int), _number(attributes, "level0_height", int)
+        px, overlap = _number(attributes, "patch_size", int), _number(attributes, "overlap", float)
+        step = None if px is None or overlap is None else side * (px - overlap) / px
+        said = Said((side, side), step and (step, step), px, size=size if None not in size else None)
+    elif "patch_level" in attributes:  # CLAM: in pixels of that level
+        down, size = _pair(attributes.get("downsample"), float), _pair(attributes.get("level_dim"), int)
+        at_level_0 = not int(attributes["patch_level"])
+        if down or at_level_0:
+            side = float(attributes["patch_size"]) * (down[0] if down else 1.0)
+            said = Said((side, side), size=size if at_level_0 else None)
+    if side is None:
         side = min((float(np.diff(u).min()) for u in (np.unique(c) for c in corner.T) if len(u) > 1), default=1.0)
-    return np.concatenate([corner, np.full((len(corner), 2), side)], axis=1)
+    return np.concatenate([corner, np.full((len(corner), 2), side)], axis=1), said
+
+
+def _beside(path: Path) -> tuple[npt.NDArray[np.float64] | None, Said]:
+    """What CLAM's file of coordinates says of the bag of the same name."""
+    import h5py
+
+    file = path.parent.parent / "patches" / f"{path.stem}.h5"
+    if not file.is_file():
+        return None, Said()
+    with h5py.File(file, "r") as opened:
+        return _boxes(opened["coords"])
+
+
+def _number(attributes: Mapping[str, Any], name: str, kind: Any) -> Any:
+    """A number that a file may lack; TRIDENT stores a missing one as the word None."""
+    value = attributes.get(name)
+    return kind(value) if isinstance(value, (int, float, np.number)) else None
+
+
+def _pair(value: Any, kind: Any) -> Any:
+    return None if value is None or np.shape(value) != (2,) else (kind(value[0]), kind(value[1]))
+
+
+def _mpp(value: Any) -> Mpp | None:
+    found = _pair(value, float)
+    return None if found is None else Mpp(*found)
 
 
 def _read_pt(path: Path) -> Bag:
@@ -203,7 +326,8 @@ def _read_pt(path: Path) -> Bag:
         value = value["features"]
     if not isinstance(value, torch.Tensor):
         raise TrainError(path, f"holds a {type(value).__name__}, not a tensor", "Is it a bag?")
-    return Bag((value.float() if value.dtype == torch.bfloat16 else value).numpy(), None, None)
+    boxes, said = _beside(path)
+    return Bag((value.float() if value.dtype == torch.bfloat16 else value).numpy(), boxes, None, said)
 
 
 def write_pt(path: Path, features: npt.NDArray[np.float32]) -> None:

@@ -1,0 +1,57 @@
+"""``wsi convert``: bags of features from one program's layout to another's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wsi.cli.display import say
+from wsi.errors import OutputError, TrainError, WsiError
+
+
+def convert(
+    bags: Annotated[list[Path], typer.Argument(help="Folders or files of features; `wsi check` says what they are.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder; made, and must hold nothing.")],
+    to: Annotated[str, typer.Option(help="clam, trident, stamp, torchmil or anndata.")],
+    encoder: Annotated[
+        str | None, typer.Option(help="What made the features, where the files do not say; of stores: which.")
+    ] = None,
+    slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, where unknown.")] = None,
+    tile_px: Annotated[int | None, typer.Option("--tile-px", help="Pixels that a tile was cut with.")] = None,
+    tile_level0: Annotated[float | None, typer.Option(help="Side of a tile in level-0 pixels.")] = None,
+    stride_level0: Annotated[
+        float | None, typer.Option(help="Distance of tiles in level-0 pixels. Default: as they lie.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a row a slide as JSON.")] = False,
+) -> None:
+    """Write features of CLAM, TRIDENT, STAMP, torchmil, AnnData or our stores in the layout of another of these.
+
+    What the files do not say and the other layout needs is asked for. Of WSInfer's results CLAM and TRIDENT get the
+    coordinates, to compute features at.
+
+    Examples:
+      wsi convert job --to torchmil -o bags
+
+      wsi convert clam_results --to stamp --encoder uni --slide-mpp 0.25 --tile-px 256 -o for_stamp
+
+      wsi convert bags --to clam --tile-level0 512 -o for_clam
+    """
+    from wsi.export.convert import Given, convert_bags
+
+    try:
+        rows = convert_bags(bags, out, to, Given(encoder, slide_mpp, tile_px, tile_level0, stride_level0))
+    except WsiError:
+        raise
+    except ValueError as error:
+        raise TrainError("wsi convert", str(error)) from error
+    except OSError as error:
+        raise OutputError.of(error, out) from error
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    for row in rows:
+        for warning in row["warnings"]:
+            say(f"wsi: {row['slide_id']}: {warning}")
+    say(f"{len(rows)} slides: {out}")

@@ -1,0 +1,324 @@
+"""Bags of features from one program's layout to another's.
+
+Whatever ``wsi.train.bags`` reads can be written as ``wsi.export.bags`` writes: what a file does not say and the other
+layout needs is asked for by name, and never guessed. WSInfer's results hold no features; of them CLAM and TRIDENT get
+the coordinates, to compute features at.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi.errors import TrainError
+from wsi.export.bags import LAYOUTS, TileTable, folder_name
+from wsi.train.bags import Bag, Said, find_bags, read_bag
+from wsi.units import Mpp
+
+Json = dict[str, Any]
+
+#: What a layout cannot be written without, besides coordinates.
+_NEEDS = {
+    "clam": (),
+    "trident": ("encoder", "stride", "tile_px", "mpp"),
+    "stamp": ("features", "encoder", "tile_px", "mpp"),
+    "torchmil": ("features", "stride"),
+    "anndata": ("features",),
+}
+#: What is said where it is missing, and what to do.
+_MISSING = {
+    "features": ("holds no features", "Compute them first: clam and trident take coordinates alone"),
+    "encoder": ("does not say what made the features", "Name it with --encoder"),
+    "tile": ("does not say how large a tile is", "Give its side in level-0 pixels with --tile-level0"),
+    "stride": ("lies on no lattice that can be told", "Give the distance of tiles with --stride-level0"),
+    "tile_px": ("does not say in how many pixels a tile was cut", "Give them with --tile-px"),
+    "mpp": ("does not say how many microns a level-0 pixel measures", "Give them with --slide-mpp"),
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user knows of all slides and their files may not say.
+
+    Attributes
+    ----------
+    encoder : str, optional
+        What made the features; of stores that hold several, which.
+    mpp : float, optional
+        Microns per level-0 pixel.
+    tile_px : int, optional
+        Side of a tile in the pixels that it was cut with.
+    tile_level0, stride_level0 : float, optional
+        Side and distance of tiles in level-0 pixels; tiles on a lattice (torchmil) stand side by side if one is given.
+
+    Raises
+    ------
+    ValueError
+        A number that is not positive.
+    """
+
+    encoder: str | None = None
+    mpp: float | None = None
+    tile_px: int | None = None
+    tile_level0: float | None = None
+    stride_level0: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("mpp", self.mpp),
+            ("tile_px", self.tile_px),
+            ("tile_level0", self.tile_level0),
+            ("stride_level0", self.stride_level0),
+        ):
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive, got {value:g}")
+
+
+def convert_bags(places: Sequence[Path], out: Path, layout: str, given: Given | None = None) -> list[Json]:
+    """Write bags in another program's layout: features as they are, coordinates to the pixel.
+
+    Parameters
+    ----------
+    places : sequence of Path
+        Folders or files of CLAM, TRIDENT, STAMP, torchmil, AnnData (as we write it), WSInfer; our results and stores.
+    out : Path
+        Made; must not be there, or be empty. It is whole or not there.
+    layout : {"clam", "trident", "stamp", "torchmil", "anndata"}
+    given : Given, optional
+
+    Returns
+    -------
+    list of dict
+        A row a slide: ``slide_id``, ``tiles``, ``tile_level0``, ``stride_level0``, ``warnings``.
+
+    Raises
+    ------
+    TrainError
+        What is there cannot be read, does not say what the layout needs, or does not belong together.
+    ResultsError
+        anndata is not installed.
+    ValueError
+        An unknown layout.
+    OSError
+        `out` cannot be written to.
+
+    Examples
+    --------
+    >>> convert_bags([Path("job")], Path("for_stamp"), "stamp", Given(mpp=0.25))                   # doctest: +SKIP
+    [{'slide_id': 'slide_1', 'tiles': 13816, 'tile_level0': 1024.0, 'stride_level0': 1024.0, 'warnings': []}]
+    """
+    if layout not in _NEEDS:
+        raise ValueError(f"layout must be one of {', '.join(_NEEDS)}, got {layout!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TrainError(out, "is there already", "Choose another folder with -o")
+    found = _find(places)
+    draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    rows: list[Json] = []
+    alike: dict[str, tuple[Any, str]] = {}
+    try:
+        for name, path in found.items():
+            table = _table(name, path, layout, given or Given())
+            shown = table.features.shape[1] if table.features is not None else None
+            for what, value in (("features of width", shown), ("features of encoder", table.encoder)):
+                other, first = alike.setdefault(what, (value, name))
+                if other != value:
+                    raise TrainError(path, f"has {what} {value}; {first} has {other}", "Convert them apart")
+            LAYOUTS[layout](draft, table)
+            stride = table.stride and table.stride[0]
+            warnings = []
+            if layout == "torchmil" and table.positions.dtype.kind == "f":
+                warnings.append("tiles lie on no common lattice from the corner: positions are not whole")
+            rows.append(
+                {"slide_id": name, "tiles": len(table.corners), "tile_level0": table.tile[0], "stride_level0": stride}
+                | {"warnings": warnings}
+            )
+        draft.replace(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return rows
+
+
+def lattice(
+    corners: npt.NDArray[np.float64], least: float
+) -> tuple[npt.NDArray[np.float64], tuple[float, float]] | None:
+    """Find the lattice that tiles lie on: position of each, and the distance of neighbours.
+
+    Parameters
+    ----------
+    corners : float64 (n, 2)
+        Of a lattice from (0, 0), rounded to whole pixels or not: then positions are whole, and position times distance,
+        rounded, is the corner again. Of a lattice from elsewhere they are fractional.
+    least : float
+        The smallest distance that is a lattice's; two that overlap make tiny steps.
+
+    Returns
+    -------
+    (float64 (n, 2), (float, float)) or None
+        None where there is no lattice, or a single tile.
+
+    Examples
+    --------
+    >>> positions, distance = lattice(np.array([[527.0, 0], [1053, 0], [2633, 527]]), 50)
+    >>> positions.tolist(), np.round(distance, 1).tolist()
+    ([[1.0, 0.0], [2.0, 0.0], [5.0, 1.0]], [526.6, 527.0])
+    """
+    axes = np.round(corners.T, 3)
+    steps = [_step(np.unique(values), least) for values in axes]
+    if None in steps or not any(steps):
+        return None
+    x, y = (step or next(filter(None, steps)) for step in steps)  # a single row or column has no step of its own
+    return np.stack([_counted(values, step) for values, step in zip(axes, (x, y), strict=True)], axis=1), (x, y)
+
+
+def _step(values: npt.NDArray[np.float64], least: float) -> float | None:
+    """The distance that all of these are multiples apart, each half a pixel off; 0 of a single one, None of no such."""
+    steps = np.diff(values)
+    if not len(steps):
+        return 0.0
+    step = float(steps.min())
+    if step < least:
+        return None
+    for _ in range(3):  # rounding makes the smallest step too small, the more so the wider a gap
+        counts = np.round(steps / step)
+        step = float(steps.sum() / counts.sum())
+    at = np.concatenate([[0.0], np.cumsum(counts)])
+    if np.abs(values[0] + at * step - values).max() > 1:
+        return None
+    at += round(values[0] / step)
+    low, high = ((values + off)[at > 0] / at[at > 0] for off in (-0.5, 0.5))
+    return float(low.max() + high.min()) / 2 if low.max() <= high.min() else step
+
+
+def _counted(values: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float64]:
+    whole = np.round(values / step)
+    return whole if np.abs(whole * step - values).max() <= 0.501 else values / step
+
+
+def _find(places: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for place in places:
+        more = scores_of_wsinfer(place) or find_bags([place])
+        for name in found.keys() & more.keys():
+            raise TrainError(more[name], f"slide {name} is also in {found[name]}", "Give one of the two")
+        found |= more
+    return found
+
+
+def scores_of_wsinfer(place: Path) -> dict[str, Path]:
+    """Return WSInfer's tables by slide, or nothing where it is no results folder of WSInfer's."""
+    files = sorted((place / "model-outputs-csv").glob("*.csv"))
+    return {file.stem: file for file in files} | ({place.stem: place} if place.suffix == ".csv" else {})
+
+
+def read_scores(path: Path) -> tuple[npt.NDArray[np.float64], dict[str, npt.NDArray[np.float64]]]:
+    """Read a table of WSInfer's: boxes (n, 4) in level-0 pixels, and the probability (n,) of each class.
+
+    Raises
+    ------
+    TrainError
+        It is no such table, or a number is none.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns = [*("minx", "miny", "width", "height"), *(c for c in reader.fieldnames or () if c[:5] == "prob_")]
+            table = np.array([[float(row[c]) for c in columns] for row in reader], np.float64).reshape(-1, len(columns))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise TrainError(path, f"is no table of WSInfer's ({error!r})", "Expected minx,miny,width,height") from error
+    if not len(table) or not np.isfinite(table[:, :4]).all():
+        raise TrainError(path, "holds no tiles, or coordinates that are not finite", "Run WSInfer again")
+    return table[:, :4], {name[5:]: values for name, values in zip(columns[4:], table[:, 4:].T, strict=True)}
+
+
+def _table(name: str, path: Path, layout: str, given: Given) -> TileTable:
+    bag = _read(path, given)
+    if bag.boxes is None:
+        raise TrainError(path, "has no coordinates", "CLAM keeps them in patches/ beside pt_files/: give that folder")
+    said, boxes = bag.said, bag.boxes
+    mpp = _agreed(path, "microns a level-0 pixel", "--slide-mpp", said.mpp, given.mpp and Mpp(given.mpp, given.mpp))
+    tile, stride = (
+        _agreed(path, f"level-0 pixels a {what}", f"--{what}-level0", known, side and (side, side))
+        for what, known, side in (("tile", said.tile, given.tile_level0), ("stride", said.stride, given.stride_level0))
+    )
+    if said.unit == "um":
+        boxes = boxes / np.tile(_needed(path, "mpp", mpp), 2)
+        tile = tile or (float(boxes[0, 2]), float(boxes[0, 3]))
+    elif said.unit == "lattice":
+        tile, stride = tile or stride, stride or tile
+        boxes = boxes * np.tile(_needed(path, "tile", stride), 2)
+    table = TileTable(
+        name=name,
+        features=bag.features if bag.features.shape[1] else None,
+        corners=boxes[:, :2],
+        positions=boxes[:, :2],
+        tile=_needed(path, "tile", tile),
+        tile_px=_agreed(path, "pixels a tile", "--tile-px", said.tile_px, given.tile_px),
+        mpp=mpp,
+        size=said.size,
+        encoder=bag.encoder and folder_name(bag.encoder),
+    )
+    table = _laid(table, stride, fixed=given.stride_level0 is not None)
+    for what in _NEEDS[layout]:
+        if what != "encoder" or table.features is not None:
+            _needed(path, what, getattr(table, what))
+    if layout == "stamp" and np.abs(bag.features).max() > np.finfo(np.float16).max:
+        raise TrainError(path, "has features beyond 65,504, which STAMP's float16 cannot hold", "Use another layout")
+    if mpp is None or table.tile_px is None:
+        return table
+    return replace(table, tile_mpp=float(f"{table.tile[0] * mpp.x / table.tile_px:.9g}"))
+
+
+def _read(path: Path, given: Given) -> Bag:
+    """A bag with the encoder's name, of WSInfer's tables one without features."""
+    if path.suffix == ".csv":
+        boxes, _ = read_scores(path)
+        tile = float(boxes[0, 2]), float(boxes[0, 3])
+        return Bag(np.zeros((len(boxes), 0), np.float32), boxes, None, Said(tile=tile))
+    if path.is_dir():
+        bag = read_bag(path, given.encoder)
+        return bag._replace(encoder=Path(bag.said.encoder_name or "").name or None)
+    bag = read_bag(path)
+    return bag._replace(encoder=_agreed(path, "as the encoder", "--encoder", bag.encoder, given.encoder))
+
+
+def _laid(table: TileTable, stride: tuple[float, float] | None, *, fixed: bool) -> TileTable:
+    """Say where on their lattice tiles are: by the stride that is known, unless it was rounded."""
+    found = None
+    if stride is not None:
+        positions = np.round(table.corners / stride)
+        if fixed or np.abs(positions * stride - table.corners).max() <= 1e-3:
+            found = np.stack([_counted(*each) for each in zip(table.corners.T, stride, strict=True)], axis=1), stride
+    found = found or lattice(table.corners, min(table.tile) / 8)
+    if found is None and (stride is not None or len(table.corners) == 1):
+        stride = stride or table.tile
+        found = table.corners / stride, stride
+    if found is None:
+        return table
+    whole = bool((found[0] == np.round(found[0])).all())
+    return replace(table, positions=found[0].astype(np.int64) if whole else found[0], stride=found[1])
+
+
+def _needed(path: Path, what: str, value: Any) -> Any:
+    if value is None:
+        raise TrainError(path, *_MISSING[what])
+    return value
+
+
+def _agreed(path: Path, what: str, option: str, said: Any, given: Any) -> Any:
+    """What is given, else what the file says, which may be rounded; both only where they agree to a hundredth."""
+    if said is None or given is None:
+        return given if said is None else said
+    same = said == given if isinstance(said, str) else np.allclose(said, given, rtol=0.01, atol=0)
+    if not same:
+        raise TrainError(path, f"says {said} {what}, and {option} {given}", "Leave the option out")
+    return given
