@@ -55,18 +55,17 @@ class TimmNet(torch.nn.Module):
         if not timm.is_model(name):
             raise ModelError(f"architecture {name!r}", "is neither one of ours nor known to timm", _closest(name))
         net: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
-        self.net = net
+        self.net: Any = net
         self.num_features = int(net.get_classifier().in_features)
 
     def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Normalised images (b, 3, h, w) to what is pooled: of a convolutional network maps (b, d, h', w')."""
-        net: Any = self.net
-        return (net.forward_features(x),)
+        return (_channels_second(self.net, self.net.forward_features(x)),)
 
     def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What ``maps`` gives to features (b, d)."""
         net: Any = self.net
-        features: torch.Tensor = net.forward_head(maps[0], pre_logits=True)
+        features: torch.Tensor = net.forward_head(_as_its_own(net, maps[0]), pre_logits=True)
         return features
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,7 +119,7 @@ class TimmEncoder(torch.nn.Module):
             for module in net.modules():
                 if isinstance(module, torch.nn.LayerNorm):
                     module.eps = norm_eps
-        self.net = net.eval()
+        self.net: Any = net.eval()
         self.pooling = pool
         self.classifier_names = tuple(f"{part}." for part in _names(net.pretrained_cfg.get("classifier")))
         with torch.inference_mode():
@@ -137,13 +136,14 @@ class TimmEncoder(torch.nn.Module):
 
     def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Normalised images (b, 3, tile_px, tile_px) to what is pooled: maps, or tokens."""
-        net: Any = self.net
-        return (net.forward_features(x),)
+        return (_channels_second(self.net, self.net.forward_features(x)),)
 
     def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What ``maps`` gives to features (b, d)."""
         net: Any = self.net
-        tokens = maps[0]  # (b, class and register tokens and patches, width), or whatever the network's own head takes
+        tokens = _as_its_own(
+            net, maps[0]
+        )  # (b, class and register tokens and patches, width), or whatever the network's own head takes
         if self.pooling == "own":
             features: torch.Tensor = net.forward_head(tokens)
             return features
@@ -194,6 +194,16 @@ class EncoderNet(torch.nn.Module):
         """Features (b, d) to logits (b, k)."""
         logits: torch.Tensor = self.classifier(features)
         return logits
+
+
+def _channels_second(net: Any, found: torch.Tensor) -> torch.Tensor:
+    """Maps as (b, d, h, w), also of networks that keep them as (b, h, w, d), such as Swin."""
+    return found.permute(0, 3, 1, 2) if found.ndim == 4 and getattr(net, "output_fmt", "") == "NHWC" else found
+
+
+def _as_its_own(net: Any, maps: torch.Tensor) -> torch.Tensor:
+    """Undo ``_channels_second``."""
+    return maps.permute(0, 2, 3, 1) if maps.ndim == 4 and getattr(net, "output_fmt", "") == "NHWC" else maps
 
 
 def hub_of(name: str) -> str | None:

@@ -115,7 +115,7 @@ class PatchModel:
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return features (b, d) and logits (b, k) of normalised patches; gradients pass, for those who learn."""
-        x = self._resized(x)
+        x = self.resized(x)
         with self._autocast():
             if not self.num_features:
                 logits = self.net(x)
@@ -193,7 +193,8 @@ class PatchModel:
             )
         return scores
 
-    def _resized(self, x: torch.Tensor) -> torch.Tensor:
+    def resized(self, x: torch.Tensor) -> torch.Tensor:
+        """Resize normalised patches to the network's own side, where it has one."""
         side = self.config.resize_px
         if side is None or x.shape[-1] == side:
             return x
