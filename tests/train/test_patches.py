@@ -20,9 +20,10 @@ from tests.train.make import write_patches
 from wsi.cli import app
 from wsi.errors import ConfigMismatch, ModelError, TrainError, WsiError
 from wsi.nn.patch import load_patch_model
+from wsi.train.classifier import PatchConfig
 from wsi.train.cohort import Split, k_fold
 from wsi.train.images import Labelled, Patches, read_folder
-from wsi.train.patches import PatchConfig, augmented, train_patches
+from wsi.train.patches import train_patches
 
 torch.set_num_threads(1)  # tiny networks: a second thread only waits
 CONFIG = PatchConfig("test_resnet", epochs=6, patience=6, batch=16, lr=5e-3, jpeg=0.3, precision="float32")
@@ -162,24 +163,6 @@ class TestStart:
         said = model(patches.read([row["path"] for row in table])).probabilities[:, 1]
         np.testing.assert_allclose(said, [float(row["prob_b"]) for row in table], atol=1e-5)
         assert figures["weights_sha256"] == model.sha256
-
-
-def test_augmentation_moves_pixels_and_keeps_what_they_show() -> None:
-    rng = np.random.default_rng(0)
-    rgb = rng.integers(0, 256, (6, 16, 16, 3), np.uint8)
-    assert np.array_equal(augmented(rgb, PatchConfig(stain=0, turn=False), [0, 0]), rgb)
-    turned = augmented(rgb, PatchConfig(stain=0), [0, 0])
-    assert not np.array_equal(turned, rgb)
-    for before, after in zip(rgb, turned, strict=True):
-        eight = [np.rot90(side, k) for side in (before, before[:, ::-1]) for k in range(4)]
-        assert any(np.array_equal(after, one) for one in eight)
-    white = np.full((6, 16, 16, 3), 255, np.uint8)
-    assert np.array_equal(augmented(white, PatchConfig(stain=0.5), [0, 1]), white)  # glass stays glass
-    smooth = np.linspace(60, 200, 16).astype(np.uint8)[None, None, :, None].repeat(40, 0).repeat(16, 1).repeat(3, 3)
-    coded = augmented(smooth.copy(), PatchConfig(stain=0, turn=False, jpeg=0.5), [0, 2])
-    changed = np.array([not np.array_equal(a, b) for a, b in zip(coded, smooth, strict=True)])
-    assert 5 < changed.sum() < 35 and np.abs(coded.astype(int) - smooth).max() < 30
-    assert np.array_equal(coded, augmented(smooth.copy(), PatchConfig(stain=0, turn=False, jpeg=0.5), [0, 2]))
 
 
 class TestBadInput:

@@ -183,10 +183,11 @@ def patches(
       wsi score slide.svs --model model -o results
     """
     from wsi.archive import Event
+    from wsi.train.classifier import PatchConfig
     from wsi.train.cohort import k_fold
     from wsi.train.images import Patches
     from wsi.train.mil import prepare
-    from wsi.train.patches import PatchConfig, train_patches
+    from wsi.train.patches import train_patches
 
     config = PatchConfig(
         architecture=architecture, arguments=_arguments(argument or []), start=start, frozen=frozen, epochs=epochs,
