@@ -92,7 +92,7 @@ class PatchConfig:
 
 
 def begin(cohort: Cohort, patches: Patches, split: Split, config: PatchConfig, mpp: float, device: str) -> PatchModel:
-    """Make the model that a configuration begins from; a fresh one's mean and deviation are those of training patches."""
+    """Make the model that a configuration begins from; of a fresh one mean and deviation are training patches'."""
     torch.manual_seed(config.seed)
     precision = pick_precision(config.precision, device)
     if config.start is not None:
