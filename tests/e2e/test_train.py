@@ -46,20 +46,21 @@ def test_trained_on_outlines_it_finds_tumours_on_an_unseen_slide(
 ) -> None:
     stores, model = tmp_path / "stores", tmp_path / "model"
     assert wsi("tile", outlined / "slides", "--mpp", 1, "--tile", 32, "--pixels", "zstd", "-o", stores, "-q")[0] == 0
-    words = ("--annotations", outlined / "outlines", "--classes", "Tumor", "--rest", "normal", "--positive", "Tumor")
+    words = ("--annotations", outlined / "outlines", "--classes", "Tumor", "--rest", "normal")
     code, stdout, stderr = wsi(
         "train", "patches", stores, *words, "-a", "test_resnet", "--epochs", 6, "--lr", 3e-3, "--balance", "-o", model,
         "--json", "--device", "cpu",
     )  # fmt: skip
     assert code == 0, stderr
     figures = json.loads(stdout)
+    assert json.loads((model / "config.json").read_text())["positive_classes"] == ["Tumor"]
     assert figures["test"]["auroc"] > 0.8 and figures["test"]["patients"] == 1
     wsi("score", outlined / "s5.svs", "--model", model, "-o", tmp_path / "r", "-q", "--device", "cpu")
     store = PatchStore.open(tmp_path / "r" / "s5" / "store.zarr")
     x, y, w, h = store.grid.boxes().T
     inside = shapely.contains_xy(unseen_truth, x + w / 2, y + h / 2)
     assert inside.sum() > 10
-    found = auroc(inside, store.get("probabilities")[:, 0]).value  # --classes Tumor, then the rest
+    found = auroc(inside, store.get("probabilities")[:, 1]).value  # the rest, then Tumor
     assert found is not None and found > 0.85
     assert store.grid.mpp == 1.0 and store.grid.tile_px == 32
 

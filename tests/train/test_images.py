@@ -157,9 +157,9 @@ class TestStores:
         labels = {name: case.label for name, case in found.cohort.cases.items()}
         assert labels == {"s/0": 1, "s/3": 1, "s/50": 0} and found.mpp == 1.0
         with_rest = read_stores(stores, outlines, classes=["tumour"], rest="normal", patients={"s": "p", "t": "p"})
-        assert with_rest.cohort.class_names == ("tumour", "normal")
+        assert with_rest.cohort.class_names == ("normal", "tumour")
         cases = with_rest.cohort.cases
-        assert cases["s/2"].label == 1 and cases["s/51"].label == 0 and "s/1" not in cases
+        assert cases["s/2"].label == 0 and cases["s/51"].label == 1 and "s/1" not in cases
         assert len(cases) == 2 * 99 and {case.patient for case in cases.values()} == {"p"}
         assert Patches(found.places).read(["s/50", "s/3"])[:, 0, 0, 0].tolist() == [50, 3]
 

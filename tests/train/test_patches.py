@@ -204,6 +204,11 @@ class TestBadInput:
             )
         with pytest.raises(ConfigMismatch, match="another patches, labels or split"):
             train_patches(found.cohort, patches, k_fold(found.cohort, 4, 0)[1], trained, CONFIG, mpp=2.0)
+        run = json.loads((trained / "run.json").read_text())
+        (trained / "run.json").write_text(json.dumps(run | {"weights to begin from": "b" * 64}))
+        with pytest.raises(ConfigMismatch, match="another weights to begin from"):
+            train_patches(found.cohort, patches, k_fold(found.cohort, 4, 0)[0], trained, CONFIG, mpp=2.0)
+        (trained / "run.json").write_text(json.dumps(run))
         with pytest.raises(ModelError, match="no such class"):
             train_patches(
                 found.cohort, patches, k_fold(found.cohort, 4, 0)[0], trained, CONFIG, mpp=2.0, positive=["c"]

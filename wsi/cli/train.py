@@ -222,7 +222,8 @@ def patches(
         if figures[part] is not None:
             numbers = {k: v for k, v in figures[part].items() if k not in ("patches", "patients")}
             say(f"{part:10} {_shown(numbers)} ({figures[part]['patches']} patches)", quiet=quiet)
-    say(f"the model: {out}", quiet=quiet)
+    shown = json.loads((out / "config.json").read_text(encoding="utf-8"))["positive_classes"]
+    say(f"the model: {out} (positive: {', '.join(shown) or 'none, name them with --positive'})", quiet=quiet)
 
 
 def _of_images(places: list[Path], classes: list[str], label: str, patient_in: str | None) -> Labelled:

@@ -85,6 +85,11 @@ def model_from(
     class_names, tile_px, mpp, device, precision
         As for ``fresh_model``.
 
+    Returns
+    -------
+    PatchModel
+        ``sha256`` is that of the weights it begins from.
+
     Raises
     ------
     ModelNotFound, ModelError
@@ -96,8 +101,6 @@ def model_from(
     (('benign', 'malignant'), 64)
     """
     base = load_encoder(start, device="cpu", precision="float32")
-    if not base.num_features:
-        raise ModelError(base.config.folder, "is TorchScript, which cannot be trained", "Give another")
     config = replace(
         base.config, class_names=tuple(class_names), num_logits=len(class_names), positive_classes=(), threshold=0.5,
         tile_px=tile_px, mpp=mpp, weights_sha256=None,
@@ -110,11 +113,11 @@ def model_from(
         config = replace(config, architecture="wsi-encoder", architecture_args=arguments | config.architecture_args)
         state = {f"encoder.{name}": value for name, value in state.items()}
     net = make_net(config)
-    if tuple(base.config.class_names) != tuple(class_names):
+    if (base.config.class_names, base.config.num_logits) != (config.class_names, config.num_logits):
         fresh = classifier_of(net, base.num_features)
         state = {name: value for name, value in state.items() if name not in fresh}
     net.load_state_dict(net.state_dict() | state)
-    return _ready(config, net, device, precision)
+    return _ready(config, net, device, precision, base.sha256)
 
 
 def classifier_of(net: Any, num_features: int) -> set[str]:
@@ -127,10 +130,10 @@ def classifier_of(net: Any, num_features: int) -> set[str]:
     return {name for name, gradient in zip(weights, found, strict=True) if gradient is not None}
 
 
-def _ready(config: ModelConfig, net: Any, device: str, precision: str) -> PatchModel:
+def _ready(config: ModelConfig, net: Any, device: str, precision: str, sha256: str = "") -> PatchModel:
     """Return the model, if patches of its size pass."""
     model = PatchModel(
-        config, net, name=config.folder.name, num_features=int(net.num_features), sha256="", device=device,
+        config, net, name=config.folder.name, num_features=int(net.num_features), sha256=sha256, device=device,
         precision=precision,
     )  # fmt: skip
     try:

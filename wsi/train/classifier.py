@@ -175,10 +175,9 @@ class PatchTraining(Loop[Any]):
         return found
 
     def _batches(self, ids: Sequence[str], *, seed: int | None) -> Iterator[tuple[Sequence[str], Any]]:
-        """Give batches of nearly equal size and their pixels, augmented by `seed`; the next is made meanwhile."""
-        count = -(
-            -len(ids) // self.config.batch
-        )  # equal sizes: batch normalisation cannot learn from a last single one
+        """Give batches and their pixels, augmented by `seed`; the next is made meanwhile."""
+        count = -(-len(ids) // self.config.batch)
+        # Of nearly equal size: batch normalisation cannot learn from a last patch alone.
         parts = [ids[len(ids) * k // count : len(ids) * (k + 1) // count] for k in range(count)]
         if self.features is not None:
             yield from ((part, None) for part in parts)

@@ -197,7 +197,7 @@ def read_stores(
     classes : sequence of str
         Which of the outlines' classes are learnt, in their order; default: all.
     rest : str, optional
-        Class of the tiles that none covers by half.
+        Class of the tiles that none covers by half; it comes first.
     patients : mapping of slide id to str, optional
         Default: every slide is a patient of its own.
 
@@ -235,7 +235,8 @@ def read_stores(
         raise TrainError(
             "annotations", "no outline covers half a tile of these slides", "Compare names and coordinates"
         )
-    names = [*classes, *([rest] if rest is not None and rest not in classes else [])] if classes else ()
+    names = [*classes] or sorted({name for _, _, name in rows})
+    names = names if rest is None else [rest, *(name for name in names if name != rest)]
     return Labelled(places, make_cohort(Path("annotations"), sorted(rows), names), None, first.grid.mpp)
 
 

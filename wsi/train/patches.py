@@ -91,7 +91,7 @@ def train_patches(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError.of(error, out) from error
-    _bind(out, cohort, patches, split, config, mpp, positive)
+    _bind(out, cohort, patches, split, config, model, positive)
     run = PatchTraining(cohort, patches, split, config, model)
     run.go(out / "state.safetensors", progress)
     said = {part: run.said(ids) for part, ids in (("validation", split.validation), ("test", split.test)) if ids}
@@ -118,7 +118,13 @@ def train_patches(
 
 
 def _bind(
-    out: Path, cohort: Cohort, patches: Patches, split: Split, config: PatchConfig, mpp: float, positive: Sequence[str]
+    out: Path,
+    cohort: Cohort,
+    patches: Patches,
+    split: Split,
+    config: PatchConfig,
+    model: PatchModel,
+    positive: Sequence[str],
 ) -> None:
     """Bind a folder to configuration, patches, labels and split."""
     digest = hashlib.sha256()
@@ -132,7 +138,9 @@ def _bind(
     identity = {
         "wsi_version": __version__,
         "config": asdict(config) | {"arguments": dict(config.arguments)},
-        "mpp": mpp,
+        "weights to begin from": model.sha256,
+        "precision": model.precision,
+        "mpp": model.config.mpp,
         "positive": list(positive),
         "class_names": list(cohort.class_names),
         "patches, labels or split": digest.hexdigest(),
