@@ -44,3 +44,26 @@ def test_a_slide_of_one_tile(tmp_path: Path) -> None:
     slide, grid = a_slide()
     save_sheet(tmp_path / "a.png", slide, grid.keep(np.arange(16) == 5), {"attention": np.ones(1)})
     assert shown(tmp_path / "a.png", 1, 2) == [[5], [5]]
+
+
+def test_where_the_model_looked_lights_up(tmp_path: Path) -> None:
+    slide, grid = a_slide()
+    asked: list[np.ndarray] = []
+
+    def look(rgb: np.ndarray) -> tuple[list[str], np.ndarray]:
+        asked.append(rgb)
+        cam = np.zeros(rgb.shape[:3], np.float32)
+        cam[:, : SIDE // 2, : SIDE // 2] = 3.0
+        return ["word"] * len(rgb), cam
+
+    save_sheet(tmp_path / "a.png", slide, grid, {"one": np.arange(16.0)}, columns=3, look=look)
+    save_sheet(tmp_path / "b.png", slide, grid, {"one": np.arange(16.0)}, columns=3)
+    (rgb,) = asked
+    assert rgb.shape == (3, SIDE, SIDE, 3) and rgb[:, 0, 0, 0].tolist() == [150, 140, 130]  # the highest alone
+    with Image.open(tmp_path / "a.png") as opened:
+        sheet = np.asarray(opened)
+    tile = sheet[8 + 168 + 22 :, 8:][:112, :112]
+    assert (tile[70:, 70:] == 150).all() and not (tile[:40, :40] == 150).all(axis=2).any()
+    with Image.open(tmp_path / "b.png") as plain:
+        assert plain.height == sheet.shape[0] - 168
+        np.testing.assert_array_equal(np.asarray(plain)[8:176], sheet[8:176])

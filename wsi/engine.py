@@ -43,6 +43,9 @@ class ScoreConfig:
     max_unreadable : float
         Share of the tissue that may be undecodable: those tiles have no score; a slide with more fails.
     tissue : TissueConfig
+    explain : bool
+        Show in tiles.png where in the top tiles the patch model looked (Grad-CAM); without a MIL head, in the tiles
+        of the highest probability. Decides no number.
     """
 
     positive: tuple[str, ...] = ()
@@ -56,6 +59,7 @@ class ScoreConfig:
     stain_target: str = "veta"
     max_unreadable: float = 0.01
     tissue: TissueConfig = field(default_factory=TissueConfig)
+    explain: bool = False
 
     def check(self, model: ModelConfig) -> None:
         """Refuse what no slide could be scored with: an unknown class or reader, a stride that is not positive."""

@@ -27,9 +27,11 @@ from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
+from wsi.nn.gradcam import grad_cam
 from wsi.nn.grade import SlideGrade, pick_class
+from wsi.nn.patch import PatchModel
 from wsi.result import Clock, Progress, SlideResult, rounded, write_result
-from wsi.sheet import save_sheet
+from wsi.sheet import Look, save_sheet
 from wsi.slide import Slide, absolute, open_slide
 from wsi.stain import FitConfig, StainTransform, fit
 from wsi.stain.pixels import density_of
@@ -68,8 +70,8 @@ def score_slide(
     path : str
         The slide.
     folder : Path
-        Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, with a MIL head tiles.png, and last
-        result.json.
+        Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, with a MIL head (or `explain`)
+        tiles.png, and last result.json.
     engine : Engine
     config : ScoreConfig, optional
     mpp : float, optional
@@ -154,8 +156,16 @@ def score_slide(
         with clock.stage("export"):
             probabilities, scored = store.get("probabilities")[readable], grid.keep(readable)
             numbers = _export(folder, slide, slide_id, tissue, scored, probabilities, slide_scores, engine, config)
+            evidence: dict[str, npt.NDArray[Any]] = {}
             if engine.mil is not None and slide_scores is not None:
-                save_sheet(folder / "tiles.png", slide, scored, engine.mil.evidence(slide_scores))
+                evidence = engine.mil.evidence(slide_scores)
+            elif config.explain and len(scored):
+                names = engine.model.config.class_names
+                shown = config.positive or engine.model.config.positive_classes or names
+                evidence = {name: probabilities[:, names.index(name)] for name in shown}
+            if evidence:
+                look = _look(engine.model, config, stain) if config.explain else None
+                save_sheet(folder / "tiles.png", slide, scored, evidence, look=look)
             numbers |= {"n_unreadable": int(unreadable.sum()), "unreadable_tissue": rounded(lost)}
             if unreadable.any():
                 numbers["flags"].append("unreadable-tiles")
@@ -243,6 +253,19 @@ def _lay_grid(
     )
     share = tissue.fraction(grid.boxes())
     return grid.keep(share >= config.min_tissue), share[share >= config.min_tissue]
+
+
+def _look(model: PatchModel, config: ScoreConfig, stain: StainTransform | None) -> Look:
+    """Where the model looks for its first positive class; if it has none, for the likeliest class of each tile."""
+    names, positive = model.config.class_names, config.positive or model.config.positive_classes
+
+    def look(rgb: npt.NDArray[np.uint8]) -> tuple[list[str], npt.NDArray[np.float32]]:
+        seen = rgb if stain is None else stain.apply(rgb)
+        likeliest = model(seen).probabilities.argmax(1).tolist()
+        targets = [positive[0] if positive else names[i] for i in likeliest]
+        return targets, grad_cam(model, seen, targets)
+
+    return look
 
 
 def _store(

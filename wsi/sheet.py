@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
 
 from wsi.files import replacing
 from wsi.grid import TileGrid
 from wsi.slide import Slide
+
+U8 = npt.NDArray[np.uint8]
+#: Patches as scanned, uint8 (b, px, px, 3), to a word on each and where the model looked: float (b, px, px), >= 0.
+Look = Callable[[U8], tuple[list[str], npt.NDArray[np.floating]]]
 
 _SIDE, _GAP, _CAPTION, _LABEL = 112, 8, 34, 22
 
@@ -22,8 +27,11 @@ def save_sheet(
     evidence: Mapping[str, npt.NDArray[np.floating]],
     *,
     columns: int = 8,
+    look: Look | None = None,
 ) -> None:
     """Write a PNG with two rows of tiles for each kind of evidence: the highest values, and the lowest.
+
+    With `look` the highest stand there again, where the model looked lit up: each tile by its own scale.
 
     Tiles are as scanned. Under each stand its value and its top left corner in level-0 pixels. The same input gives
     the same bytes.
@@ -39,30 +47,53 @@ def save_sheet(
         A number a tile, as ``MilModel.evidence`` gives it; ties in the order of the tiles.
     columns : int
         Tiles in a row; fewer where there are fewer.
+    look : callable, optional
+        See ``Look``.
 
     Examples
     --------
     >>> save_sheet("tiles.png", slide, grid, model.evidence(grade))                     # doctest: +SKIP
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     columns = min(columns, len(grid))
     row_h = _LABEL + _SIDE + _CAPTION
-    width, height = _GAP + columns * (_SIDE + _GAP), _GAP + 2 * len(evidence) * row_h + _LABEL
+    rows = (2 if look is None else 3) * len(evidence)
+    width, height = _GAP + columns * (_SIDE + _GAP), _GAP + rows * row_h + _LABEL
     sheet = Image.new("RGB", (max(width, 360), height), "white")
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)
     y = _GAP
+
+    def add_row(words: str, tiles: list[int], captions: list[str], lit: list[npt.NDArray[np.floating]]) -> None:
+        nonlocal y
+        draw.text((_GAP, y), words, "black", large)
+        for i, tile in enumerate(tiles):
+            x = _GAP + i * (_SIDE + _GAP)
+            picture = Image.fromarray(slide.read(grid.box(tile), (_SIDE, _SIDE), damage=[]))
+            sheet.paste(_lit(picture, lit[i]) if lit else picture, (x, y + _LABEL))
+            draw.multiline_text((x, y + _LABEL + _SIDE + 2), captions[i], "#404040", small, spacing=1)
+        y += row_h
+
     for name, values in evidence.items():
         order = np.argsort(-values, kind="stable")
-        for words, tiles in ((f"most: {name}", order[:columns]), (f"least: {name}", order[::-1][:columns])):
-            draw.text((_GAP, y), words, "black", large)
-            for i, tile in enumerate(tiles.tolist()):
-                x, box = _GAP + i * (_SIDE + _GAP), grid.box(tile)
-                rgb = slide.read(box, (_SIDE, _SIDE), damage=[])
-                sheet.paste(Image.fromarray(rgb), (x, y + _LABEL))
-                caption = f"{values[tile]:.3g}\n{box.x:.0f}, {box.y:.0f}"
-                draw.multiline_text((x, y + _LABEL + _SIDE + 2), caption, "#404040", small, spacing=1)
-            y += row_h
+        for words, chosen in ((f"most: {name}", order[:columns]), (f"least: {name}", order[::-1][:columns])):
+            tiles, lit = chosen.tolist(), words.startswith("most")
+            boxes = [grid.box(tile) for tile in tiles]
+            captions = [f"{values[tile]:.3g}\n{box.x:.0f}, {box.y:.0f}" for tile, box in zip(tiles, boxes, strict=True)]
+            add_row(words, tiles, captions, [])
+            if look is not None and lit:
+                side = (grid.tile_px, grid.tile_px)
+                said, cams = look(np.stack([slide.read(box, side, damage=[]) for box in boxes]))
+                add_row(f"most: {name}, where the tile model looked (Grad-CAM)", tiles, said, list(cams))
     draw.text((_GAP, y), "Research use only", "#606060", small)
     with replacing(path) as file:
         sheet.save(file, format="PNG")
+
+
+def _lit(picture: Image.Image, cam: npt.NDArray[np.floating]) -> Image.Image:
+    """Lay a map of 0 and above over a tile: clear where it is 0, viridis elsewhere, half opaque at its highest."""
+    from matplotlib import colormaps
+
+    scaled = Image.fromarray((cam / max(float(cam.max()), 1e-30)).astype(np.float32)).resize(picture.size)
+    share = np.asarray(scaled).clip(0, 1)
+    colour = np.array(colormaps["viridis"](share))[..., :3] * 255
+    opacity = 0.6 * share[..., None]
+    return Image.fromarray((np.asarray(picture) * (1 - opacity) + colour * opacity).round().astype(np.uint8))

@@ -72,3 +72,27 @@ def write_labels(path: Path, rows: list[dict[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def write_patches(
+    folder: Path,
+    n: int = 60,
+    *,
+    patients: int = 12,
+    side: int = 32,
+    seed: int = 0,
+    classes: tuple[str, str] = ("a", "b"),
+) -> Path:
+    """Write n images of two classes, in turn: noise on grey, in which those of the second class hold a purple blob."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        rgb = rng.normal(200, 15, (side, side, 3))
+        if i % 2:
+            y, x = rng.integers(4, side - 12, 2)
+            rgb[y : y + 8, x : x + 8] = [110, 50, 140]
+        path = folder / classes[i % 2] / f"p{i // 2 % patients:02d}_{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).save(path)
+    return folder

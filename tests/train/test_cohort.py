@@ -41,7 +41,7 @@ def test_survival_falls_into_intervals(tmp_path: Path) -> None:
         ({"label": ""}, {}, "line 2: label is empty"),
         ({"patient": " "}, {}, "line 2: patient is empty"),
         ({"slide": "b.svs"}, {}, "slide b.svs is there twice"),
-        ({"label": "normal"}, {}, "all slides have the label"),
+        ({"label": "normal"}, {}, "all have the label"),
         ({}, {"classes": ["normal", "other"]}, "label 'tumour' is not one of"),
         ({}, {"label": "grade"}, "Needed: slide, grade"),
         ({"time": "soon"}, {"time_bins": [5]}, "time 'soon'"),

@@ -105,17 +105,9 @@ def test_the_scale_is_that_of_the_training_tiles_alone(bags: Bags, split: Split)
     assert mean.item() == 3 and std.item() == 0
 
 
-def test_balancing_draws_classes_equally_often(bags: Bags) -> None:
-    from wsi.nn.mil import Head
-    from wsi.train.mil import _Run
-
-    labels = {i: int(n < 3) for n, i in enumerate(LABELS)}
-    split = Split(tuple(labels), (), ())
-    drawn = []
-    for balance in (True, False):
-        run = _Run.start(cohort_of(labels), bags, split, MilConfig(balance=balance), Head("softmax", 2), "cpu")
-        drawn.append(np.mean([labels[i] for k in range(40) for i in run._order(np.random.default_rng(k))]))
-    assert abs(drawn[0] - 0.5) < 0.06 and drawn[1] == 3 / 24
+def test_without_validation_it_trains_for_all_epochs(bags: Bags) -> None:
+    member = train_member(cohort_of(LABELS), bags, Split(tuple(LABELS), (), ()), MilConfig(epochs=2, patience=None))
+    assert len(member.history) == 2 and "validation_loss" not in member.history[0]
 
 
 class TestHeads:

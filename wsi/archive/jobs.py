@@ -78,11 +78,14 @@ class ScoreJob:
     )  # fmt: skip
 
     def load(self) -> Ready:
-        """Load the models; errors are those of ``load_patch_model`` and ``ScoreConfig.check``."""
+        """Load the models; errors are those of ``load_patch_model``, ``ScoreConfig.check`` and ``check_maps``."""
+        from wsi.nn.gradcam import check_maps
         from wsi.run import estimate_bytes, score_slide, triage  # torch, which patch stores do without
 
         engine, config = self.engine.load(), self.config
         config.check(engine.model.config)
+        if config.explain:
+            check_maps(engine.model)
         numbers = asdict(config)
         numbers.pop("max_unreadable")  # decides no number
         if engine.model.config.context is not None:

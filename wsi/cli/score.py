@@ -64,6 +64,9 @@ def score(
     stain_target: Annotated[
         str, typer.Option(help="What stains are made to look like: veta, another packaged name, or an image file.")
     ] = "veta",
+    explain: Annotated[
+        bool, typer.Option(help="Show in tiles.png where in the top tiles the patch model looked (Grad-CAM).")
+    ] = False,
     reader: Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")] = "auto",
     decode: Annotated[
         str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
@@ -115,6 +118,7 @@ def score(
         decode=decode,
         stain=stain,
         stain_target=stain_target,
+        explain=explain,
     )
     with watching(len(refs), quiet=quiet, log=log_json) as tell:
         summary = score_archive(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wsi.cli.display import say, watching
-from wsi.errors import ModelError
+from wsi.errors import ModelError, TrainError
+
+if TYPE_CHECKING:
+    from wsi.train.images import Labelled
 
 train = typer.Typer(
     name="train",
@@ -110,11 +113,161 @@ def mil(
         print(json.dumps(figures, indent=2))
     for part in ("validation", "test"):
         if figures[part] is not None:
-            shown = ", ".join(
-                f"{k} {'undefined' if v is None else f'{v:.3f}'}" for k, v in figures[part]["pooled"].items()
-            )
-            say(f"{part:10} {shown} ({figures[part]['slides']} slides)", quiet=quiet)
+            say(f"{part:10} {_shown(figures[part]['pooled'])} ({figures[part]['slides']} slides)", quiet=quiet)
     say(f"the model: {out}", quiet=quiet)
+
+
+@train.command()
+def patches(
+    places: Annotated[
+        list[Path],
+        typer.Argument(help="A folder of class folders, a CSV (path, label, patient, split), or stores of wsi tile."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The model's folder; the same command again resumes.")],
+    mpp: Annotated[
+        float | None, typer.Option(min=0.05, max=20, help="Microns per pixel of the patches; stores know it.")
+    ] = None,
+    architecture: Annotated[
+        str, typer.Option("--architecture", "-a", help="wsi-p4m, or a name of timm's: random weights.")
+    ] = "wsi-p4m",
+    argument: Annotated[
+        list[str] | None, typer.Option("--set", help="Argument of the architecture, as head=32 (repeatable).")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Weights to begin from instead: a model or encoder by name, folder, or hf-hub:OWNER/NAME."),
+    ] = None,
+    frozen: Annotated[bool, typer.Option(help="With --start: learn the classifier alone (linear probe).")] = False,
+    annotations: Annotated[
+        Path | None, typer.Option(help="Of stores: a folder of outlines, <slide>.geojson or another format.")
+    ] = None,
+    rest: Annotated[
+        str | None, typer.Option(help="Of stores: class of the tiles that no outline covers by half.")
+    ] = None,
+    patients: Annotated[Path | None, typer.Option(help="Of stores: CSV slide, patient.")] = None,
+    patient_in: Annotated[
+        str | None, typer.Option(help="Of a folder: regular expression that finds the patient in an image's path.")
+    ] = None,
+    label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    classes: Annotated[str | None, typer.Option(help="Classes in their order, with commas between.")] = None,
+    positive: Annotated[list[str] | None, typer.Option(help="Positive class (repeatable).")] = None,
+    folds: Annotated[
+        int, typer.Option(min=3, help="Without a given split: one part of so many is test, one validation.")
+    ] = 5,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs at most.")] = 30,
+    patience: Annotated[int, typer.Option(min=1, help="Epochs without a lower validation loss to stop after.")] = 5,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 1e-3; of fine-tuning 1e-4.")] = None,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.01,
+    batch: Annotated[int, typer.Option(min=1, help="Patches a step.")] = 32,
+    balance: Annotated[bool, typer.Option(help="Draw all classes equally often.")] = False,
+    stain: Annotated[float, typer.Option(min=0, max=1, help="Strength of the stain augmentation; 0: none.")] = 0.1,
+    turn: Annotated[bool, typer.Option(help="Turn by quarters and mirror at random.")] = True,
+    jpeg: Annotated[float, typer.Option(min=0, max=1, help="Share that passes a JPEG codec of random quality.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    subset: Annotated[bool, typer.Option(help="Leave out patches of another size than most.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; another number may change the last bits.")] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+) -> None:
+    """Train a patch classifier: from random weights, by fine-tuning, or a linear probe.
+
+    Examples:
+      wsi train patches patches/ --mpp 0.5 --patient-in '(TCGA-..-....)' -o model
+
+      wsi train patches labels.csv --mpp 0.5 --start hf-hub:timm/resnet18.a1_in1k -o model
+
+      wsi train patches stores/ --annotations outlines --rest normal --start uni --frozen -o model
+
+      wsi score slide.svs --model model -o results
+    """
+    from wsi.archive import Event
+    from wsi.train.classifier import PatchConfig
+    from wsi.train.cohort import k_fold
+    from wsi.train.images import Patches
+    from wsi.train.mil import prepare
+    from wsi.train.patches import train_patches
+
+    config = PatchConfig(
+        architecture=architecture, arguments=_arguments(argument or []), start=start, frozen=frozen, epochs=epochs,
+        patience=patience, lr=lr, weight_decay=weight_decay, batch=batch, balance=balance, stain=stain, turn=turn,
+        jpeg=jpeg, precision=precision, seed=seed,
+    )  # fmt: skip
+    config.check()
+    names = [name.strip() for name in classes.split(",")] if classes else []
+    if annotations is not None:
+        found = _of_stores(places, annotations, names, rest, patients, quiet=quiet)
+    else:
+        found = _of_images(places, names, label, patient_in)
+    if mpp is None and found.mpp is None:
+        raise TrainError("patches", "do not say how many microns a pixel measures", "Give --mpp")
+    device = prepare(device, threads)
+    table = Patches(found.places, subset=subset)
+    cohort, split = found.without(table.left_out)
+    if table.left_out:
+        say(f"wsi: {len(table.left_out)} patches are not of {table.tile_px} px and are left out", quiet=quiet)
+    if split is None:
+        if all(case.patient == case.slide_id for case in cohort.cases.values()):
+            say("wsi: each patch is taken for a patient of its own: --patient-in, or a column, says whose", quiet=quiet)
+        split = k_fold(cohort, folds, seed)[0]
+    with watching(1, quiet=quiet) as tell:
+        figures = train_patches(
+            cohort, table, split, out, config, mpp=found.mpp or mpp or 0.0, positive=positive or (), device=device,
+            progress=lambda epoch, of: tell(Event("stage", "epochs", "epochs", epoch, of)),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(figures, indent=2))
+    for part in ("validation", "test"):
+        if figures[part] is not None:
+            numbers = {k: v for k, v in figures[part].items() if k not in ("patches", "patients")}
+            say(f"{part:10} {_shown(numbers)} ({figures[part]['patches']} patches)", quiet=quiet)
+    shown = json.loads((out / "config.json").read_text(encoding="utf-8"))["positive_classes"]
+    say(f"the model: {out} (positive: {', '.join(shown) or 'none, name them with --positive'})", quiet=quiet)
+
+
+def _of_images(places: list[Path], classes: list[str], label: str, patient_in: str | None) -> Labelled:
+    from wsi.train.images import read_folder, read_table
+
+    if len(places) != 1:
+        raise TrainError("patches", f"{len(places)} places are given", "Give one folder or CSV; stores: --annotations")
+    if places[0].is_dir():
+        return read_folder(places[0], classes=classes, patient_in=patient_in)
+    return read_table(places[0], label=label, classes=classes)
+
+
+def _of_stores(
+    places: list[Path], annotations: Path, classes: list[str], rest: str | None, patients: Path | None, *, quiet: bool
+) -> Labelled:
+    from wsi.annotations import read_annotations
+    from wsi.evaluate.inputs import annotation_of
+    from wsi.train.bags import find_bags
+    from wsi.train.cohort import read_patients
+    from wsi.train.images import read_stores
+
+    if not annotations.is_dir():
+        raise TrainError(annotations, "there is no such folder", "Give the folder of outlines")
+    stores = find_bags(places)
+    outlines, without = {}, []
+    for slide_id, path in stores.items():
+        drawn = annotation_of(annotations, slide_id)
+        if drawn is None:
+            without.append(slide_id)
+            continue
+        try:
+            x, y = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))["bounds_px"][:2]
+        except (OSError, ValueError, KeyError) as error:
+            raise TrainError(path.parent, f"has no whole result.json ({error})", "Run wsi tile again") from error
+        outlines[slide_id] = [(each.group.strip(), each.geometry) for each in read_annotations(drawn, origin=(x, y))]
+    if without:
+        what = f"all their tiles are {rest!r}" if rest else "they are left out"
+        say(f"wsi: {len(without)} slides have no outlines, {without[0]} for one: {what}", quiet=quiet)
+    of = read_patients(patients) if patients else None
+    return read_stores(stores, outlines, classes=classes, rest=rest, patients=of)
+
+
+def _shown(numbers: dict[str, float | None]) -> str:
+    return ", ".join(f"{k} {'undefined' if v is None else f'{v:.3f}'}" for k, v in numbers.items())
 
 
 def _numbers(text: str | None) -> list[float]:

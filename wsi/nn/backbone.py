@@ -55,14 +55,22 @@ class TimmNet(torch.nn.Module):
         if not timm.is_model(name):
             raise ModelError(f"architecture {name!r}", "is neither one of ours nor known to timm", _closest(name))
         net: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
-        self.net = net
+        self.net: Any = net
         self.num_features = int(net.get_classifier().in_features)
+
+    def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Normalised images (b, 3, h, w) to what is pooled: of a convolutional network maps (b, d, h', w')."""
+        return (_channels_second(self.net, self.net.forward_features(x)),)
+
+    def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What ``maps`` gives to features (b, d)."""
+        net: Any = self.net
+        features: torch.Tensor = net.forward_head(_as_its_own(net, maps[0]), pre_logits=True)
+        return features
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised images (b, 3, h, w) to features (b, d)."""
-        net: Any = self.net
-        features: torch.Tensor = net.forward_head(net.forward_features(x), pre_logits=True)
-        return features
+        return self.pool(self.maps(x))
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Features (b, d) to logits (b, k)."""
@@ -111,8 +119,8 @@ class TimmEncoder(torch.nn.Module):
             for module in net.modules():
                 if isinstance(module, torch.nn.LayerNorm):
                     module.eps = norm_eps
-        self.net = net.eval()
-        self.pool = pool
+        self.net: Any = net.eval()
+        self.pooling = pool
         self.classifier_names = tuple(f"{part}." for part in _names(net.pretrained_cfg.get("classifier")))
         with torch.inference_mode():
             features = self.embed(torch.zeros(1, 3, tile_px, tile_px))
@@ -124,18 +132,78 @@ class TimmEncoder(torch.nn.Module):
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised images (b, 3, tile_px, tile_px) to features (b, d)."""
+        return self.pool(self.maps(x))
+
+    def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Normalised images (b, 3, tile_px, tile_px) to what is pooled: maps, or tokens."""
+        return (_channels_second(self.net, self.net.forward_features(x)),)
+
+    def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What ``maps`` gives to features (b, d)."""
         net: Any = self.net
-        if self.pool == "own":
-            features: torch.Tensor = net(x)
+        tokens = _as_its_own(
+            net, maps[0]
+        )  # (b, class and register tokens and patches, width), or whatever the network's own head takes
+        if self.pooling == "own":
+            features: torch.Tensor = net.forward_head(tokens)
             return features
-        tokens: torch.Tensor = net.forward_features(x)  # (b, class and register tokens and patches, width)
-        if self.pool == "token":
+        if self.pooling == "token":
             return tokens[:, 0]
         return torch.cat([tokens[:, 0], tokens[:, net.num_prefix_tokens :].mean(1)], 1)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Give no logits (b, 0)."""
         return features[:, :0]
+
+
+class EncoderNet(torch.nn.Module):
+    """An encoder with a linear classifier on its features: what is trained from one of ``wsi embed``'s encoders.
+
+    Parameters
+    ----------
+    num_classes : int
+    encoder : str
+        A name of timm's; the other arguments are ``TimmEncoder``'s.
+
+    Examples
+    --------
+    >>> net = EncoderNet(num_classes=3, encoder="test_vit", tile_px=160, pool="token")
+    >>> net.classify(net.embed(torch.zeros(1, 3, 160, 160))).shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(self, *, num_classes: int, encoder: str, **arguments: Any) -> None:
+        super().__init__()
+        self.encoder = TimmEncoder(encoder, **arguments)
+        self.num_features = self.encoder.num_features
+        self.classifier = torch.nn.Linear(self.num_features, num_classes)
+
+    def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Normalised images (b, 3, h, w) to what is pooled."""
+        return self.encoder.maps(x)
+
+    def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What ``maps`` gives to features (b, d)."""
+        return self.encoder.pool(maps)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images (b, 3, tile_px, tile_px) to features (b, d)."""
+        return self.encoder.embed(x)
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (b, d) to logits (b, k)."""
+        logits: torch.Tensor = self.classifier(features)
+        return logits
+
+
+def _channels_second(net: Any, found: torch.Tensor) -> torch.Tensor:
+    """Maps as (b, d, h, w), also of networks that keep them as (b, h, w, d), such as Swin."""
+    return found.permute(0, 3, 1, 2) if found.ndim == 4 and getattr(net, "output_fmt", "") == "NHWC" else found
+
+
+def _as_its_own(net: Any, maps: torch.Tensor) -> torch.Tensor:
+    """Undo ``_channels_second``."""
+    return maps.permute(0, 2, 3, 1) if maps.ndim == 4 and getattr(net, "output_fmt", "") == "NHWC" else maps
 
 
 def hub_of(name: str) -> str | None:

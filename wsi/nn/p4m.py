@@ -165,14 +165,18 @@ class P4MTrunk(nn.Module):
         self.head = P4MConv(c, head, 1)
         self.head_norm = P4MNorm(head)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def maps(self, x: Tensor) -> Tensor:
+        """Return the last maps, (b, 8 * head, h', w')."""
         # No padding here: 50 -> 48, which the three poolings divide evenly, so that none cuts a border off.
         x = functional.relu(conv_norm(self.stem, self.stem_norm, x))  # (b, 8 * stem, 48, 48)
         for i, stage in enumerate(self.stages):
             x = functional.max_pool2d(x, 2) if i == 0 else functional.avg_pool2d(x, 2)
             x = stage(x)  # (b, 8 * widths[i], 24, 24), then 12, then 6
-        x = functional.relu(conv_norm(self.head, self.head_norm, x))  # (b, 8 * head, 6, 6)
-        by_orientation: Tensor = x.float().mean((2, 3)).unflatten(1, (ORIENTATIONS, -1))  # (b, 8, head)
+        return functional.relu(conv_norm(self.head, self.head_norm, x))  # (b, 8 * head, 6, 6)
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """Return the features of maps, float32 (b, head)."""
+        by_orientation: Tensor = maps.float().mean((2, 3)).unflatten(1, (ORIENTATIONS, -1))  # (b, 8, head)
         return by_orientation.mean(1)
 
 
@@ -247,13 +251,21 @@ class P4MNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifiers = nn.ModuleList(nn.Linear(head, num_classes) for _ in range(members))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Return the features of normalised patches: float (b, 3, h, w) -> float32 (b, d)."""
+    def maps(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return each member's last maps of normalised patches: float (b, 3, h, w) -> (b, 8 * head, h', w')."""
         x = x.float()
         # Beer-Lambert: optical density is linear in the amount of stain, which colour is not.
         density = -torch.log((x * self.std + self.mean).clamp(min=1 / 255))
         x = torch.cat([x, density], 1).contiguous(memory_format=torch.channels_last)  # (b, 6, h, w)
-        return torch.cat([trunk(x) for trunk in self.trunks], 1)
+        return tuple(cast("P4MTrunk", trunk).maps(x) for trunk in self.trunks)
+
+    def pool(self, maps: Sequence[Tensor]) -> Tensor:
+        """Return the features of maps, float32 (b, d)."""
+        return torch.cat([cast("P4MTrunk", t).pool(m) for t, m in zip(self.trunks, maps, strict=True)], 1)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the features of normalised patches: float (b, 3, h, w) -> float32 (b, d)."""
+        return self.pool(self.maps(x))
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits of embedded patches: float (b, d) -> float (b, k)."""

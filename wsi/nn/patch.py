@@ -26,7 +26,7 @@ from wsi.nn.checkpoint import (
 )
 
 #: Architectures of ours; every other name is timm's.
-OUR_NETS = {"wsi-p4m": ("wsi.nn.p4m", "P4MNet")}
+OUR_NETS = {"wsi-p4m": ("wsi.nn.p4m", "P4MNet"), "wsi-encoder": ("wsi.nn.backbone", "EncoderNet")}
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -70,6 +70,8 @@ class PatchModel:
         The name it was asked for by, or its folder's.
     sha256 : str
         Of the weights file.
+    net : Module
+        ``embed`` and ``classify``, and ``maps`` and ``pool``, which ``embed`` is made of.
     num_features : int
         d; 0 where the network does not show its features.
     device, precision : str
@@ -100,7 +102,7 @@ class PatchModel:
         self.num_features = num_features
         self.device = device
         self.precision = precision
-        self._net: Any = net.eval().to(torch.device(device)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net: Any = net.eval().to(torch.device(device)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._levels = self.upload(native.levels(config.mean, config.std, self.input_dtype).copy())
 
     @torch.inference_mode()
@@ -117,9 +119,23 @@ class PatchModel:
         ModelError
             The network gave numbers that are not finite.
         """
+        return self.score(self.normalised(rgb))
+
+    def normalised(self, rgb: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """Make of patches, uint8 (b, h, w, 3), what ``score`` takes."""
         on_device = self.upload(rgb)
         values = [level[on_device[..., channel].int()] for channel, level in enumerate(self._levels)]
-        return self.score(torch.stack(values, dim=-1).permute(0, 3, 1, 2))
+        return torch.stack(values, dim=-1).permute(0, 3, 1, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features (b, d) and logits (b, k) of normalised patches; gradients pass, for those who learn."""
+        x = self.resized(x)
+        with self._autocast():
+            if not self.num_features:
+                logits = self.net(x)
+                return logits[:, :0], logits
+            features = self.net.embed(x)
+            return features, self.net.classify(features)
 
     def of_size(self, tile_px: int) -> PatchModel:
         """Return this model for patches of another side, which it resizes to its own."""
@@ -173,16 +189,7 @@ class PatchModel:
             The network gave numbers that are not finite.
         """
         x = self.upload(x) if isinstance(x, np.ndarray) else x
-        side = self.config.resize_px
-        if side is not None and x.shape[-1] != side:
-            x = torch.nn.functional.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        with self._autocast():
-            if self.num_features:
-                features = self._net.embed(x)
-                logits = self._net.classify(features)
-            else:
-                logits = self._net(x)
-                features = logits[:, :0]
+        features, logits = self.forward(x)
         logits = logits.float()
         if logits.shape != (len(x), self.config.num_logits):
             raise ModelError(
@@ -199,6 +206,13 @@ class PatchModel:
                 self.config.folder, "the network gave numbers that are not finite", "Try --precision float32"
             )
         return scores
+
+    def resized(self, x: torch.Tensor) -> torch.Tensor:
+        """Resize normalised patches to the network's own side, where it has one."""
+        side = self.config.resize_px
+        if side is None or x.shape[-1] == side:
+            return x
+        return torch.nn.functional.interpolate(x, (side, side), mode="bilinear", antialias=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "bfloat16":
@@ -236,7 +250,7 @@ def load_patch_model(
         except RuntimeError as error:
             raise ModelError(folder / TORCHSCRIPT, "is damaged", "Fetch the model again") from error
         return PatchModel(config, script, name=shown, num_features=0, sha256=sha256, device=device, precision="float32")
-    net: Any = _network(config)
+    net: Any = make_net(config)
     fit_weights(net, load_weights(config), config)
     return PatchModel(
         config, net, name=shown, num_features=int(net.num_features), sha256=sha256, device=device, precision=precision
@@ -275,7 +289,14 @@ def cpu_has_bfloat16() -> bool:
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _network(config: ModelConfig) -> Any:
+def make_net(config: ModelConfig) -> Any:
+    """Make the network that a configuration names, with fresh weights.
+
+    Raises
+    ------
+    ModelError
+        No such architecture, or arguments that it does not take.
+    """
     arguments = {"num_classes": config.num_logits, **config.architecture_args}
     try:
         if config.architecture in OUR_NETS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,9 @@ import numpy as np
 from wsi.errors import TrainError
 from wsi.files import write_csv
 
-_SLIDE, _PATIENT = ("slide", "slide_id"), ("patient", "case_id", "patient_id")
+_PATIENT = ("patient", "case_id", "patient_id")
+#: Names of the parts of a division, by their place in a `Split`.
+PARTS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 
 
 class Case(NamedTuple):
@@ -57,7 +59,12 @@ class Split(NamedTuple):
 
 
 def read_labels(
-    path: Path, *, label: str = "label", classes: Sequence[str] = (), time_bins: Sequence[float] = ()
+    path: Path,
+    *,
+    label: str = "label",
+    classes: Sequence[str] = (),
+    time_bins: Sequence[float] = (),
+    case: str = "slide",
 ) -> Cohort:
     """Read a CSV of labels: a row a slide.
 
@@ -72,27 +79,23 @@ def read_labels(
         Their order; default: by number where all are whole numbers, else by alphabet.
     time_bins : sequence of float
         Ends of the survival intervals, rising; the last interval is open.
+    case : str
+        What a row is of, and the column that names it: "path" of single patches.
 
     Raises
     ------
     TrainError
         A column or a cell is missing, a slide is there twice, a label is unknown, or there is one class only.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TrainError(
-            path, f"cannot be read ({error})", "Give a CSV with the columns slide, patient and label"
-        ) from error
+    rows = _rows(path, case)
     columns = list(rows[0]) if rows else []
-    slide = next((name for name in _SLIDE if name in columns), None)
-    patient = next((name for name in _PATIENT if name in columns), slide)
+    slide = next((name for name in (case, f"{case}_id") if name in columns), None)
     wanted = ("time", "event") if time_bins else (label,)
     if slide is None or not set(wanted) <= set(columns):
         raise TrainError(
-            path, f"has the columns {', '.join(columns) or '(none)'}", f"Needed: slide, {', '.join(wanted)}"
+            path, f"has the columns {', '.join(columns) or '(none)'}", f"Needed: {case}, {', '.join(wanted)}"
         )
+    patient = next((name for name in _PATIENT if name in columns), slide)
     for i, row in enumerate(rows, 2):
         empty = [name for name in (slide, patient, *wanted) if not (row[name] or "").strip()]
         if empty:
@@ -100,19 +103,70 @@ def read_labels(
     ids = [row[slide].strip() for row in rows]
     twice = [slide_id for slide_id, count in Counter(ids).items() if count > 1]
     if twice:
-        raise TrainError(path, f"slide {twice[0]} is there twice", "One row a slide")
+        raise TrainError(path, f"{case} {twice[0]} is there twice", f"One row a {case}")
     patients = [row[patient].strip() for row in rows]
     if time_bins:
         return _survival(path, ids, patients, rows, time_bins)
     texts = [row[label].strip() for row in rows]
-    names = tuple(classes) or _in_order(set(texts))
-    unknown = [text for text in texts if text not in names]
+    return make_cohort(path, zip(ids, patients, texts, strict=True), classes)
+
+
+def make_cohort(where: Path, rows: Iterable[tuple[str, str, str]], classes: Sequence[str] = ()) -> Cohort:
+    """Make a cohort of slide (or patch), patient and the name of the class.
+
+    Raises
+    ------
+    TrainError
+        A label that is not among `classes`, a class of which nobody is, or one class only.
+    """
+    rows = list(rows)
+    texts = {text for _, _, text in rows}
+    names = tuple(classes) or _in_order(texts)
+    unknown = sorted(texts - set(names))
     if unknown:
-        raise TrainError(path, f"label {unknown[0]!r} is not one of {', '.join(names)}", "Name it with --classes")
-    if len(set(texts)) < 2:
-        raise TrainError(path, f"all slides have the label {texts[0]!r}", "There is nothing to tell apart: add others")
-    cases = {i: Case(i, p, names.index(text)) for i, p, text in zip(ids, patients, texts, strict=True)}
-    return Cohort(cases, names)
+        raise TrainError(where, f"label {unknown[0]!r} is not one of {', '.join(names)}", "Name it with --classes")
+    if len(texts) == 1:
+        raise TrainError(where, f"all have the label {rows[0][2]!r}", "There is nothing to tell apart: add others")
+    empty = [name for name in names if name not in texts]
+    if empty:
+        raise TrainError(where, f"nobody is of the class {empty[0]!r}", "Add some, or leave it out of --classes")
+    return Cohort({i: Case(i, patient, names.index(text)) for i, patient, text in rows}, names)
+
+
+def read_parts(path: Path, cohort: Cohort, *, case: str = "slide") -> Split | None:
+    """Read the division that a CSV of labels holds in a column ``split``: train, val or test; None without it.
+
+    Raises
+    ------
+    TrainError
+        A cell says something else.
+    """
+    rows = _rows(path, case)
+    if "split" not in rows[0]:
+        return None
+    parts: tuple[list[str], ...] = ([], [], [])
+    for i, (name, row) in enumerate(zip(cohort.cases, rows, strict=True), 2):
+        part = PARTS.get((row["split"] or "").strip().lower())
+        if part is None:
+            raise TrainError(path, f"line {i}: split {row['split']!r} is none of train, val, test", "Correct it")
+        parts[part].append(name)
+    return Split(*map(tuple, parts))
+
+
+def read_patients(path: Path) -> dict[str, str]:
+    """Read whose slides are from a CSV with the columns ``slide`` and ``patient``.
+
+    Raises
+    ------
+    TrainError
+        A column is missing.
+    """
+    rows = _rows(path, "slide")
+    slide = next((name for name in ("slide", "slide_id") if rows and name in rows[0]), None)
+    patient = next((name for name in _PATIENT if rows and name in rows[0]), None)
+    if slide is None or patient is None:
+        raise TrainError(path, "lacks one of the columns slide, patient", "A row a slide")
+    return {row[slide].strip(): row[patient].strip() for row in rows}
 
 
 def match(cohort: Cohort, bags: Collection[str], *, subset: bool = False) -> Cohort:
@@ -259,6 +313,15 @@ def check_split(cohort: Cohort, split: Split, name: str) -> None:
         missing = [c for i, c in enumerate(cohort.class_names) if i not in {case.label for case in cases}]
         if missing and (part == "train" or len(missing) == len(cohort.class_names) - 1):
             raise TrainError(name, f"its {part} part holds no {missing[0]!r}", "Ask for fewer folds, or more slides")
+
+
+def _rows(path: Path, case: str) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        remedy = f"Give a CSV with the columns {case}, patient and label"
+        raise TrainError(path, f"cannot be read ({error})", remedy) from error
 
 
 def _survival(

@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +26,14 @@ import torch
 from safetensors.torch import save
 
 from wsi import __version__
-from wsi.errors import ConfigMismatch, ModelError, OutputError
+from wsi.errors import ModelError, OutputError
 from wsi.files import replacing, write_csv, write_json
 from wsi.nn.grade import feature_shift
 from wsi.nn.mil import Head, Targets
 from wsi.nn.uncertainty import conformal_threshold, fit_temperature, prediction_set
 from wsi.train.cohort import Case, Cohort, Split, check_split, write_splits
+from wsi.train.figures import best_threshold
+from wsi.train.loop import bind, write_log
 from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, train_member
 
 Array = npt.NDArray[Any]
@@ -154,7 +155,7 @@ def train_mil(
 
 
 def _bind(out: Path, cohort: Cohort, bags: Bags, splits: Sequence[Split], config: MilConfig, *others: Any) -> None:
-    """Bind a folder to what it was begun with; anything else is refused."""
+    """Bind a folder to configuration, slides and splits."""
     identity = {
         "wsi_version": __version__,
         "config": as_dict(config),
@@ -166,15 +167,7 @@ def _bind(out: Path, cohort: Cohort, bags: Bags, splits: Sequence[Split], config
         },
         "splits": [list(map(list, split)) for split in splits],
     }
-    path = out / "run.json"
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key, value in identity.items() if found.get(key) != json.loads(json.dumps(value))]
-        if changed:
-            raise ConfigMismatch(
-                out, f"was begun with another {', '.join(changed)}", "Choose another folder, or delete it"
-            )
-    write_json(path, identity)
+    bind(out, identity)
 
 
 def _targets(cases: Sequence[Case]) -> Targets:
@@ -237,11 +230,7 @@ def _calibrate(cohort: Cohort, rows: list[dict[str, Any]], positive: Sequence[st
     chosen = np.array([name in positive for name in cohort.class_names])
     is_positive = chosen[label]
     if is_positive.any() and not is_positive.all():
-        score = probabilities[:, chosen].sum(1)
-        candidates = np.linspace(0.05, 0.95, 181)
-        right = np.array([(score >= t)[is_positive].mean() + (score < t)[~is_positive].mean() for t in candidates])
-        best = candidates[right >= right.max() - 1e-12]
-        found["threshold"] = round(float(best[len(best) // 2]), 3)
+        found["threshold"] = best_threshold(is_positive, probabilities[:, chosen].sum(1))
     return found
 
 
@@ -296,27 +285,7 @@ def _write_tables(
         said = {f"prob_{name}": f"{p:.6g}" for name, p in zip(cohort.class_names, row["probabilities"], strict=True)}
         table.append(known | {"label": cohort.class_names[case.label]} | said)
     write_csv(out / "predictions.csv", [*columns, *(f"prob_{name}" for name in cohort.class_names)], table)
-    log = [{"fold": k, "seed": seed, **row} for (k, seed), member in members.items() for row in member.history]
-    write_csv(out / "log.csv", list(log[0]), log)
-    _plot(out / "log.png", members)
-
-
-def _plot(path: Path, members: dict[tuple[int, int], Member]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for i, member in enumerate(members.values()):
-        epochs = [row["epoch"] for row in member.history]
-        for key, style in (("train_loss", ":"), ("validation_loss", "-")):
-            label = key.replace("_", " ") if i == 0 else None
-            axes.plot(epochs, [row[key] for row in member.history], style, color=f"C{i % 10}", label=label)
-        axes.axvline(member.best_epoch, color=f"C{i % 10}", linewidth=0.5)
-    axes.set_xlabel("epoch (thin line: the one that is kept)")
-    axes.set_ylabel("loss")
-    axes.legend()
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})  # no version: the same bytes
+    write_log(out, [({"fold": k, "seed": s}, m.history, m.best_epoch) for (k, s), m in members.items()])
 
 
 def _card(

@@ -25,6 +25,14 @@ def balanced_accuracy(label: Array, called: Array) -> float:
     return float(np.mean([(called[label == c] == c).mean() for c in np.unique(label)]))
 
 
+def best_threshold(positive: Array, score: Array) -> float:
+    """Threshold of the highest balanced accuracy for bool (n,) and scores (n,); of several the middle one."""
+    candidates = np.linspace(0.05, 0.95, 181)
+    right = np.array([(score >= t)[positive].mean() + (score < t)[~positive].mean() for t in candidates])
+    best = candidates[right >= right.max() - 1e-12]
+    return round(float(best[len(best) // 2]), 3)
+
+
 def concordance(time: Array, event: Array, risk: Array) -> float | None:
     """Share of comparable pairs whose earlier event has the higher risk, ties half (Harrell); None without pairs."""
     comparable = (time[:, None] < time[None, :]) & event[:, None]

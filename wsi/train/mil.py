@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,11 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
 from wsi.errors import ModelError, TrainError
-from wsi.files import replacing
 from wsi.metrics.kappa import quadratic_kappa
 from wsi.nn.mil import MIL_NETS, Head, MilNet, Targets, TrainingBag, make_net
 from wsi.nn.mil.heads import KINDS, Kind, breslow
@@ -24,6 +20,7 @@ from wsi.nn.patch import pick_device
 from wsi.train import figures
 from wsi.train.bags import read_bag
 from wsi.train.cohort import Case, Cohort, Split
+from wsi.train.loop import Loop, digits, drawn
 
 Array = npt.NDArray[Any]
 
@@ -205,15 +202,9 @@ def train_member(
     """
     config.check()
     head = Head(config.head, len(cohort.class_names), baseline=_flat(cohort) if config.head == "cox" else ())
-    run = _Run.start(cohort, bags, split, config, head, device)
-    if state is not None and state.is_file():
-        run.restore(state)
-    while not run.finished:
-        run.epoch()
-        progress(len(run.history), config.epochs)
-        if state is not None:
-            run.save(state)
-    net = run.best_net()
+    run = _Run(cohort, bags, split, config, head, device)
+    run.go(state, progress)
+    net = run.net
     if config.head == "cox":
         head = replace(head, baseline=_baseline(net, cohort, bags, split, device))
     with torch.inference_mode():
@@ -221,23 +212,13 @@ def train_member(
     return Member(net.cpu(), head, logits, run.history, run.best_epoch)
 
 
-@dataclass
-class _Run:
+class _Run(Loop[MilNet]):
     """A training under way."""
 
-    cohort: Cohort
-    bags: Any
-    split: Split
-    config: MilConfig
-    head: Head
-    device: str
-    net: MilNet
-    optimiser: torch.optim.AdamW
-    best: dict[str, torch.Tensor]
-    history: list[dict[str, Any]]
-
-    @classmethod
-    def start(cls, cohort: Cohort, bags: Any, split: Split, config: MilConfig, head: Head, device: str) -> _Run:
+    def __init__(self, cohort: Cohort, bags: Any, split: Split, config: MilConfig, head: Head, device: str) -> None:
+        self.cohort, self.bags, self.split, self.config, self.head, self.device = (
+            cohort, bags, split, config, head, device,
+        )  # fmt: skip
         torch.manual_seed(config.seed)
         arguments = {**config.arguments, "in_features": bags.in_features, "num_classes": head.num_logits}
         try:
@@ -245,90 +226,27 @@ class _Run:
         except TypeError as error:
             raise ModelError(config.architecture, f"arguments do not fit: {error}", "See its docstring") from error
         net.set_scale(*scale_of([bags.stats[i] for i in split.train]))
-        net.to(device)
-        optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        return cls(cohort, bags, split, config, head, device, net, optimiser, {}, [])
+        super().__init__(net.to(device), config, config.lr)
 
-    @property
-    def best_epoch(self) -> int:
-        if self.config.patience is None:
-            return len(self.history)
-        return 1 + int(np.argmin([row["validation_loss"] for row in self.history]))
-
-    @property
-    def finished(self) -> bool:
-        done = len(self.history)
-        stopped = self.config.patience is not None and done > 0 and done - self.best_epoch >= self.config.patience
-        return done >= self.config.epochs or stopped
-
-    def epoch(self) -> None:
-        """Go once through the training bags; chance comes from (seed, epoch), so that resuming changes nothing."""
-        number, config = len(self.history), self.config
-        seed = int(np.random.default_rng((config.seed, number)).integers(2**62))
-        torch.manual_seed(seed)
-        ids = self._order(np.random.default_rng(seed))
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.lr * 0.5 * (1 + np.cos(np.pi * number / config.epochs))
-        self.net.train()
-        total, weights = 0.0, list(self.net.parameters())
+    def learn(self, rng: np.random.Generator) -> float:
+        config = self.config
+        ids = drawn(self.split.train, [_stratum(self.cohort.cases[i]) for i in self.split.train], config.balance, rng)
+        total = 0.0
         for start in range(0, len(ids), config.batch):
             some = ids[start : start + config.batch]
             batch = [_on(self.bags[i], self.device) for i in some]
-            loss = self.net.loss(batch, self._targets(some), self.head.loss)
-            self.optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 5.0)
-            self.optimiser.step()
-            total += loss.item() * len(some)
-        if not np.isfinite(total):
-            raise TrainError(f"epoch {number + 1}", "the loss is not finite", "Lower --lr, or look at the features")
-        self.net.eval()
-        row: dict[str, Any] = {"epoch": number + 1, "train_loss": _digits(total / len(ids))}
-        if self.split.validation:
-            with torch.inference_mode():
-                logits = torch.stack([_logits(self.net, self.bags[i], self.device) for i in self.split.validation])
-                row["validation_loss"] = _digits(float(self.head.loss(logits, self._targets(self.split.validation))))
-            cases = [self.cohort.cases[i] for i in self.split.validation]
-            row |= measure(cases, self.head.probabilities(logits.double().cpu()).numpy(), self.head)
-        self.history.append(row)
-        if self.best_epoch == len(self.history):
-            self.best = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
+            total += self.step(self.net.loss(batch, self._targets(some), self.head.loss)) * len(some)
+        return total / len(ids)
 
-    def best_net(self) -> MilNet:
-        self.net.load_state_dict(self.best)
-        return self.net.eval()
-
-    def save(self, path: Path) -> None:
-        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        for i, slots in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{name}": value for name, value in slots.items()}
-        packed = save(
-            {name: value.cpu().contiguous() for name, value in tensors.items()}, {"history": json.dumps(self.history)}
+    def judge(self) -> dict[str, Any]:
+        if not self.split.validation:
+            return {}
+        logits = torch.stack([_logits(self.net, self.bags[i], self.device) for i in self.split.validation])
+        loss = float(self.head.loss(logits, self._targets(self.split.validation)))
+        cases = [self.cohort.cases[i] for i in self.split.validation]
+        return {"validation_loss": digits(loss)} | measure(
+            cases, self.head.probabilities(logits.double().cpu()).numpy(), self.head
         )
-        with replacing(path) as file:
-            file.write(packed)
-
-    def restore(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            self.history = json.loads(file.metadata()["history"])
-        self.net.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
-        self.best = {k.removeprefix("best."): v.to(self.device) for k, v in tensors.items() if k.startswith("best.")}
-        optimiser = self.optimiser.state_dict()
-        for key, value in tensors.items():
-            if key.startswith("optimiser."):
-                _, i, name = key.split(".")
-                optimiser["state"].setdefault(int(i), {})[name] = value
-        self.optimiser.load_state_dict(optimiser)
-
-    def _order(self, rng: np.random.Generator) -> list[str]:
-        ids = list(self.split.train)
-        if not self.config.balance:
-            return [ids[i] for i in rng.permutation(len(ids))]
-        label = np.array([_stratum(self.cohort.cases[i]) for i in ids])
-        weight = 1 / np.bincount(label)[label]
-        return [ids[i] for i in rng.choice(len(ids), len(ids), p=weight / weight.sum())]
 
     def _targets(self, ids: Sequence[str]) -> Targets:
         cases = [self.cohort.cases[i] for i in ids]
@@ -358,16 +276,16 @@ def measure(cases: Sequence[Case], probabilities: Array, head: Head) -> dict[str
     label = np.array([case.label for case in cases])
     if head.kind in ("hazard", "cox"):
         time, event = np.array([case.time for case in cases]), np.array([case.event for case in cases])
-        return {"concordance": _digits(figures.concordance(time, event, figures.risk_of(probabilities)))}
+        return {"concordance": digits(figures.concordance(time, event, figures.risk_of(probabilities)))}
     if head.kind == "ordinal":
         called = (probabilities.cumsum(1) < 0.5 - 1e-12).sum(1)
         kappa = quadratic_kappa(label, called, head.num_classes).value
-        return {"quadratic_kappa": _digits(kappa), "accuracy": _digits(float((called == label).mean()))}
+        return {"quadratic_kappa": digits(kappa), "accuracy": digits(float((called == label).mean()))}
     called = probabilities.argmax(1)
     return {
-        "auroc": _digits(figures.macro_auroc(label, probabilities)),
-        "accuracy": _digits(float((called == label).mean())),
-        "balanced_accuracy": _digits(figures.balanced_accuracy(label, called)),
+        "auroc": digits(figures.macro_auroc(label, probabilities)),
+        "accuracy": digits(float((called == label).mean())),
+        "balanced_accuracy": digits(figures.balanced_accuracy(label, called)),
     }
 
 
@@ -401,8 +319,3 @@ def _on(bag: TrainingBag, device: str) -> TrainingBag:
 
 def _stratum(case: Case) -> int:
     return case.label if case.event is None else int(case.event)
-
-
-def _digits(value: float | None) -> float | None:
-    """Eight significant digits: enough to tell epochs apart, and the same in the log and after resuming."""
-    return None if value is None else float(f"{value:.8g}")

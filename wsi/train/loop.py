@@ -1,0 +1,201 @@
+"""The loop of a training: epochs, early stopping by validation, and a state to go on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from wsi.errors import ConfigMismatch, TrainError
+from wsi.files import replacing, write_csv, write_json
+
+Net = TypeVar("Net", bound=torch.nn.Module)
+
+
+class LoopConfig(Protocol):
+    """What a loop asks of a configuration; see ``MilConfig`` and ``PatchConfig``."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def patience(self) -> int | None: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Loop(Generic[Net]):
+    """A training under way; what is learnt from is the subclass's: ``learn`` and ``judge``.
+
+    All chance of an epoch is drawn from (seed, epoch), so that a training that was stopped gives the same bytes.
+
+    Parameters
+    ----------
+    net : Module
+        On its device. What needs no gradient is neither learnt nor kept in the state.
+    config : LoopConfig
+    lr : float
+        Of AdamW; it falls to 0 over the epochs by a cosine.
+
+    Attributes
+    ----------
+    history : list of dict
+        A row an epoch.
+    """
+
+    def __init__(self, net: Net, config: LoopConfig, lr: float) -> None:
+        self.net = net
+        self._config, self._lr = config, lr
+        self._weights = [weight for weight in net.parameters() if weight.requires_grad]
+        self._frozen = {name for name, weight in net.named_parameters() if not weight.requires_grad}
+        self._optimiser = torch.optim.AdamW(self._weights, lr=lr, weight_decay=config.weight_decay, fused=True)
+        self._best: dict[str, torch.Tensor] = {}
+        self.history: list[dict[str, Any]] = []
+
+    def learn(self, rng: np.random.Generator) -> float:
+        """Go once through the training part, and return the mean loss."""
+        raise NotImplementedError
+
+    def judge(self) -> dict[str, Any]:
+        """Return what the validation part says: ``validation_loss`` and figures; {} where there is none."""
+        raise NotImplementedError
+
+    def go(self, state: Path | None, progress: Callable[[int, int], None]) -> None:
+        """Train to the end, or go on from the `state` of an earlier call; then ``net`` holds the best weights."""
+        if state is not None and state.is_file():
+            self._restore(state)
+        while not self.finished:
+            self._epoch()
+            progress(len(self.history), self._config.epochs)
+            if state is not None:
+                self._save(state)
+        self.net.load_state_dict(self.net.state_dict() | self._best)
+        self.net.eval()
+
+    def step(self, loss: torch.Tensor) -> float:
+        """Learn from the loss of a batch, and return it."""
+        self._optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._weights, 5.0)
+        self._optimiser.step()
+        return loss.item()
+
+    @property
+    def best_epoch(self) -> int:
+        """Whose weights are kept, from 1: the lowest validation loss, without ``patience`` the last."""
+        if self._config.patience is None:
+            return len(self.history)
+        return 1 + int(np.argmin([row["validation_loss"] for row in self.history]))
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or validation says that it is enough."""
+        done, patience = len(self.history), self._config.patience
+        return done >= self._config.epochs or (patience is not None and done > 0 and done - self.best_epoch >= patience)
+
+    def _epoch(self) -> None:
+        number = len(self.history)
+        seed = int(np.random.default_rng((self._config.seed, number)).integers(2**62))
+        torch.manual_seed(seed)
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._lr * 0.5 * (1 + np.cos(np.pi * number / self._config.epochs))
+        self.net.train()
+        loss = self.learn(np.random.default_rng(seed))
+        if not np.isfinite(loss):
+            raise TrainError(f"epoch {number + 1}", "the loss is not finite", "Lower --lr, or look at the features")
+        self.net.eval()
+        with torch.inference_mode():
+            self.history.append({"epoch": number + 1, "train_loss": digits(loss)} | self.judge())
+        if self.best_epoch == len(self.history):
+            self._best = {name: value.detach().clone() for name, value in self._learnt().items()}
+
+    def _learnt(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in self.net.state_dict().items() if name not in self._frozen}
+
+    def _save(self, path: Path) -> None:
+        tensors = {f"net.{name}": value for name, value in self._learnt().items()}
+        tensors |= {f"best.{name}": value for name, value in self._best.items()}
+        for i, slots in self._optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{name}": value for name, value in slots.items()}
+        packed = save(
+            {name: value.cpu().contiguous() for name, value in tensors.items()}, {"history": json.dumps(self.history)}
+        )
+        with replacing(path) as file:
+            file.write(packed)
+
+    def _restore(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+            self.history = json.loads(file.metadata()["history"])
+        kept = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
+        self.net.load_state_dict(self.net.state_dict() | kept)
+        self._best = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
+        optimiser = self._optimiser.state_dict()
+        for key, value in tensors.items():
+            if key.startswith("optimiser."):
+                _, number, name = key.split(".")
+                weight = self._weights[int(number)]
+                if value.shape == weight.shape:  # laid out as the weight is: the fused step takes that for granted
+                    value = torch.empty_like(weight, requires_grad=False).copy_(value)
+                optimiser["state"].setdefault(int(number), {})[name] = value
+        self._optimiser.load_state_dict(optimiser)
+
+
+def drawn(ids: Sequence[str], labels: Sequence[int], balance: bool, rng: np.random.Generator) -> list[str]:
+    """Shuffle an epoch's cases; with `balance` draw as many so that all classes are equally likely."""
+    if not balance:
+        return [ids[i] for i in rng.permutation(len(ids))]
+    label = np.array(labels)
+    weight = 1 / np.bincount(label)[label]
+    return [ids[i] for i in rng.choice(len(ids), len(ids), p=weight / weight.sum())]
+
+
+def write_log(out: Path, trained: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]], int]]) -> None:
+    """Write log.csv and log.png of trainings: of each the columns that name it, its history, and its best epoch."""
+    from matplotlib.figure import Figure
+
+    log = [{**name, **row} for name, history, _ in trained for row in history]
+    write_csv(out / "log.csv", list(log[0]), log)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (_, history, best_epoch) in enumerate(trained):
+        epochs = [row["epoch"] for row in history]
+        for key, style in (("train_loss", ":"), ("validation_loss", "-")):
+            label = key.replace("_", " ") if i == 0 else None
+            axes.plot(epochs, [row[key] for row in history], style, color=f"C{i % 10}", label=label)
+        axes.axvline(best_epoch, color=f"C{i % 10}", linewidth=0.5)
+    axes.set_xlabel("epoch (thin line: the one that is kept)")
+    axes.set_ylabel("loss")
+    axes.legend()
+    with replacing(out / "log.png") as file:
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})  # no version: the same bytes
+
+
+def bind(out: Path, identity: Mapping[str, Any]) -> None:
+    """Bind a model folder, by its run.json, to what it was begun with.
+
+    Raises
+    ------
+    ConfigMismatch
+        It was begun with something else; what differs is named.
+    """
+    path = out / "run.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key, value in identity.items() if found.get(key) != json.loads(json.dumps(value))]
+        if changed:
+            what = f"was begun with another {', '.join(changed)}"
+            raise ConfigMismatch(out, what, "Choose another folder, or delete it")
+    write_json(path, identity)
+
+
+def digits(value: float | None) -> float | None:
+    """Eight significant digits: enough to tell epochs apart, and the same in the log and after resuming."""
+    return None if value is None else float(f"{value:.8g}")

@@ -1,0 +1,238 @@
+"""Training of a patch classifier, stopped by validation, written as a model folder.
+
+::
+
+    OUT/
+      config.json, weights.safetensors    the model: `wsi score --model OUT`
+      CARD.md, figures.json               what it was trained on, and how good it is on patients kept back
+      predictions.csv                     a row a patch of validation and test: label, probabilities
+      split.csv                           a row a patch: path, patient, label, split
+      log.csv, log.png                    loss and figures of each epoch
+      run.json                            the configuration and the patches that this folder is bound to
+      state.safetensors                   the training: the same command goes on from it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.torch import save
+
+from wsi import __version__
+from wsi.errors import ModelError, OutputError
+from wsi.files import replacing, write_csv, write_json
+from wsi.nn.mil import Head
+from wsi.nn.patch import PatchModel
+from wsi.train.classifier import PatchConfig, PatchTraining, begin
+from wsi.train.cohort import Cohort, Split, check_split
+from wsi.train.figures import best_threshold
+from wsi.train.images import Patches
+from wsi.train.loop import bind, write_log
+from wsi.train.mil import measure
+
+
+def train_patches(
+    cohort: Cohort,
+    patches: Patches,
+    split: Split,
+    out: Path,
+    config: PatchConfig,
+    *,
+    mpp: float,
+    positive: Sequence[str] = (),
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda epoch, of: None,
+) -> dict[str, Any]:
+    """Train a patch classifier and write its model folder; the same call again goes on where it was stopped.
+
+    Parameters
+    ----------
+    cohort, patches
+        Labels and pixels by the same ids.
+    split : Split
+        Test patches are looked at once, at the end.
+    out : Path
+    config : PatchConfig
+    mpp : float
+        Microns per pixel of the patches: those that slides are then cut at.
+    positive : sequence of str
+        Classes that the heatmap shows from a threshold on, which is chosen on validation. Default: of two classes the
+        second, of more none.
+    device : str
+    progress : callable
+        Called with the epochs done, and how many at most.
+
+    Returns
+    -------
+    dict
+        The content of figures.json.
+
+    Raises
+    ------
+    TrainError, ModelError
+        Before anything is written.
+    ConfigMismatch
+        `out` holds a training of another configuration or of other patches.
+    """
+    config.check()
+    if set(positive) - set(cohort.class_names):
+        raise ModelError(f"positive={list(positive)}", "no such class", f"Classes: {', '.join(cohort.class_names)}")
+    check_split(cohort, split, "split")
+    positive = tuple(positive) or (cohort.class_names[1:] if len(cohort.class_names) == 2 else ())
+    model = begin(cohort, patches, split, config, mpp, device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError.of(error, out) from error
+    _bind(out, cohort, patches, split, config, model, positive)
+    run = PatchTraining(cohort, patches, split, config, model)
+    run.go(out / "state.safetensors", progress)
+    said = {part: run.said(ids) for part, ids in (("validation", split.validation), ("test", split.test)) if ids}
+    threshold, chosen = 0.5, np.isin(cohort.class_names, positive)
+    if chosen.any() and not chosen.all():
+        truth = chosen[[cohort.cases[i].label for i in split.validation]]
+        threshold = best_threshold(truth, said["validation"][:, chosen].sum(1)) if 0 < truth.mean() < 1 else 0.5
+    weights = save({name: value.cpu().contiguous() for name, value in model.net.state_dict().items()})
+    sha256 = hashlib.sha256(weights).hexdigest()
+    figures: dict[str, Any] = {
+        part: _figures(cohort, getattr(split, part), said.get(part)) for part in ("validation", "test")
+    }
+    figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256}
+    with replacing(out / "weights.safetensors") as file:
+        file.write(weights)
+    write_log(out, [({}, run.history, run.best_epoch)])
+    _write_tables(out, cohort, split, said)
+    write_json(out / "figures.json", figures)
+    written = _config_json(model, threshold, positive, sha256)
+    with replacing(out / "CARD.md") as file:
+        file.write(_card(out.resolve().name, cohort, split, config, written, figures).encode())
+    write_json(out / "config.json", written)  # last: a folder with it is a model
+    return figures
+
+
+def _bind(
+    out: Path,
+    cohort: Cohort,
+    patches: Patches,
+    split: Split,
+    config: PatchConfig,
+    model: PatchModel,
+    positive: Sequence[str],
+) -> None:
+    """Bind a folder to configuration, patches, labels and split."""
+    digest = hashlib.sha256()
+    for part in split:
+        for i in part:
+            case = cohort.cases[i]
+            digest.update(
+                f"{i}\0{case.patient}\0{case.label}\0{patches.checksums[i]}\n".encode(errors="backslashreplace")
+            )
+        digest.update(b"\n")
+    identity = {
+        "wsi_version": __version__,
+        "config": asdict(config) | {"arguments": dict(config.arguments)},
+        "weights to begin from": model.sha256,
+        "precision": model.precision,
+        "mpp": model.config.mpp,
+        "positive": list(positive),
+        "class_names": list(cohort.class_names),
+        "patches, labels or split": digest.hexdigest(),
+    }
+    bind(out, identity)
+
+
+def _figures(cohort: Cohort, ids: Sequence[str], said: npt.NDArray[np.float64] | None) -> dict[str, Any] | None:
+    if said is None:
+        return None
+    cases = [cohort.cases[i] for i in ids]
+    count = {"patches": len(cases), "patients": len({case.patient for case in cases})}
+    return count | measure(cases, said, Head("softmax", len(cohort.class_names)))
+
+
+def _write_tables(out: Path, cohort: Cohort, split: Split, said: Mapping[str, npt.NDArray[np.float64]]) -> None:
+    names, predictions, division = cohort.class_names, [], []
+    for part, ids in split._asdict().items():
+        for n, i in enumerate(ids):
+            case = cohort.cases[i]
+            row = {"path": i, "patient": case.patient, "label": names[case.label], "split": part}
+            division.append(row)
+            if part in said:
+                chances = {f"prob_{name}": f"{p:.6g}" for name, p in zip(names, said[part][n], strict=True)}
+                predictions.append(row | chances)
+    write_csv(out / "split.csv", list(division[0]), division)
+    write_csv(out / "predictions.csv", list(predictions[0]), predictions)
+
+
+def _config_json(model: PatchModel, threshold: float, positive: Sequence[str], sha256: str) -> dict[str, Any]:
+    config = model.config
+    resize = [] if config.resize_px is None else [{"name": "Resize", "arguments": {"size": config.resize_px}}]
+    normalise = {"name": "Normalize", "arguments": {"mean": list(config.mean), "std": list(config.std)}}
+    return {
+        "spec_version": "1.0",
+        "task": "patch",
+        "architecture": config.architecture,
+        "architecture_args": config.architecture_args,
+        "num_classes": len(config.class_names),
+        "class_names": list(config.class_names),
+        "patch_size_pixels": config.tile_px,
+        "spacing_um_px": config.mpp,
+        "transform": [*resize, {"name": "ToTensor"}, normalise],
+        "positive_classes": list(positive),
+        "threshold": threshold,
+        "weights_sha256": sha256,
+    }
+
+
+def _card(
+    name: str,
+    cohort: Cohort,
+    split: Split,
+    config: PatchConfig,
+    written: Mapping[str, Any],
+    figures: Mapping[str, Any],
+) -> str:
+    counts = np.bincount([case.label for case in cohort.cases.values()], minlength=len(cohort.class_names))
+    patients = {case.patient for case in cohort.cases.values()}
+    origin = f"begun from `{config.start}`" if config.start else "random weights"
+    how = "features once, the classifier alone" if config.frozen else (
+        f"stain augmentation {config.stain:g}, {'turned and mirrored' if config.turn else 'not turned'}, "
+        f"JPEG {config.jpeg:g}"
+    )  # fmt: skip
+    lines = [
+        f"# {name}",
+        "",
+        "**Research use only. Not a medical device; not validated for diagnosis.**",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| Task | a patch of {written['patch_size_pixels']} px at {written['spacing_um_px']:g} microns per pixel -> "
+        f"{', '.join(f'`{c}`' for c in cohort.class_names)} |",
+        f"| Model | `{written['architecture']}` `{json.dumps(written['architecture_args'])}`, {origin} |",
+        f"| Training | {how}; the classes {'drawn equally often' if config.balance else 'as frequent as they are'}; "
+        f"{len(split.train)} patches |",
+        f"| Data | {len(cohort.cases)} patches of {len(patients)} patients: "
+        + ", ".join(f"{c} {n}" for c, n in zip(cohort.class_names, counts, strict=True))
+        + " |",
+        f"| Chosen on validation | epoch {figures['best_epoch']}, threshold {written['threshold']:g} |",
+        f"| sha256 | `{written['weights_sha256']}` |",
+        "",
+        "## Figures",
+        "",
+        "Validation patches stopped the training; test patches decided nothing. No patient is in two parts.",
+        "",
+    ]
+    for part in ("validation", "test"):
+        found = figures[part]
+        if found is not None:
+            numbers = {key: v for key, v in found.items() if key not in ("patches", "patients")}
+            shown = ", ".join(f"{k} {'undefined' if v is None else f'{v:.3f}'}" for k, v in numbers.items())
+            lines.append(f"- {part}: {shown} ({found['patches']} patches, {found['patients']} patients)")
+    lines += ["", "## Limits", "", "Write here what these patches do not represent: laboratories, scanners, patients."]
+    return "\n".join(lines) + "\n"
