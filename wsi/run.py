@@ -22,7 +22,8 @@ from wsi import __version__
 from wsi.context import in_context
 from wsi.engine import Engine, ScoreConfig
 from wsi.errors import ModelError, SlideUnreadable
-from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
+from wsi.export.objects import TISSUE, path_classes, percentile_rank, positive_regions
+from wsi.export.qupath import Region, write_regions, write_tiles
 from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.infer import score_tiles
@@ -38,11 +39,6 @@ from wsi.stain.pixels import density_of
 from wsi.stain.ruifrok import EOSIN, HAEMATOXYLIN
 from wsi.store import PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tissue import TissueMask, find_tissue, read_mask
-
-#: Colours of classes in QuPath: the positive ones as its built-in Tumor, the others apart from them.
-_POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
-_OTHER_RGB = ((120, 170, 220), (150, 200, 150), (160, 90, 160), (255, 200, 0), (50, 50, 50), (90, 140, 90))
-_TISSUE_RGB = (150, 200, 150)
 
 #: What a slide's overlay takes, and a tile in GeoJSON: about what was seen.
 _PICTURE_BYTES, _OUTLINE_BYTES = 4_000_000, 60
@@ -317,8 +313,8 @@ def _export(
 
     measurements: dict[str, npt.NDArray[Any]] = {f"prob_{name}": probabilities[:, i] for i, name in enumerate(names)}
     if slide_scores is not None:
-        measurements["attention_percentile"] = _percentile_rank(slide_scores.attention)
-    classes = _path_classes(names, positive)
+        measurements["attention_percentile"] = percentile_rank(slide_scores.attention)
+    classes = path_classes(names, positive)
     write_tiles(
         folder / "tiles.geojson.gz",
         grid.boxes(),
@@ -332,7 +328,7 @@ def _export(
 
     tissue_outlines = tissue.outlines()
     regions = [
-        Region(outline, PathClass("Tissue", _TISSUE_RGB), f"Tissue {i}", {"area_mm2": _mm2(outline, slide)})
+        Region(outline, TISSUE, f"Tissue {i}", {"area_mm2": _mm2(outline, slide)})
         for i, outline in enumerate(tissue_outlines, 1)
     ]
     outlines: list[shapely.Polygon] = []
@@ -341,16 +337,8 @@ def _export(
         score = probabilities[:, [names.index(name) for name in positive]].sum(axis=1).clip(0, 1)
         heatmap = Heatmap(grid, score)
         outlines = heatmap.regions(threshold, slide.bounds)
-        boxes = grid.boxes()
-        centres = boxes[:, :2] + boxes[:, 2:] / 2
-        label = " or ".join(positive)
         path_class = next(c for c, name in zip(classes, names, strict=True) if name == positive[0])
-        for i, outline in enumerate(outlines, 1):
-            inside = score[shapely.contains_xy(outline, centres[:, 0], centres[:, 1])]
-            found = {"area_mm2": _mm2(outline, slide), "major_axis_um": major_axis_um(outline, slide.mpp)}
-            if len(inside):
-                found |= {"mean_probability": float(inside.mean()), "max_probability": float(inside.max())}
-            regions.append(Region(outline, path_class, f"{label} {i}", found))
+        regions += positive_regions(outlines, grid, score, positive=positive, path_class=path_class, mpp=slide.mpp)
     write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=slide_id, metadata=metadata)
     save_overlay(
         folder / "overlay.png",
@@ -445,18 +433,6 @@ def _numbers(
             "precision": engine.model.precision,
         },
     }
-
-
-def _path_classes(names: tuple[str, ...], positive: tuple[str, ...]) -> list[PathClass]:
-    others = [name for name in names if name not in positive]
-    colours = {name: _POSITIVE_RGB[i % len(_POSITIVE_RGB)] for i, name in enumerate(positive)}
-    colours |= {name: _OTHER_RGB[i % len(_OTHER_RGB)] for i, name in enumerate(others)}
-    return [PathClass(name, colours[name]) for name in names]
-
-
-def _percentile_rank(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Share of tiles, in per cent, with less attention; ties share the lowest."""
-    return np.asarray(np.searchsorted(np.sort(values), values) * (100 / len(values)), np.float64)
 
 
 def _common(regions: list[shapely.Polygon], tissue: list[shapely.Polygon]) -> shapely.Geometry:

@@ -140,7 +140,7 @@ def test_contours_with_lattices_of_their_own(tmp_path: Path):
     """CLAM begins each contour where its box begins: torchmil gets fractional positions, neighbours still 1 apart."""
     coords = np.array([[0, 0], [256, 0], [0, 256], [1000, 117], [1256, 117]])
     folder = clam(tmp_path / "c", coords)
-    with pytest.raises(TrainError, match=r"no lattice.*--stride-level0"):
+    with pytest.raises(TrainError, match=r"not lie on a lattice.*--stride-level0"):
         convert_bags([folder], tmp_path / "out", "torchmil")
     assert not list(tmp_path.glob("*out*")), "nothing half-written is left"
     (row,) = convert_bags([folder], tmp_path / "out", "torchmil", Given(stride_level0=256))
@@ -194,6 +194,8 @@ def test_stores_are_sources_too(tmp_path: Path):
     store.put("features-b", values)
     with pytest.raises(TrainError, match="--encoder"):
         convert_bags([tmp_path / "r"], tmp_path / "out", "trident")
+    convert_bags([tmp_path / "r"], tmp_path / "scored", "stamp", Given(encoder="f" * 12))
+    assert [each.name for each in (tmp_path / "scored").iterdir()] == ["red"], "as its result.json calls the model"
     convert_bags([tmp_path / "r"], tmp_path / "out", "trident", Given(encoder="MahmoodLab/UNI"))
     assert np.array_equal(raw(tmp_path / "out")["20x_64px_0px_overlap/features_UNI/a.h5/features"], values)
 
@@ -228,7 +230,11 @@ class TestBadInput:
 
     def test_what_is_not_said(self, tmp_path: Path) -> None:
         bare = clam(tmp_path / "c", np.array([[0, 0], [256, 0], [0, 256]]), patches=False)
-        for given, asked in (({}, "tile-level0"), ({"tile_level0": 256}, "encoder")):
+        for given, asked in (
+            ({}, "tile-level0"),
+            ({"tile_level0": 256}, r"encoder, give .*tile-px, give .*slide-mpp"),
+            ({"tile_level0": 256, "encoder": "uni", "mpp": 0.5}, r"cut\. Give them with --tile-px$"),
+        ):
             with pytest.raises(TrainError, match=asked):
                 convert_bags([bare], tmp_path / "out", "trident", Given(**given))
         torch.save(torch.ones(2, 3), tmp_path / "a.pt")

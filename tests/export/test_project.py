@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shapely
 
 from tests.conftest import REPOSITORY, Run
 from tests.export.make import marked_results
 from tests.export.test_qupath import QuPathRefusesError, read_as_qupath
 from wsi.errors import OutputError, ResultsError
-from wsi.export.project import QuPathConfig, export_qupath, shards, simplify
+from wsi.export.project import QuPathConfig, export_qupath, shards
 from wsi.grid import TileGrid
 from wsi.store import PatchStore
 from wsi.units import Box, Mpp
@@ -248,25 +247,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, wsi: Run):
 
 
 # --- outlines ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tolerance", [0.5, 8.0, 40.0])
-def test_simplified_outlines_stay_within_the_tolerance_and_apart(tolerance: float):
-    rng = np.random.default_rng(0)
-    mpp = Mpp(0.5, 0.25)
-    for _ in range(20):
-        from wsi.tissue import mask_polygons
-
-        cells = mask_polygons(rng.random((12, 15)) < 0.6)
-        outlines = [shapely.transform(cell, lambda xy: xy * 20) for cell in cells]
-        found = simplify(outlines, tolerance, mpp)
-        assert len(found) == len(outlines)
-        together = shapely.MultiPolygon(found)
-        assert together.is_valid
-        for before, after in zip(outlines, found, strict=True):
-            um = [shapely.transform(shape.boundary, lambda xy: xy * np.array(mpp)) for shape in (before, after)]
-            assert shapely.hausdorff_distance(*um) <= tolerance * 1.0001
-            assert len(before.interiors) == len(after.interiors)
 
 
 def test_thousands_of_tiny_regions_become_few_objects_and_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

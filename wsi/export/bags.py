@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from wsi import __version__
 from wsi.errors import ResultsError
-from wsi.export.project import measurements, path_classes
+from wsi.export.objects import classes_of, measurements
 from wsi.export.pseudonym import pseudonym
 from wsi.export.qupath import write_tiles
 from wsi.files import replacing
@@ -260,7 +260,7 @@ def _wsinfer(out: Path, bag: TileTable) -> None:
     write_tiles(
         out / "model-outputs-geojson" / f"{bag.name}.geojson",
         tiles.grid.boxes(),
-        path_classes(slide),
+        classes_of(slide),
         called(tiles.probabilities, slide.positive, float(slide.numbers["threshold"])),
         measurements(slide, tiles),
         bounds=slide.bounds,

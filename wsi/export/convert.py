@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from wsi.errors import TrainError
 from wsi.export.bags import LAYOUTS, TileTable, folder_name
-from wsi.train.bags import Bag, Said, find_bags, read_bag
+from wsi.result import read_result
+from wsi.train.bags import SCORING_MODEL, Bag, Said, find_bags, read_bag
 from wsi.units import Mpp
 
 Json = dict[str, Any]
@@ -35,12 +36,12 @@ _NEEDS = {
 }
 #: What is said where it is missing, and what to do.
 _MISSING = {
-    "features": ("holds no features", "Compute them first: clam and trident take coordinates alone"),
-    "encoder": ("does not say what made the features", "Name it with --encoder"),
-    "tile": ("does not say how large a tile is", "Give its side in level-0 pixels with --tile-level0"),
-    "stride": ("lies on no lattice that can be told", "Give the distance of tiles with --stride-level0"),
-    "tile_px": ("does not say in how many pixels a tile was cut", "Give them with --tile-px"),
-    "mpp": ("does not say how many microns a level-0 pixel measures", "Give them with --slide-mpp"),
+    "features": ("holds no features", "compute them first (clam and trident take coordinates alone)"),
+    "encoder": ("does not say what made the features", "name it with --encoder"),
+    "tile": ("does not say how large a tile is", "give its side in level-0 pixels with --tile-level0"),
+    "stride": ("does not lie on a lattice that can be told", "give the distance of tiles with --stride-level0"),
+    "tile_px": ("does not say in how many pixels a tile was cut", "give them with --tile-px"),
+    "mpp": ("does not say how many microns a level-0 pixel measures", "give them with --slide-mpp"),
 }
 
 
@@ -135,7 +136,7 @@ def convert_bags(places: Sequence[Path], out: Path, layout: str, given: Given | 
                     raise TrainError(path, f"has {what} {value}; {first} has {other}", "Convert them apart")
             LAYOUTS[layout](draft, table)
             stride = table.stride and table.stride[0]
-            warnings = []
+            warnings = [] if table.features is not None else ["coordinates alone: there are no features"]
             if layout == "torchmil" and table.positions.dtype.kind == "f":
                 warnings.append("tiles lie on no common lattice from the corner: positions are not whole")
             rows.append(
@@ -251,26 +252,24 @@ def _table(name: str, path: Path, layout: str, given: Given) -> TileTable:
         for what, known, side in (("tile", said.tile, given.tile_level0), ("stride", said.stride, given.stride_level0))
     )
     if said.unit == "um":
-        boxes = boxes / np.tile(_needed(path, "mpp", mpp), 2)
+        boxes = boxes / np.tile(_needed(path, {"mpp": mpp}), 2)
         tile = tile or (float(boxes[0, 2]), float(boxes[0, 3]))
     elif said.unit == "lattice":
         tile, stride = tile or stride, stride or tile
-        boxes = boxes * np.tile(_needed(path, "tile", stride), 2)
+        boxes = boxes * np.tile(_needed(path, {"tile": stride}), 2)
     table = TileTable(
         name=name,
         features=bag.features if bag.features.shape[1] else None,
         corners=boxes[:, :2],
         positions=boxes[:, :2],
-        tile=_needed(path, "tile", tile),
+        tile=_needed(path, {"tile": tile}),
         tile_px=_agreed(path, "pixels a tile", "--tile-px", said.tile_px, given.tile_px),
         mpp=mpp,
         size=said.size,
         encoder=bag.encoder and folder_name(bag.encoder),
     )
     table = _laid(table, stride, fixed=given.stride_level0 is not None)
-    for what in _NEEDS[layout]:
-        if what != "encoder" or table.features is not None:
-            _needed(path, what, getattr(table, what))
+    _needed(path, {w: getattr(table, w) for w in _NEEDS[layout] if w != "encoder" or table.features is not None})
     if layout == "stamp" and np.abs(bag.features).max() > np.finfo(np.float16).max:
         raise TrainError(path, "has features beyond 65,504, which STAMP's float16 cannot hold", "Use another layout")
     if mpp is None or table.tile_px is None:
@@ -285,8 +284,11 @@ def _read(path: Path, given: Given) -> Bag:
         tile = float(boxes[0, 2]), float(boxes[0, 3])
         return Bag(np.zeros((len(boxes), 0), np.float32), boxes, None, Said(tile=tile))
     if path.is_dir():
-        bag = read_bag(path, given.encoder)
-        return bag._replace(encoder=Path(bag.said.encoder_name or "").name or None)
+        bag, scored = read_bag(path, given.encoder), read_result(path.parent)
+        name = bag.said.encoder_name
+        if name == SCORING_MODEL:
+            name = str(scored.numbers["provenance"]["model"]) if scored else (bag.encoder or "")[:12]
+        return bag._replace(encoder=Path(name or "").name or None)
     bag = read_bag(path)
     return bag._replace(encoder=_agreed(path, "as the encoder", "--encoder", bag.encoder, given.encoder))
 
@@ -308,10 +310,12 @@ def _laid(table: TileTable, stride: tuple[float, float] | None, *, fixed: bool) 
     return replace(table, positions=found[0].astype(np.int64) if whole else found[0], stride=found[1])
 
 
-def _needed(path: Path, what: str, value: Any) -> Any:
-    if value is None:
-        raise TrainError(path, *_MISSING[what])
-    return value
+def _needed(path: Path, values: dict[str, Any]) -> Any:
+    """The last of what is needed; all that is missing is told at once."""
+    missing = [_MISSING[what] for what, value in values.items() if value is None]
+    if missing:
+        raise TrainError(path, ", ".join(what for what, _ in missing), ", ".join(do for _, do in missing).capitalize())
+    return next(reversed(values.values()), None)
 
 
 def _agreed(path: Path, what: str, option: str, said: Any, given: Any) -> Any:

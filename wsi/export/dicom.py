@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from wsi import __version__
 from wsi.errors import ResultsError
-from wsi.export.project import measurements
+from wsi.export.objects import measurements
 from wsi.export.rasters import slide_raster
 from wsi.files import replacing
 from wsi.result import called

@@ -22,10 +22,11 @@ import shapely
 from wsi import __version__
 from wsi.errors import ResultsError
 from wsi.export.geojson import read_geojson
+from wsi.export.objects import TISSUE, classes_of, measurements, positive_regions, simplify
 from wsi.export.pseudonym import pseudonym
-from wsi.export.qupath import PathClass, Region, write_regions, write_tiles
+from wsi.export.qupath import Region, write_regions, write_tiles
 from wsi.files import replacing, write_json
-from wsi.heatmap import Heatmap, major_axis_um
+from wsi.heatmap import Heatmap
 from wsi.result import called
 from wsi.scored import ScoredSlide, ScoredTiles, scored_slides
 from wsi.units import Box, Mpp
@@ -34,10 +35,6 @@ from wsi.units import Box, Mpp
 MAX_TILES = 200_000
 #: More annotations than this and QuPath crawls; the smaller ones are then joined, this many to one.
 MAX_REGIONS = 10_000
-#: Colours of classes: the positive ones as QuPath's built-in Tumor, the others apart from them.
-_POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
-_OTHER_RGB = ((120, 170, 220), (150, 200, 150), (160, 90, 160), (255, 200, 0), (50, 50, 50), (90, 140, 90))
-_TISSUE = PathClass("Tissue", (150, 200, 150))
 #: QuPath's readers. Bio-Formats, which takes OME-TIFF, shows the whole plane; OpenSlide crops it to the bounds.
 _BIOFORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
 _OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
@@ -124,31 +121,6 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
     return rows
 
 
-def path_classes(slide: ScoredSlide) -> list[PathClass]:
-    """Return the classes of a slide's tiles, positive ones red."""
-    names, positive = slide.class_names, list(slide.numbers.get("positive_classes") or ())
-    others = [name for name in names if name not in positive]
-    colours = {name: _POSITIVE_RGB[i % len(_POSITIVE_RGB)] for i, name in enumerate(positive)}
-    colours |= {name: _OTHER_RGB[i % len(_OTHER_RGB)] for i, name in enumerate(others)}
-    return [PathClass(name, colours[name]) for name in names]
-
-
-def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArray[Any]]:
-    """Return what is known of each tile: probabilities, their uncertainty, and the percentile of its attention.
-
-    The uncertainty is the entropy of the probabilities over that of no knowledge at all: 0 to 1.
-    """
-    p = tiles.probabilities
-    found: dict[str, npt.NDArray[Any]] = {f"prob_{name}": p[:, i] for i, name in enumerate(slide.class_names)}
-    if p.shape[1] > 1:
-        entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(axis=1)
-        found["uncertainty"] = (entropy / np.log(p.shape[1])).clip(0, 1)
-    if tiles.attention is not None:
-        a = tiles.attention  # sums to one over a slide: only the rank means something between slides
-        found["attention_percentile"] = np.searchsorted(np.sort(a), a) * (100 / max(len(a), 1))
-    return found
-
-
 def slide_regions(slide: ScoredSlide, tiles: ScoredTiles, mpp: Mpp, config: QuPathConfig) -> list[Region]:
     """Return the tissue as it was outlined when scoring, and the positive regions at the threshold."""
     path = slide.folder / "regions.geojson"
@@ -158,7 +130,7 @@ def slide_regions(slide: ScoredSlide, tiles: ScoredTiles, mpp: Mpp, config: QuPa
         raise ResultsError(path, f"cannot be read ({error})", "Score the slide again") from error
     found = [
         Region(shapely.transform(shapely.geometry.shape(each["geometry"]), lambda xy: xy + np.array(slide.origin)),
-               _TISSUE, each["properties"].get("name", ""),
+               TISSUE, each["properties"].get("name", ""),
                each["properties"].get("measurements", {}))
         for each in drawn
         if each["properties"]["classification"]["name"] == "Tissue"
@@ -168,60 +140,15 @@ def slide_regions(slide: ScoredSlide, tiles: ScoredTiles, mpp: Mpp, config: QuPa
     score = tiles.probabilities[:, slide.positive].sum(axis=1).clip(0, 1)
     outlines = Heatmap(tiles.grid, score).regions(_threshold(slide, config), slide.bounds)
     outlines = simplify(outlines, config.simplify_um, mpp)
-    boxes = tiles.grid.boxes()
-    centres = shapely.points(boxes[:, :2] + boxes[:, 2:] / 2)
-    region, tile = shapely.STRtree(centres).query(np.array(outlines, object), predicate="contains")
-    order = np.argsort(region, kind="stable")
-    inside = np.split(score[tile[order]], np.cumsum(np.bincount(region, minlength=len(outlines)))[:-1])
-    label = " or ".join(slide.numbers["positive_classes"])
-    colour = next(c for c, is_positive in zip(path_classes(slide), slide.positive, strict=True) if is_positive)
-    for i, (outline, scores) in enumerate(zip(outlines[:MAX_REGIONS], inside, strict=False), 1):
-        numbers = {"area_mm2": mpp.area_um2(outline.area) / 1e6, "major_axis_um": major_axis_um(outline, mpp)}
-        if len(scores):
-            numbers |= {"mean_probability": float(scores.mean()), "max_probability": float(scores.max())}
-        found.append(Region(outline, colour, f"{label} {i}", numbers))
+    positive = slide.numbers["positive_classes"]
+    colour = next(c for c, is_positive in zip(classes_of(slide), slide.positive, strict=True) if is_positive)
+    found += positive_regions(outlines[:MAX_REGIONS], tiles.grid, score, positive=positive, path_class=colour, mpp=mpp)
+    label = " or ".join(positive)
     for start in range(MAX_REGIONS, len(outlines), MAX_REGIONS):
         joined = shapely.MultiPolygon(outlines[start : start + MAX_REGIONS])
         name = f"{label} {start + 1} to {start + len(joined.geoms)}"
         found.append(Region(joined, colour, name, {"area_mm2": mpp.area_um2(joined.area) / 1e6}))
     return found
-
-
-def simplify(outlines: list[shapely.Polygon], tolerance_um: float, mpp: Mpp) -> list[shapely.Polygon]:
-    """Drop points of outlines that move them by no more than `tolerance_um`; none crosses itself or another.
-
-    All outlines are simplified together (Douglas and Peucker's rule, kept from crossings as in JTS's
-    ``TopologyPreservingSimplifier``); holes stay holes. Where that library cannot keep the promise, nothing is
-    simplified.
-
-    Examples
-    --------
-    >>> stairs = shapely.Polygon([(0, 0), (9, 0), (9, 9), (6, 9), (6, 8.9), (3, 8.9), (3, 9), (0, 9)])
-    >>> [len(each.exterior.coords) for each in simplify([stairs], 0.1, Mpp(0.5, 0.5))]
-    [5]
-    """
-    if not tolerance_um or not outlines:
-        return outlines
-    um = np.array(mpp)
-    together = shapely.transform(shapely.MultiPolygon(outlines), lambda xy: xy * um)
-    for share in (1.0, 0.7, 0.4):  # the library's tolerance is not a bound: measured, and asked for less
-        simple = shapely.simplify(together, tolerance_um * share, preserve_topology=True)
-        parts = shapely.get_parts(simple)
-        if (
-            simple.is_valid
-            and len(parts) == len(outlines)
-            and _within(shapely.get_parts(together), parts, tolerance_um)
-        ):
-            return list(shapely.transform(parts, lambda xy: xy / um))
-    return outlines
-
-
-def _within(before: npt.NDArray[np.object_], after: npt.NDArray[np.object_], distance: float) -> bool:
-    """Whether each point of the outlines before lies that close to its own outline after."""
-    edges = shapely.boundary(after)
-    shapely.prepare(edges)
-    xy, of = shapely.get_coordinates(shapely.boundary(before), return_index=True)
-    return bool(shapely.dwithin(edges[of], shapely.points(xy), distance).all())
 
 
 def shards(rows: npt.NDArray[np.integer], most: int) -> Iterator[slice]:
@@ -280,7 +207,7 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
     regions = slide_regions(slide, tiles, mpp, config)
     n_regions = write_regions(folder / "regions.geojson.gz", regions, bounds=bounds, slide_id=name, metadata=metadata)
     names, boxes = called(tiles.probabilities, slide.positive, threshold), tiles.grid.boxes()
-    values, classes = measurements(slide, tiles), path_classes(slide)
+    values, classes = measurements(slide, tiles), classes_of(slide)
     parts = list(shards(tiles.grid.rows, config.max_tiles))
     n_tiles = 0
     for i, part in enumerate(parts, 1):
@@ -349,7 +276,7 @@ def _write_project(slides: list[ScoredSlide], out: Path, config: QuPathConfig) -
     if last != project.get("lastID") or not path.exists():
         write_json(path, project | {"lastID": last})
     if not (out / "classifiers" / "classes.json").exists():
-        classes = {each.name: each.color for slide in slides for each in (_TISSUE, *path_classes(slide))}
+        classes = {each.name: each.color for slide in slides for each in (TISSUE, *classes_of(slide))}
         packed = [{"name": name, "color": _packed(color)} for name, color in classes.items()]
         (out / "classifiers").mkdir(exist_ok=True)
         write_json(out / "classifiers" / "classes.json", {"pathClasses": packed})

@@ -26,6 +26,8 @@ from wsi.files import replacing
 from wsi.store import PatchStore
 from wsi.units import Mpp
 
+#: What made a store's ``features``, as ``wsi score`` leaves them.
+SCORING_MODEL = "the scoring model"
 _FILES = (".h5", ".pt", ".npy", ".h5ad")
 
 
@@ -184,7 +186,7 @@ def _read_store(path: Path, encoder: str | None) -> Bag:
         if "encoder_sha256" in about:
             found[array] = (str(about["encoder"]), str(about["encoder_sha256"]))
     if "features" in store.arrays:
-        found["features"] = ("the scoring model", store.attributes.get("model_sha256") or "")
+        found["features"] = (SCORING_MODEL, store.attributes.get("model_sha256") or "")
     there = ", ".join(f"{name} ({sha256[:12]})" for name, sha256 in found.values())
     if encoder is not None:
         found = {

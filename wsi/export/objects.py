@@ -1,0 +1,142 @@
+"""Results as objects of QuPath: classes and their colours, measurements of tiles, positive regions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from wsi.export.qupath import PathClass, Region
+from wsi.grid import TileGrid
+from wsi.heatmap import major_axis_um
+from wsi.scored import ScoredSlide, ScoredTiles
+from wsi.units import Mpp
+
+TISSUE = PathClass("Tissue", (150, 200, 150))
+#: Colours of classes: the positive ones as QuPath's built-in Tumor, the others apart from them.
+_POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
+_OTHER_RGB = ((120, 170, 220), (150, 200, 150), (160, 90, 160), (255, 200, 0), (50, 50, 50), (90, 140, 90))
+
+
+def path_classes(names: Sequence[str], positive: Sequence[str]) -> list[PathClass]:
+    """Return the classes of tiles, positive ones red.
+
+    Examples
+    --------
+    >>> [each.color for each in path_classes(["stroma", "tumour"], ["tumour"])]
+    [(120, 170, 220), (200, 0, 0)]
+    """
+    others = [name for name in names if name not in positive]
+    colours = {name: _POSITIVE_RGB[i % len(_POSITIVE_RGB)] for i, name in enumerate(positive)}
+    colours |= {name: _OTHER_RGB[i % len(_OTHER_RGB)] for i, name in enumerate(others)}
+    return [PathClass(name, colours[name]) for name in names]
+
+
+def classes_of(slide: ScoredSlide) -> list[PathClass]:
+    """Return the classes of a slide's tiles."""
+    return path_classes(slide.class_names, slide.numbers.get("positive_classes") or ())
+
+
+def percentile_rank(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return the share of tiles, in per cent, with less attention; ties share the lowest.
+
+    Attention sums to one over a slide: only the rank means something between slides.
+
+    Examples
+    --------
+    >>> percentile_rank(np.array([0.1, 0.5, 0.2, 0.2])).tolist()
+    [0.0, 75.0, 25.0, 25.0]
+    """
+    return np.asarray(np.searchsorted(np.sort(values), values) * (100 / max(len(values), 1)), np.float64)
+
+
+def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArray[Any]]:
+    """Return what is known of each tile: probabilities, their uncertainty, and the percentile of its attention.
+
+    The uncertainty is the entropy of the probabilities over that of no knowledge at all: 0 to 1.
+    """
+    p = tiles.probabilities
+    found: dict[str, npt.NDArray[Any]] = {f"prob_{name}": p[:, i] for i, name in enumerate(slide.class_names)}
+    if p.shape[1] > 1:
+        entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(axis=1)
+        found["uncertainty"] = (entropy / np.log(p.shape[1])).clip(0, 1)
+    if tiles.attention is not None:
+        found["attention_percentile"] = percentile_rank(tiles.attention)
+    return found
+
+
+def positive_regions(
+    outlines: Sequence[shapely.Polygon],
+    grid: TileGrid,
+    score: npt.NDArray[np.floating],
+    *,
+    positive: Sequence[str],
+    path_class: PathClass,
+    mpp: Mpp,
+) -> list[Region]:
+    """Return positive regions with their size and what the tiles in them, by their centres, say.
+
+    Parameters
+    ----------
+    outlines : sequence of shapely.Polygon
+        Level-0 pixels.
+    grid : TileGrid
+    score : float (n,)
+        Of each tile, the probability of the positive classes.
+    positive : sequence of str
+        Names the regions.
+    path_class : PathClass
+    mpp : Mpp
+    """
+    boxes = grid.boxes()
+    centres = shapely.points(boxes[:, :2] + boxes[:, 2:] / 2)
+    region, tile = shapely.STRtree(centres).query(np.array(outlines, object), predicate="contains")
+    order = np.lexsort((tile, region))
+    inside = np.split(score[tile[order]], np.cumsum(np.bincount(region, minlength=len(outlines)))[:-1])
+    found = []
+    for i, (outline, scores) in enumerate(zip(outlines, inside, strict=False), 1):
+        numbers = {"area_mm2": mpp.area_um2(outline.area) / 1e6, "major_axis_um": major_axis_um(outline, mpp)}
+        if len(scores):
+            numbers |= {"mean_probability": float(scores.mean()), "max_probability": float(scores.max())}
+        found.append(Region(outline, path_class, f"{' or '.join(positive)} {i}", numbers))
+    return found
+
+
+def simplify(outlines: list[shapely.Polygon], tolerance_um: float, mpp: Mpp) -> list[shapely.Polygon]:
+    """Drop points of outlines that move them by no more than `tolerance_um`; none crosses itself or another.
+
+    All outlines are simplified together (Douglas and Peucker's rule, kept from crossings as in JTS's
+    ``TopologyPreservingSimplifier``); holes stay holes. Where that library cannot keep the promise, nothing is
+    simplified.
+
+    Examples
+    --------
+    >>> stairs = shapely.Polygon([(0, 0), (9, 0), (9, 9), (6, 9), (6, 8.9), (3, 8.9), (3, 9), (0, 9)])
+    >>> [len(each.exterior.coords) for each in simplify([stairs], 0.1, Mpp(0.5, 0.5))]
+    [5]
+    """
+    if not tolerance_um or not outlines:
+        return outlines
+    um = np.array(mpp)
+    together = shapely.transform(shapely.MultiPolygon(outlines), lambda xy: xy * um)
+    for share in (1.0, 0.7, 0.4):  # the library's tolerance is not a bound: measured, and asked for less
+        simple = shapely.simplify(together, tolerance_um * share, preserve_topology=True)
+        parts = shapely.get_parts(simple)
+        if (
+            simple.is_valid
+            and len(parts) == len(outlines)
+            and _within(shapely.get_parts(together), parts, tolerance_um)
+        ):
+            return list(shapely.transform(parts, lambda xy: xy / um))
+    return outlines
+
+
+def _within(before: npt.NDArray[np.object_], after: npt.NDArray[np.object_], distance: float) -> bool:
+    """Whether each point of the outlines before lies that close to its own outline after."""
+    edges = shapely.boundary(after)
+    shapely.prepare(edges)
+    xy, of = shapely.get_coordinates(shapely.boundary(before), return_index=True)
+    return bool(shapely.dwithin(edges[of], shapely.points(xy), distance).all())
