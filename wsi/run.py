@@ -15,22 +15,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import shapely
 from skimage.filters import threshold_otsu
 
 from wsi import __version__
 from wsi.context import in_context
 from wsi.engine import Engine, ScoreConfig
 from wsi.errors import ModelError, SlideUnreadable
-from wsi.export.objects import TISSUE, path_classes, percentile_rank, positive_regions
-from wsi.export.qupath import Region, write_regions, write_tiles
 from wsi.grid import TileGrid
-from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.gradcam import grad_cam
-from wsi.nn.grade import SlideGrade, pick_class
 from wsi.nn.patch import PatchModel
+from wsi.outputs import write_outputs
 from wsi.result import Clock, Progress, SlideResult, rounded, write_result
 from wsi.sheet import Look, save_sheet
 from wsi.slide import Slide, absolute, open_slide
@@ -151,7 +147,9 @@ def score_slide(
                 store.put("attention", attention)
         with clock.stage("export"):
             probabilities, scored = store.get("probabilities")[readable], grid.keep(readable)
-            numbers = _export(folder, slide, slide_id, tissue, scored, probabilities, slide_scores, engine, config)
+            numbers = write_outputs(
+                folder, slide, slide_id, tissue, scored, probabilities, slide_scores, engine, config
+            )
             evidence: dict[str, npt.NDArray[Any]] = {}
             if engine.mil is not None and slide_scores is not None:
                 evidence = engine.mil.evidence(slide_scores)
@@ -290,155 +288,3 @@ def _store(
     if engine.mil is not None:
         arrays["attention"] = ((), "float32")
     return PatchStore.resume(path, grid, arrays, pixels=config.pixels, attributes=identity)
-
-
-def _export(
-    folder: Path,
-    slide: Slide,
-    slide_id: str,
-    tissue: TissueMask,
-    grid: TileGrid,
-    probabilities: npt.NDArray[np.float32],
-    slide_scores: SlideGrade | None,
-    engine: Engine,
-    config: ScoreConfig,
-) -> dict[str, Any]:
-    """Write the files people look at, and return the slide's numbers."""
-    model = engine.model.config
-    names = model.class_names
-    positive = config.positive or model.positive_classes
-    threshold = model.threshold if config.threshold is None else config.threshold
-    metadata = {"model": engine.model.name, "model_sha256": engine.model.sha256, "use": "research only"}
-    called = pick_class(probabilities, replace(model, positive_classes=positive), threshold)
-
-    measurements: dict[str, npt.NDArray[Any]] = {f"prob_{name}": probabilities[:, i] for i, name in enumerate(names)}
-    if slide_scores is not None:
-        measurements["attention_percentile"] = percentile_rank(slide_scores.attention)
-    classes = path_classes(names, positive)
-    write_tiles(
-        folder / "tiles.geojson.gz",
-        grid.boxes(),
-        classes,
-        called,
-        measurements,
-        bounds=slide.bounds,
-        slide_id=slide_id,
-        metadata=metadata,
-    )
-
-    tissue_outlines = tissue.outlines()
-    regions = [
-        Region(outline, TISSUE, f"Tissue {i}", {"area_mm2": _mm2(outline, slide)})
-        for i, outline in enumerate(tissue_outlines, 1)
-    ]
-    outlines: list[shapely.Polygon] = []
-    heatmap = None
-    if positive and len(grid):
-        score = probabilities[:, [names.index(name) for name in positive]].sum(axis=1).clip(0, 1)
-        heatmap = Heatmap(grid, score)
-        outlines = heatmap.regions(threshold, slide.bounds)
-        path_class = next(c for c, name in zip(classes, names, strict=True) if name == positive[0])
-        regions += positive_regions(outlines, grid, score, positive=positive, path_class=path_class, mpp=slide.mpp)
-    write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=slide_id, metadata=metadata)
-    save_overlay(
-        folder / "overlay.png",
-        slide,
-        heatmap,
-        regions=outlines,
-        tissue_outlines=tissue_outlines,
-        label=f"probability of {' or '.join(positive)}" if positive else "",
-    )
-    return _numbers(slide, slide_id, tissue, grid, outlines, positive, threshold, slide_scores, engine)
-
-
-def _numbers(
-    slide: Slide,
-    slide_id: str,
-    tissue: TissueMask,
-    grid: TileGrid,
-    outlines: list[shapely.Polygon],
-    positive: tuple[str, ...],
-    threshold: float,
-    slide_scores: SlideGrade | None,
-    engine: Engine,
-) -> dict[str, Any]:
-    """Assemble result.json; what is undefined is None, and `reasons` says why."""
-    model, mil = engine.model.config, engine.mil
-    flags, warnings, reasons = [], [], {}
-    nothing = "no tile holds enough tissue" if tissue.mask.any() else "no tissue"
-    if not len(grid):
-        flags.append("no-tile" if tissue.mask.any() else "no-tissue")
-        warnings.append(f"{nothing}; look at overlay.png, and lower --min-tissue or --stride if there is tissue")
-    if max(slide.mpp) > model.mpp * 1.1:
-        flags.append("upsampled")
-        warnings.append(
-            f"the slide has {max(slide.mpp):.4g} microns per pixel, the model wants {model.mpp:g}: patches are enlarged"
-        )
-    mil_positive = mil.config.positive_classes if mil else ()
-    if slide_scores is None:
-        reasons["grade"] = "no MIL model" if mil is None else nothing
-    if not positive:
-        reasons["positive_mm2"] = reasons["largest_region_um"] = "the model names no positive classes; use --positive"
-    elif not len(grid):
-        reasons["positive_mm2"] = reasons["largest_region_um"] = nothing
-    elif not outlines:
-        reasons["largest_region_um"] = "no positive region"
-    return {
-        "slide_id": slide_id,
-        "slide": absolute(slide.path),
-        "mpp_given": None,
-        "stain": None,
-        "use": "research only",
-        "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
-        "probabilities": (
-            {
-                name: None if slide_scores is None else rounded(float(slide_scores.probabilities[i]))
-                for i, name in enumerate(mil.config.class_names)
-            }
-            if mil
-            else None
-        ),
-        "positive_probability": (
-            rounded(sum(float(slide_scores.probabilities[mil.config.class_names.index(n)]) for n in mil_positive))
-            if mil and slide_scores and mil_positive
-            else None
-        ),
-        "uncertainty": None,
-        "n_tiles": len(grid),
-        "tissue_mm2": rounded(tissue.area_mm2),
-        "positive_mm2": None
-        if "positive_mm2" in reasons
-        else rounded(_mm2(_common(outlines, tissue.outlines()), slide)),
-        "largest_region_um": None
-        if "largest_region_um" in reasons
-        else rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)),
-        "class_names": list(model.class_names),
-        "positive_classes": list(positive),
-        "threshold": threshold,
-        "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
-        "mpp_source": slide.mpp_source,
-        "size_px": list(slide.size),
-        "bounds_px": list(slide.bounds),
-        "coordinate_frame": "GeoJSON: level-0 pixels minus bounds_px, as QuPath shows the slide; store: level-0 pixels",
-        "vendor": slide.vendor,
-        "reader": slide.reader,
-        "flags": flags,
-        "warnings": warnings,
-        "reasons": reasons,
-        "provenance": {
-            "wsi": __version__,
-            "model": engine.model.name,
-            "model_sha256": engine.model.sha256,
-            "mil_sha256": mil.sha256 if mil else None,
-            "precision": engine.model.precision,
-        },
-    }
-
-
-def _common(regions: list[shapely.Polygon], tissue: list[shapely.Polygon]) -> shapely.Geometry:
-    """What of the regions, which are whole tiles, is tissue."""
-    return shapely.intersection(shapely.union_all(regions), shapely.union_all(tissue))
-
-
-def _mm2(outline: shapely.Geometry, slide: Slide) -> float:
-    return slide.mpp.area_um2(outline.area) / 1e6
