@@ -303,13 +303,17 @@ def _blend(
         # One more row and column, where there is no tile: outside the grid, and in the gaps of a long stride.
         on_tile = (cell >= 0) & (cell < last) & (position - cell < tile / stride)
         cells.append(np.where(on_tile, cell, last))
-    values = np.pad(raster, ((0, 1), (0, 1)), constant_values=np.nan)[np.ix_(*cells)]
+    values = np.pad(raster, ((0, 1), (0, 1)), constant_values=np.nan)
     scored = ~np.isnan(values)
-    step = np.clip((values[scored] - vmin) / (vmax - vmin), 0, 1) * (len(colours) - 1)
-    colour = colours[np.rint(step).astype(np.intp)]
-    blended = picture.copy()
-    blended[scored] = np.rint(picture[scored] * (1 - colour[:, 3:]) + 255 * colour[:, :3] * colour[:, 3:])
-    return blended
+    bare = len(colours)  # the step of cells without a score, which changes nothing
+    steps = np.full(values.shape, bare, np.intp)
+    steps[scored] = np.rint(np.clip((values[scored] - vmin) / (vmax - vmin), 0, 1) * (bare - 1))
+    # All that can come out, (steps, levels, channels): looked up, which is several times as fast as blending pixels.
+    colours = np.vstack([colours, np.zeros(4)])[:, None]
+    levels = np.arange(256.0)[:, None]
+    table = np.rint(levels * (1 - colours[..., 3:]) + 255 * colours[..., :3] * colours[..., 3:]).astype(np.uint8)
+    step = steps[np.ix_(*cells)] * 256
+    return np.stack([table[..., c].ravel()[step + picture[..., c]] for c in range(3)], axis=2)
 
 
 def _draw_outlines(
