@@ -56,6 +56,16 @@ def test_a_leading_axis_of_one_and_atlas_coordinates(tmp_path: Path) -> None:
     assert bag.features.shape == (4, 3) and bag.boxes is not None and bag.boxes[1].tolist() == [300, 0, 300, 300]
 
 
+@pytest.mark.parametrize("side", [None, 256.0])
+def test_stamps_own_files_count_in_microns(tmp_path: Path, side: float | None) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["feats"], file["coords"] = np.ones((2, 3), np.float16), np.array([[0, 0], [256.0, 512.0]])
+        file.attrs.update({"extractor": "uni", **({} if side is None else {"tile_size_um": side})})
+    bag = read_bag(tmp_path / "a.h5")
+    assert bag.encoder == "uni" and bag.said.unit == "um"
+    assert bag.boxes is None if side is None else bag.boxes.tolist()[1] == [256, 512, side, side]
+
+
 class TestOfSeveralEncoders:
     """A store with the scoring model's features, and those of two encoders."""
 

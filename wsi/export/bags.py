@@ -158,7 +158,7 @@ def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = No
 
 
 def folder_name(encoder: str) -> str:
-    """What a folder of an encoder's features is called: letters, digits, dots and hyphens.
+    """What a folder of an encoder's features is called: letters, digits, dots, hyphens and underscores.
 
     Examples
     --------

@@ -245,7 +245,7 @@ class _Gzip:
     """Gzip by libdeflate, which takes a third of zlib's time and packs tighter, but only whole pieces.
 
     Each piece is a member of its own (RFC 1952, 2.2), with no name and no time inside: the same tiles are the same
-    bytes. Java before 23, as QuPath has it, goes on after a member where more bytes are ``available``, which files
+    bytes. Java, as QuPath has it (17 was tried), goes on after a member where more bytes are ``available``, which files
     tell, or where at least 19 are left in its buffer: so the last piece is a long one, or the only one.
     """
 

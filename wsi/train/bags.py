@@ -232,10 +232,11 @@ def _read_h5(path: Path) -> Bag:
 def _read_stamp(file: Any) -> Bag:
     """Microns to pixels only where the file says how large a pixel is, which STAMP's own do not."""
     corners, attributes = np.asarray(file["coords"], np.float64)[:, :2], dict(file.attrs)
-    boxes = np.concatenate([corners, np.full((len(corners), 2), float(attributes["tile_size_um"]))], axis=1)
+    side = _number(attributes, "tile_size_um", float)
+    boxes = None if side is None else np.concatenate([corners, np.full((len(corners), 2), side)], axis=1)
     said = Said(tile_px=_number(attributes, "tile_size_px", int), unit="um")
     mpp = _mpp(attributes.get("wsi_slide_mpp"))
-    if mpp is not None and len(boxes):
+    if mpp is not None and boxes is not None and len(boxes):
         boxes /= np.tile(mpp, 2)
         said = said._replace(mpp=mpp, tile=_pair(boxes[0, 2:], float), unit="px")
     encoder = str(attributes["extractor"]) if "extractor" in attributes else None
