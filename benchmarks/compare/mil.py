@@ -5,9 +5,10 @@
 
 The same widths, optimiser (AdamW), epochs, standardisation, order of bags and folds for both; torchmil's networks in
 a plain loop of ours, without its Trainer and loaders, which flatters it. One thread; seconds are the CPU's. Large bags:
-one step of training and one grading of 100,000 tiles of 384 features, float32 for both, each in a process of its own;
-memory is what comes on top of the features. What is not the same: torchmil's networks get standardised features, ours
-standardise them and check them; ours give each tile's contribution; torchmil's TransMIL has no places and no blocks.
+one step of training and one grading of 100,000 tiles (`--tiles`) of 384 features, float32 for both, each in a process
+of its own; memory is what comes on top of the features. What is not the same: torchmil's networks get standardised
+features, ours standardise them and check them; ours give each tile's contribution; torchmil's TransMIL has no places
+and no blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from wsi.train.cohort import Split, k_fold
 from wsi.train.mil import MilConfig, scale_of, train_member
 
 MODELS = ("gated-attention", "dsmil", "clam-sb", "dtfd", "transmil")
-TILES, WIDTH, HIDDEN = 100_000, 384, 128
+WIDTH, HIDDEN = 384, 128
 EPOCHS, LR, DECAY = 50, 5e-4, 5e-3
 
 
@@ -105,10 +106,10 @@ def fold(table: Any, name: str, which: str, number: int) -> tuple[list[bool], fl
     return [said[i] == label[i] for i in test], seconds
 
 
-def large(name: str, which: str) -> dict[str, float]:
+def large(name: str, which: str, tiles: int) -> dict[str, float]:
     """One step and one grading of a large bag, in this process."""
     torch.manual_seed(0)
-    features = torch.randn(TILES, WIDTH)
+    features = torch.randn(tiles, WIDTH)
     make = ours if which == "wsi" else peer
     small = torch.randn(50, WIDTH)
     net: Any = make(name, WIDTH, [HIDDEN], 64, 0.25)
@@ -139,9 +140,9 @@ def large(name: str, which: str) -> dict[str, float]:
     return found
 
 
-def in_own_process(name: str, which: str) -> dict[str, Any]:
+def in_own_process(name: str, which: str, tiles: int) -> dict[str, Any]:
     """Run ``large`` where nothing else has taken memory; a reason where it failed."""
-    call = [sys.executable, __file__, "--large", name, which]
+    call = [sys.executable, __file__, "--large", name, which, "--tiles", str(tiles)]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
@@ -156,11 +157,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with musk1.csv; without it large bags alone")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--folds", type=int, default=10, help="of the ten, how many")
+    parser.add_argument("--tiles", type=int, default=100_000, help="of the large bag")
     parser.add_argument("--large", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.large:
-        print(json.dumps(large(*arguments.large)))
+        print(json.dumps(large(*arguments.large, arguments.tiles)))
         return
     print(json.dumps(machine() | versions(["wsi", "torch", "torchmil"])))
     if arguments.data:
@@ -180,9 +182,10 @@ def main() -> None:
         print_table(
             {"model": "MUSK1", "program": "", "accuracy": "accuracy", "error": "s.e.", "epoch": "CPU s an epoch"}, rows
         )
-    rows = [{"model": n, "program": w, **in_own_process(n, w)} for n in arguments.models for w in ("wsi", "torchmil")]
+    both = [(name, which) for name in arguments.models for which in ("wsi", "torchmil")]
+    rows = [{"model": n, "program": w, **in_own_process(n, w, arguments.tiles)} for n, w in both]
     columns = {"step_s": "step, CPU s", "step_mib": "step, MiB", "grade_s": "grade, CPU s", "grade_mib": "grade, MiB"}
-    print_table({"model": f"{TILES:,} tiles", "program": "", **columns}, rows)
+    print_table({"model": f"{arguments.tiles:,} tiles", "program": "", **columns}, rows)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,15 @@ def test_it_learns_what_was_planted_and_writes_a_model(trained: Path, found: Lab
     assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"])
 
 
+def test_it_learns_in_bfloat16_too(found: Labelled, patches: Patches, tmp_path: Path) -> None:
+    config = replace(CONFIG, precision="bfloat16", epochs=4)
+    figures = train_patches(found.cohort, patches, k_fold(found.cohort, 4, 0)[0], tmp_path / "out", config, mpp=2.0)
+    assert figures["test"]["auroc"] > 0.9
+    assert (
+        load_patch_model(str(tmp_path / "out"), device="cpu", precision="float32").sha256 == figures["weights_sha256"]
+    )
+
+
 def test_no_patient_is_in_two_parts(trained: Path) -> None:
     parts: dict[str, set[str]] = {}
     for row in rows_of(trained / "split.csv"):

@@ -226,6 +226,10 @@ def _card(
         "## Figures",
         "",
         "Validation patches stopped the training; test patches decided nothing. No patient is in two parts.",
+        *(
+            ["Figures are too good where the weights that it was begun from have seen these patients."]
+            * bool(config.start)
+        ),
         "",
     ]
     for part in ("validation", "test"):

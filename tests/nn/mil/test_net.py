@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from tests.conftest import REPOSITORY
 from tests.nn.mil.make import ADDITIVE, ALL, a_bag, a_net
 from wsi.nn.mil import Head, Targets, TrainingBag, make_net, net, transmil
 
@@ -125,3 +129,23 @@ def test_bags_that_cannot_be_graded_are_refused_with_the_reason(features: torch.
 def test_boxes_of_another_number_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(n, 4\)"):
         a_net("mean")(torch.zeros(3, 6), torch.zeros(2, 4))
+
+
+def test_half_a_million_tiles_are_graded_within_bounded_memory() -> None:
+    """In a process of its own, since peaks only rise; every network's numbers and its share of the peak."""
+    code = """
+import resource, torch
+from tests.nn.mil.make import ALL, a_bag, a_net
+torch.set_num_threads(1)
+features, boxes = a_bag(500_000, columns=700)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+for name in ALL:
+    net, before = a_net(name), peak()
+    with torch.inference_mode():
+        net(features[:5000], boxes[:5000])
+        scores = net(features, boxes)
+    assert scores.logits.isfinite().all() and abs(float(scores.attention.double().sum()) - 1) < 1e-4, name
+    assert peak() - before < 1000, (name, peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ approximated, and of 10,000 tiles a landmark is the mean of 39: a single tile is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -189,9 +190,14 @@ class SelfAttention(nn.Module):
             exponent = torch.exp(scores - top)
             return top, exponent.sum(1, keepdim=True), torch.einsum("hb,bhd->hd", exponent, v), scores
 
-        tops, totals, sums, scores = zip(*(_run(towards, x[s : s + _TOKENS]) for s in starts), strict=True)
-        top, total, seen = self._merged(tops, totals, sums)
-        mixed = seen + self._along(self._qkv(x[:17])[2])[0]
+        scores: list[Tensor] = []
+
+        def kept(top: Tensor, total: Tensor, seen: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            scores.append(own)
+            return top, total, seen
+
+        top, total, seen = reduce(_merged, (kept(*_run(towards, x[s : s + _TOKENS])) for s in starts))
+        mixed = seen / total + self._along(self._qkv(x[:17])[2])[0]
         row = torch.exp(torch.cat(scores, 1) - top) / total
         return x[0] + self.out(mixed.flatten()), row.mean(0)
 
@@ -204,15 +210,6 @@ class SelfAttention(nn.Module):
         """Convolve values (b, heads, dim) along the sequence."""
         told: Tensor = self.residual(v.permute(2, 1, 0)).permute(2, 1, 0)
         return told
-
-    @staticmethod
-    def _merged(
-        tops: Sequence[Tensor], totals: Sequence[Tensor], sums: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Merge blocks' softmaxes, each relative to its own top: the top, the total, and the weighted mean of all."""
-        top = torch.stack(list(tops)).amax(0)
-        total = _sum(torch.exp(a - top) * b for a, b in zip(tops, totals, strict=True))
-        return top, total, _sum(torch.exp(a - top) * b for a, b in zip(tops, sums, strict=True)) / total
 
 
 class Nystrom(SelfAttention):
@@ -244,10 +241,9 @@ class Nystrom(SelfAttention):
             exponent = torch.exp(scores - top)
             return top, exponent.sum(2, keepdim=True), torch.einsum("hmb,bhd->hmd", exponent, v)
 
-        tops, totals, sums = zip(*(_run(towards, x[s : s + _TOKENS]) for s in starts), strict=True)
-        top, total, middle = self._merged(tops, totals, sums)
+        top, total, middle = reduce(_merged, (_run(towards, x[s : s + _TOKENS]) for s in starts))
         inverse = pseudo_inverse(torch.softmax(torch.einsum("mhd,lhd->hml", ql, kl), 2), self.iterations)
-        middle = inverse @ middle  # (heads, m, dim)
+        middle = inverse @ (middle / total)  # (heads, m, dim)
 
         def outwards(block: Tensor, start: int, stop: int) -> Tensor:
             q, _, v = self._qkv(block)
@@ -272,14 +268,24 @@ class Nystrom(SelfAttention):
                     near[0] = 0  # the class token's row is not approximated
                 through = through + torch.einsum("b,bhm->hm", weights[s : s + _TOKENS], near)
             through = (through[:, None] @ inverse)[:, 0]  # (heads, m)
-            blocks = []
+            told = weights[0] * row
             for s in starts:
                 k = self._qkv(x[s : s + _TOKENS])[1]
                 far = torch.exp(torch.einsum("mhd,bhd->hmb", ql, k) - top) / total
-                blocks.append(torch.einsum("hm,hmb->b", through, far) / self.heads)
-            return weights[0] * row + torch.cat(blocks)
+                told[s : s + _TOKENS] += torch.einsum("hm,hmb->b", through, far) / self.heads
+            return told
 
         return torch.cat(out), back
+
+
+def _merged(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the softmaxes of two blocks: top score, and relative to it the sums of exponents and of weighted values.
+
+    Two by two, not all at the end: small tensors that are kept between large ones that are not would tear the heap.
+    """
+    top = torch.maximum(a[0], b[0])
+    left, right = torch.exp(a[0] - top), torch.exp(b[0] - top)
+    return top, left * a[1] + right * b[1], left * a[2] + right * b[2]
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:
