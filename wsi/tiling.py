@@ -25,8 +25,11 @@ from wsi.slide.base import ONE_PX, Cells, resample, shrunk
 
 U8 = npt.NDArray[np.uint8]
 
-#: Tiles or patches a thread takes at once: enough that handing them out costs little.
+#: Tiles or patches a thread takes at once, at most: enough that handing them out costs little.
 _RUN = 32
+
+#: Memory for stored tiles is taken in blocks: the system fills small ones page by page, which costs more than decoding.
+_BLOCK_BYTES = 8 << 20
 
 
 class Batch(NamedTuple):
@@ -112,7 +115,7 @@ def stream(
     level = slide.level_for(max(min(grid.tile) / side, 1e-9))
     tile_px = slide.tile_px(level)
     at_once = batch_size * len(buffers) if tile_px is None else max(2, max_bytes // _bytes_under(slide, grid, level))
-    step_size = min(batch_size, -(-at_once // 2))
+    step_size = min(batch_size, max(1, at_once // (2 * threads)))  # enough of them at once to keep all threads busy
     steps = [
         range(start, min(start + step_size, batch.stop))
         for batch in batches
@@ -121,7 +124,10 @@ def stream(
     batch_of = np.searchsorted([batch.start for batch in batches], [step.start for step in steps], "right") - 1
     pool = ThreadPoolExecutor(threads, thread_name_prefix="wsi-read")
     reads: _Reads
-    reads = _Whole(slide, grid, steps, pool) if tile_px is None else _Cut(slide, grid, steps, pool, level, tile_px)
+    if tile_px is None:
+        reads = _Whole(slide, grid, steps, pool)
+    else:
+        reads = _Cut(slide, grid, steps, pool, threads, level, tile_px)
     waiting: deque[list[Future[Any]]] = deque()
     submitted = finished = 0
 
@@ -242,10 +248,11 @@ class _Cut:
         grid: TileGrid,
         steps: list[range],
         pool: ThreadPoolExecutor,
+        threads: int,
         level: int,
         tile_px: tuple[int, int],
     ) -> None:
-        self._slide, self._steps, self._pool = slide, steps, pool
+        self._slide, self._steps, self._pool, self._threads = slide, steps, pool, threads
         self._level, self._tile_px = level, tile_px
         used = np.concatenate([np.arange(step.start, step.stop) for step in steps])
         self._across = _Axis(slide, level, 0, grid.columns, used, grid, tile_px[0])
@@ -297,7 +304,7 @@ class _Cut:
             else:
                 patches.append(_Patch(*self._find(tile), patch_out))
         needed = sorted({stored for patch in patches for stored in patch.touched} - self._decoded.keys())
-        runs = _in_runs([(stored, self._buffer(stored[0])) for stored in needed])
+        runs = self._in_runs([(stored, self._buffer(stored[0])) for stored in needed])
         for run in runs:
             for stored, pixels in run.tiles:
                 self._decoded[stored] = pixels, run
@@ -313,7 +320,7 @@ class _Cut:
                     run.patches.append(patch)
             if not awaited:
                 ready.append(patch)
-        jobs: list[Future[Any]] = [self._pool.submit(self._decode, run) for run in (*_in_runs(alone), *runs)]
+        jobs: list[Future[Any]] = [self._pool.submit(self._decode, run) for run in (*self._in_runs(alone), *runs)]
         jobs += [self._pool.submit(self._cut, ready[i : i + _RUN]) for i in range(0, len(ready), _RUN)]
         return jobs
 
@@ -333,10 +340,17 @@ class _Cut:
         x, y = self._across.span(int(self._columns[tile]), shrink), self._down.span(int(self._rows[tile]), shrink)
         return x, y, [(shrink, row, column) for row in y.tiles for column in x.tiles]
 
+    def _in_runs(self, tiles: list[tuple[_Tile, U8]]) -> list[_Run]:
+        """Share tiles out, so that every thread has some."""
+        length = max(1, min(_RUN, -(-len(tiles) // self._threads)))
+        return [_Run(tiles[start : start + length]) for start in range(0, len(tiles), length)]
+
     def _buffer(self, shrink: int) -> U8:
         free = self._free[shrink]
-        w, h = self._tile_px
-        return free.pop() if free else np.empty((h // shrink, w // shrink, 3), np.uint8)
+        if not free:
+            w, h = (side // shrink for side in self._tile_px)
+            free.extend(np.empty((-(-_BLOCK_BYTES // (h * w * 3)), h, w, 3), np.uint8))
+        return free.pop()
 
     def _decode(self, run: _Run) -> None:
         for shrink in sorted({tile[0] for tile, _ in run.tiles}):
@@ -374,10 +388,6 @@ class _Cut:
         if flat is None or len(flat) < h * w * 3:
             flat = self._local.flat = np.empty(h * w * 3, np.uint8)
         return np.asarray(flat[: h * w * 3].reshape(h, w, 3))
-
-
-def _in_runs(tiles: list[tuple[_Tile, U8]]) -> list[_Run]:
-    return [_Run(tiles[start : start + _RUN]) for start in range(0, len(tiles), _RUN)]
 
 
 class _Axis:
