@@ -380,6 +380,8 @@ class TestSource:
         monkeypatch.setattr(type(source._fs), "info", lambda *a, **m: {"type": "file", "size": None})
         with pytest.raises(SlideUnreadable, match="length"):
             Source("memory://ranges/b")
+        with pytest.raises(SlideUnreadable, match="nonsense"):
+            Source("nonsense://ranges/b")
 
 
 def test_a_known_beginning_of_a_jpeg_promises_one_scan() -> None:
