@@ -372,7 +372,7 @@ class TestSource:
         source = Source("memory://ranges/b")
         monkeypatch.setattr(type(source._fs), "cat_file", away)
         for read in (lambda: source.read(0, 10), lambda: source.ranges([0, 50], [10, 10])):
-            with pytest.raises(OSError, match="^no route$"):
+            with pytest.raises(OSError, match=r"^no route$"):
                 read()
         monkeypatch.setattr(type(source._fs), "info", away)
         with pytest.raises(SlideUnreadable, match=r"memory://ranges/b: cannot be reached \(no route\)"):
@@ -380,6 +380,8 @@ class TestSource:
         monkeypatch.setattr(type(source._fs), "info", lambda *a, **m: {"type": "file", "size": None})
         with pytest.raises(SlideUnreadable, match="length"):
             Source("memory://ranges/b")
+        with pytest.raises(SlideUnreadable, match="nonsense"):
+            Source("nonsense://ranges/b")
 
 
 def test_a_known_beginning_of_a_jpeg_promises_one_scan() -> None:

@@ -37,11 +37,11 @@ class Source:
     def __init__(self, path: str) -> None:
         self.path = path
         self._fs: Any = None
+        self._remote = ""
         self._fd = -1
         self._close = os.close  # the module may be gone when the interpreter ends
         try:
             if "://" in path:
-                self._fs, self._remote = fsspec.core.url_to_fs(path)
                 self.size = self._find()
             else:
                 self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -55,8 +55,9 @@ class Source:
     def _find(self) -> int:
         """Ask the server for the file's length."""
         try:
+            self._fs, self._remote = fsspec.core.url_to_fs(self.path)
             found = self._fs.info(self._remote)
-        except FileNotFoundError:
+        except (FileNotFoundError, ImportError):
             raise
         except Exception as error:  # each file system has errors of its own
             remedy = "Check the address, the network, and that the server knows you"
