@@ -19,7 +19,7 @@ from wsi.errors import SlideUnreadable
 from wsi.grid import TileGrid
 from wsi.slide import Slide
 from wsi.slide.base import U8
-from wsi.tiling.cut import Cut
+from wsi.tiling.cut import Axis, Cut, bytes_under
 
 
 class Batch(NamedTuple):
@@ -104,7 +104,12 @@ def stream(
     buffers = [_off_32((batch_size, side, side, 3), empty) for _ in range(min(ahead + 1, len(batches)))]
     level = slide.level_for(max(min(grid.tile) / side, 1e-9))
     tile_px = slide.tile_px(level)
-    at_once = batch_size * len(buffers) if tile_px is None else max(2, max_bytes // _bytes_under(slide, grid, level))
+    at_once = batch_size * len(buffers)
+    if tile_px is not None:
+        used = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+        across = Axis(slide, level, 0, grid.columns, used, grid, tile_px[0])
+        down = Axis(slide, level, 1, grid.rows, used, grid, tile_px[1])
+        at_once = max(2, max_bytes // bytes_under(across, down))
     step_size = min(batch_size, max(1, at_once // (2 * threads)))  # enough of them at once to keep all threads busy
     steps = [
         range(start, min(start + step_size, batch.stop))
@@ -117,7 +122,7 @@ def stream(
     if tile_px is None:
         reads = _Whole(slide, grid, steps, pool)
     else:
-        reads = Cut(slide, grid, steps, pool, threads, level, tile_px)
+        reads = Cut(slide, grid, steps, pool, threads, level, across, down)
     waiting: deque[list[Future[Any]]] = deque()
     submitted = finished = 0
 
@@ -159,13 +164,6 @@ def _off_32(shape: tuple[int, ...], empty: Callable[[tuple[int, ...]], U8]) -> U
     flat = empty((math.prod(shape) + 32,))
     first = (16 - flat.ctypes.data) % 32
     return flat[first : first + math.prod(shape)].reshape(shape)
-
-
-def _bytes_under(slide: Slide, grid: TileGrid, level: int) -> int:
-    """Bytes of the decoded stored tiles under one patch, at most."""
-    tile_px, scale = slide.tile_px(level) or (1, 1), slide.scale(level)
-    across, down = (math.ceil(grid.tile[i] * scale[i] / tile_px[i]) + 1 for i in (0, 1))
-    return across * down * tile_px[0] * tile_px[1] * 3
 
 
 class _Whole:

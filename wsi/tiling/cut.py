@@ -70,13 +70,12 @@ class Cut:
         pool: ThreadPoolExecutor,
         threads: int,
         level: int,
-        tile_px: tuple[int, int],
+        across: Axis,
+        down: Axis,
     ) -> None:
         self._slide, self._steps, self._pool, self._threads = slide, steps, pool, threads
-        self._level, self._tile_px = level, tile_px
+        self._level, self._across, self._down = level, across, down
         used = np.concatenate([np.arange(step.start, step.stop) for step in steps])
-        self._across = _Axis(slide, level, 0, grid.columns, used, grid, tile_px[0])
-        self._down = _Axis(slide, level, 1, grid.rows, used, grid, tile_px[1])
         self._columns, self._rows = grid.columns, grid.rows
         self._shrinks = np.minimum(self._across.shrinks[grid.columns], self._down.shrinks[grid.rows])
         self._last_use, self._alone = self._plan(grid, used)
@@ -168,7 +167,7 @@ class Cut:
     def _buffer(self, shrink: int) -> U8:
         free = self._free[shrink]
         if not free:
-            w, h = (side // shrink for side in self._tile_px)
+            w, h = (axis.tile_px // shrink for axis in (self._across, self._down))
             free.extend(np.empty((-(-_BLOCK_BYTES // (h * w * 3)), h, w, 3), np.uint8))
         return free.pop()
 
@@ -210,13 +209,15 @@ class Cut:
         return np.asarray(flat[: h * w * 3].reshape(h, w, 3))
 
 
-class _Axis:
+class Axis:
     """Along one axis: where the patches of each lattice position lie, found once for all that share it.
 
     Attributes
     ----------
-    n_tiles : int
-        Stored tiles.
+    tile_px, n_tiles : int
+        Side and number of the stored tiles.
+    most_tiles, least_shrink : int
+        Of all patches.
     shrinks : int64 (positions,)
         By how much the decoder may reduce.
     first_tile, last_tile : int64 (positions,)
@@ -235,7 +236,7 @@ class _Axis:
         grid: TileGrid,
         tile_px: int,
     ) -> None:
-        self._side, self._tile_px = slide.level_sizes[level][axis], tile_px
+        self._side, self.tile_px = slide.level_sizes[level][axis], tile_px
         self.n_tiles = -(-self._side // tile_px)
         positions = int(lattice.max(initial=-1)) + 1
         self.shrinks = np.ones(positions, np.int64)
@@ -251,6 +252,8 @@ class _Axis:
             self._edges[i] = of_position
             shrink = self.shrinks[i] = slide.shrink_along(level, axis, of_position)
             self.is_tile[i] = self.span(i, shrink).is_tile
+        self.most_tiles = int((self.last_tile[there] - self.first_tile[there]).max(initial=0)) + 1
+        self.least_shrink = int(self.shrinks[there].min(initial=8))
 
     def span(self, position: int, shrink: int) -> _Span:
         """Where the patches of a lattice position lie on the level, reduced."""
@@ -258,7 +261,7 @@ class _Axis:
         if key not in self._spans:
             cells = shrunk(self._edges[position], shrink)
             tiles = range(int(self.first_tile[position]), int(self.last_tile[position]) + 1)
-            side, tile_px = self._side // shrink, self._tile_px // shrink
+            side, tile_px = self._side // shrink, self.tile_px // shrink
             parts = []
             for left in range(tiles.start * tile_px, tiles.stop * tile_px, tile_px):
                 # Beyond the level's border a stored tile holds anything, and a patch is white.
@@ -269,3 +272,10 @@ class _Axis:
             is_tile = cells.are_pixels and is_inside and parts == [(slice(0, tile_px), slice(0, tile_px))]
             self._spans[key] = _Span(cells, tiles, parts, is_inside, is_tile)
         return self._spans[key]
+
+
+def bytes_under(across: Axis, down: Axis) -> int:
+    """Bytes of the decoded stored tiles under one patch, at most."""
+    shrink = min(across.least_shrink, down.least_shrink)
+    w, h = (axis.most_tiles * (axis.tile_px // shrink) for axis in (across, down))
+    return w * h * 3
