@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_stopped_and_begun_again_it_gives_the_same_bytes(
     assert seen[0] == stop_after + 1
     for path in trained.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_damaged_state_is_named(trained: Path, found: Labelled, patches: Patches, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(trained, out)
+    (out / "state.safetensors").write_bytes((trained / "state.safetensors").read_bytes()[:3000])
+    with pytest.raises(TrainError, match=r"state\.safetensors: is damaged"):
+        train_patches(found.cohort, patches, k_fold(found.cohort, 4, 0)[0], out, CONFIG, mpp=2.0)
+    assert (out / "weights.safetensors").read_bytes() == (trained / "weights.safetensors").read_bytes()
 
 
 def test_validation_alone_stops_it_and_test_changes_nothing(
