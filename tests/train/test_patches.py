@@ -226,6 +226,12 @@ class TestBadInput:
         assert (trained / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [{"lr": float("nan")}, {"lr": float("inf")}, {"weight_decay": float("nan")}])
+def test_numbers_that_are_none_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(TrainError, match="configuration"):
+        replace(CONFIG, **change).check()
+
+
 class TestCommand:
     def run(self, *words: object) -> Any:
         return CliRunner().invoke(app, ["train", "patches", *map(str, words)])
@@ -244,6 +250,7 @@ class TestCommand:
         folder = write_patches(tmp_path / "patches", 12, patients=2)
         for words, says in (
             ([folder], "Give --mpp"),
+            ([folder, "--mpp", 1, "-a", "wsi-p4m", "--set", "head=-3", "--folds", 3], "do not fit wsi-p4m"),
             ([folder, "--mpp", 1, "--patient-in", r"p\d+"], "there are 2 patients"),
             ([folder, folder, "--mpp", 1], "2 places are given"),
             ([folder, "--annotations", tmp_path / "none"], "there is no such folder"),
