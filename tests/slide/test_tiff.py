@@ -372,7 +372,7 @@ class TestSource:
         source = Source("memory://ranges/b")
         monkeypatch.setattr(type(source._fs), "cat_file", away)
         for read in (lambda: source.read(0, 10), lambda: source.ranges([0, 50], [10, 10])):
-            with pytest.raises(OSError, match="^no route$"):
+            with pytest.raises(OSError, match=r"^no route$"):
                 read()
         monkeypatch.setattr(type(source._fs), "info", away)
         with pytest.raises(SlideUnreadable, match=r"memory://ranges/b: cannot be reached \(no route\)"):
