@@ -72,6 +72,7 @@ def test_alone_a_tile_is_drawn_to_the_mean_and_no_further() -> None:
         ({"context": {"range_um": 1600, "nugget": 1}}, "lacks the key 'mean'"),
         ({"context": {"range_um": 0, "nugget": 1, "mean": 0}}, "range_um, nugget and slope above 0"),
         ({"context": {"range_um": 1, "nugget": float("nan"), "mean": 0}}, "finite numbers"),
+        ({"context": {"range_um": 1, "nugget": 1, "mean": 0, "Slope": 2}}, "context has Slope"),
         ({"context": {"range_um": 1, "nugget": 1, "mean": 0}, "positive_classes": []}, "one of them positive"),
     ],
 )

@@ -35,6 +35,7 @@ from wsi.stain.pixels import density_of
 from wsi.stain.ruifrok import EOSIN, HAEMATOXYLIN
 from wsi.store import PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tissue import TissueMask, find_tissue, read_mask
+from wsi.units import Box
 
 #: What a slide's overlay takes, and a tile in GeoJSON: about what was seen.
 _PICTURE_BYTES, _OUTLINE_BYTES = 4_000_000, 60
@@ -192,7 +193,8 @@ def estimate_bytes(
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
         tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
         n = len(_lay_grid(slide, tissue, engine.model.config, config)[0])
-    numbers = 4 * len(engine.model.config.class_names) + 2 * (engine.model.num_features or 0) + 4
+    said = 2 if engine.model.config.context is not None else 1  # with what each tile says alone
+    numbers = 4 * len(engine.model.config.class_names) * said + 2 * (engine.model.num_features or 0) + 4
     return _PICTURE_BYTES + n * (numbers + _OUTLINE_BYTES) + pixel_bytes(config.pixels, n, engine.model.config.tile_px)
 
 
@@ -202,8 +204,8 @@ def triage(
     """Guess before a slide is scored: the mean probability of the positive classes in the likeliest of a few tiles.
 
     A look at low magnification chooses which: half of them are those with most dense haematoxylin, half lie all over
-    the tissue. The model then sees them at its own microns per pixel, the only ones it is right at. For sorting slides,
-    and nothing else.
+    the tissue. The model then sees them at its own microns per pixel, the only ones it is right at; those that cannot
+    be decoded are passed over. For sorting slides, and nothing else.
 
     Raises
     ------
@@ -221,7 +223,14 @@ def triage(
         side = engine.model.config.tile_px
         everywhere = np.linspace(0, len(grid) - 1, _TRIAGE_TILES // 2).round().astype(int)
         darkest = np.argsort(-_dense(slide, tissue).fraction(grid.boxes()), kind="stable")[: _TRIAGE_TILES // 2]
-        patches = [slide.read(grid.box(int(tile)), (side, side)) for tile in np.union1d(everywhere, darkest)]
+        patches = []
+        for tile in np.union1d(everywhere, darkest).tolist():
+            damage: list[Box] = []
+            patch = slide.read(grid.box(tile), (side, side), damage=damage)
+            if not damage:
+                patches.append(patch)
+        if not patches:
+            return 0.0
     names = engine.model.config.class_names
     scores = engine.model(np.stack(patches)).probabilities[:, [names.index(name) for name in positive]].sum(axis=1)
     return float(np.sort(scores)[-max(1, len(scores) // 8) :].mean())
@@ -230,7 +239,7 @@ def triage(
 def _dense(slide: Slide, tissue: TissueMask) -> TissueMask:
     """Of the tissue, at the mask's low magnification, what holds more haematoxylin than the rest (Otsu)."""
     h, w = tissue.mask.shape
-    rgb = slide.read(tissue.box, (w, h))
+    rgb = slide.read(tissue.box, (w, h), damage=[])
     amount = np.zeros((h, w))
     amount[tissue.mask] = np.linalg.pinv([HAEMATOXYLIN, EOSIN])[:, 0] @ density_of(rgb[tissue.mask], FitConfig())
     found = amount[tissue.mask]

@@ -328,3 +328,13 @@ def test_one_bad_outline_among_thousands_is_named(tmp_path: Path):
         (tmp_path / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
         with pytest.raises(AnnotationError, match="feature 5000: has no usable geometry"):
             read_annotations(tmp_path / "a.geojson")
+
+
+@pytest.mark.parametrize("properties", ["[1]", '"x"', '{"childObjects": [1]}', '{"childObjects": "ab"}', None])
+def test_json_that_is_no_geojson_is_named(tmp_path: Path, properties: str | None) -> None:
+    last = "1" + "0" * 400 if properties is None else "9"
+    ring = f"[[0, 0], [9, 0], [9, {last}], [0, 0]]"
+    text = f'{{"type": "Polygon", "coordinates": [{ring}]}}, "properties": {properties or "null"}'
+    (tmp_path / "a.geojson").write_text(f'{{"type": "Feature", "geometry": {text}}}')
+    with pytest.raises(AnnotationError, match=r"a\.geojson"):
+        read_annotations(tmp_path / "a.geojson")

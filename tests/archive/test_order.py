@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from tests.archive.make import CONFIG
 from tests.nn.make import write_model
-from tests.slide.make import halved, section, write_pyramid
+from tests.slide.make import halved, section, write_jpeg_pyramid, write_pyramid
 from wsi import Box, EngineConfig, PatchStore, ScoreConfig, find_slides, open_slide, score_archive, tile_archive
 from wsi.archive import Event
 from wsi.errors import OutputError, WsiError
@@ -63,6 +64,21 @@ def test_likely_positive_first_and_broken_last(slides: Path, tmp_path: Path) -> 
     summary = score_archive(refs, tmp_path / "r", config, workers=0, order="triage", tell=told.append)
     assert begun(told) == [*sorted(score, key=lambda name: -score[name]), "0broken"]
     assert [row["slide_id"] for row in summary.failed] == ["0broken"]
+
+
+def test_damage_is_passed_over(tmp_path: Path) -> None:
+    """A slide that is scored without its one damaged tile is not put behind all others for it."""
+    engine = EngineConfig(str(write_model(tmp_path / "model", mpp=1.0)), device="cpu", precision="float32").load()
+    full = section(2048, 1536)
+    path = write_jpeg_pyramid(tmp_path / "a.tif", [full, halved(full)], tile=64)
+    whole = triage(str(path), engine, ScoreConfig())
+    raw = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[1]
+        offset, count = page.dataoffsets[6 * 16 + 8], page.databytecounts[6 * 16 + 8]  # row 6, column 8
+    raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
+    path.write_bytes(raw)
+    assert triage(str(path), engine, ScoreConfig()) == pytest.approx(whole, abs=0.1)
 
 
 def test_a_small_tumour_is_met_at_low_magnification(tmp_path: Path) -> None:

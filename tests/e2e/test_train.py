@@ -47,6 +47,8 @@ def test_trained_on_outlines_it_finds_tumours_on_an_unseen_slide(
     stores, model = tmp_path / "stores", tmp_path / "model"
     assert wsi("tile", outlined / "slides", "--mpp", 1, "--tile", 32, "--pixels", "zstd", "-o", stores, "-q")[0] == 0
     words = ("--annotations", outlined / "outlines", "--classes", "Tumor", "--rest", "normal")
+    code, _, err = wsi("train", "patches", stores, *words, "--mpp", 2, "-o", tmp_path / "no", "-q")
+    assert code == 2 and "have 1 microns a pixel, and --mpp says 2" in err
     code, stdout, stderr = wsi(
         "train", "patches", stores, *words, "-a", "test_resnet", "--epochs", 6, "--lr", 3e-3, "--balance", "-o", model,
         "--json", "--device", "cpu",

@@ -119,6 +119,9 @@ def test_a_lattice_is_found_whatever_was_rounded():
     elsewhere = apart[:3] + np.array([130, 0])
     positions, stride = lattice(elsewhere, 32) or ((), 0)
     assert positions[0][0] == 130 / 256 and np.array_equal(positions * stride, elsewhere)
+    two = np.array([[200.0, 0], [712, 0]])  # of which a lattice from the corner would be 712 apart
+    positions, stride = lattice(two, 32) or ((), 0)
+    assert stride[0] == 512 and np.diff(positions, axis=0).tolist() == [[1, 0]]
 
 
 def clam(folder: Path, coords: np.ndarray, *, width: int = 3, name: str = "a", patches: bool = True, **attrs) -> Path:

@@ -82,6 +82,8 @@ def test_the_card_quotes_the_measured_figures():
         assert f"{figures[part]['auroc']:.3f}" in card
         low, high = figures[part]["ci95"]
         assert f"{low:.3f} to {high:.3f}" in card
+    speed = figures["patches_per_core_second"]
+    assert f"{speed['float32']} patches per core-second in float32, {speed['bfloat16']} in bfloat16" in card
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,8 @@ class TestRefused:
         assert not (tmp_path / "run").exists()
 
     def test_other_things(self, tmp_path: Path) -> None:
+        with pytest.raises(TrainError, match=r"is no file of features.*\.h5, \.pt"):
+            find_bags([Path(__file__)])
         with pytest.raises(TrainError, match="no such file"):
             find_bags([tmp_path / "nowhere"])
         (tmp_path / "empty").mkdir()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.train.make import cohort_of, write_labels
 from wsi.errors import TrainError
-from wsi.train.cohort import Split, check_split, k_fold, match, read_labels, read_splits, write_splits
+from wsi.train.cohort import Split, check_split, k_fold, match, read_labels, read_patients, read_splits, write_splits
 
 ROWS = [
     {"slide": "a.svs", "patient": "p", "label": "tumour", "time": "3", "event": "1"},
@@ -142,3 +142,13 @@ def test_too_few_folds_or_patients() -> None:
         k_fold(cohort, 2, 0)
     with pytest.raises(TrainError, match="there are 4 patients"):
         k_fold(cohort, 5, 0)
+
+
+def test_a_slide_without_its_patient_is_named(tmp_path: Path) -> None:
+    """An empty cell would make one patient of all slides that have none."""
+    (tmp_path / "p.csv").write_text("slide,patient\na,p\nb,q\n")
+    assert read_patients(tmp_path / "p.csv") == {"a": "p", "b": "q"}
+    for row in ("c,", "c"):
+        (tmp_path / "p.csv").write_text(f"slide,patient\na,p\n{row}\n")
+        with pytest.raises(TrainError, match="line 3: patient is empty"):
+            read_patients(tmp_path / "p.csv")

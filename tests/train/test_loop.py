@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wsi.errors import ConfigMismatch
+from wsi.errors import ConfigMismatch, TrainError
 from wsi.train.loop import bind, digits, drawn
 
 
@@ -30,6 +30,16 @@ def test_a_folder_is_bound_to_what_it_was_begun_with(tmp_path: Path) -> None:
     with pytest.raises(ConfigMismatch, match="another mpp"):
         bind(tmp_path, {"mpp": 0.25, "classes": ("a", "b")})
     assert (tmp_path / "run.json").read_bytes() == before
+    (tmp_path / "run.json").write_bytes(before[:10])
+    with pytest.raises(TrainError, match="is damaged"):
+        bind(tmp_path, {"mpp": 0.5})
+
+
+def test_a_model_from_elsewhere_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigMismatch, match="did not begin"):
+        bind(tmp_path, {"mpp": 0.5})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_digits() -> None:

@@ -151,6 +151,7 @@ class TestRefused:
             ({"architecture": "clam-mb", "head": "ordinal"}, "softmax"),
             ({"head": "cox"}, "Cox compares"),
             ({"epochs": 0}, "above 0"),
+            ({"lr": float("nan")}, "above 0"),
             ({"arguments": {"wings": 2}}, "arguments do not fit"),
         ],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,15 @@ def test_stopped_and_begun_again_it_gives_the_same_bytes(
     assert seen[0] == stop_after + 1
     for path in trained.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_damaged_state_is_named(trained: Path, found: Labelled, patches: Patches, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(trained, out)
+    (out / "state.safetensors").write_bytes((trained / "state.safetensors").read_bytes()[:3000])
+    with pytest.raises(TrainError, match=r"state\.safetensors: is damaged"):
+        train_patches(found.cohort, patches, k_fold(found.cohort, 4, 0)[0], out, CONFIG, mpp=2.0)
+    assert (out / "weights.safetensors").read_bytes() == (trained / "weights.safetensors").read_bytes()
 
 
 def test_validation_alone_stops_it_and_test_changes_nothing(
@@ -225,6 +235,12 @@ class TestBadInput:
         assert (trained / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("change", [{"lr": float("nan")}, {"lr": float("inf")}, {"weight_decay": float("nan")}])
+def test_numbers_that_are_none_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(TrainError, match="configuration"):
+        replace(CONFIG, **change).check()
+
+
 class TestCommand:
     def run(self, *words: object) -> Any:
         return CliRunner().invoke(app, ["train", "patches", *map(str, words)])
@@ -243,6 +259,7 @@ class TestCommand:
         folder = write_patches(tmp_path / "patches", 12, patients=2)
         for words, says in (
             ([folder], "Give --mpp"),
+            ([folder, "--mpp", 1, "-a", "wsi-p4m", "--set", "head=-3", "--folds", 3], "do not fit wsi-p4m"),
             ([folder, "--mpp", 1, "--patient-in", r"p\d+"], "there are 2 patients"),
             ([folder, folder, "--mpp", 1], "2 places are given"),
             ([folder, "--annotations", tmp_path / "none"], "there is no such folder"),

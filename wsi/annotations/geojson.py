@@ -18,6 +18,8 @@ from wsi.errors import AnnotationError
 from wsi.export.geojson import features_of, read_geojson
 from wsi.files import collector_paused
 
+#: What a file that is JSON and no GeoJSON fails with: properties that are a list, a number of 400 digits.
+_OTHER_JSON = (AttributeError, TypeError, OverflowError)
 #: Features whose outlines are built at once.
 _BLOCK = 4096
 
@@ -27,7 +29,7 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
     try:
         with collector_paused():
             return list(_annotations(read_geojson(path), path, frame))
-    except (ValueError, RecursionError, EOFError, zlib.error) as error:
+    except (ValueError, RecursionError, EOFError, zlib.error, *_OTHER_JSON) as error:
         if isinstance(error, AnnotationError):
             raise
         raise AnnotationError(path, f"is no GeoJSON ({error})", "Export it from QuPath again") from error
@@ -54,7 +56,9 @@ def read_zip(path: Path, frame: Frame) -> list[Annotation]:
         with collector_paused():
             found = [each for text in texts for each in features_of(text, path)]
             return list(_annotations(found, path, frame))
-    except (zipfile.BadZipFile, ValueError, RecursionError, zlib.error, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile, ValueError, RecursionError, zlib.error, NotImplementedError, RuntimeError, *_OTHER_JSON
+    ) as error:  # fmt: skip
         if isinstance(error, AnnotationError):
             raise
         raise AnnotationError(path, f"is no zip of GeoJSON ({error})", "Export it from QuPath again") from error

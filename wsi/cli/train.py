@@ -202,6 +202,8 @@ def patches(
         found = _of_images(places, names, label, patient_in)
     if mpp is None and found.mpp is None:
         raise TrainError("patches", "do not say how many microns a pixel measures", "Give --mpp")
+    if None not in (mpp, found.mpp) and mpp != found.mpp:
+        raise TrainError("patches", f"have {found.mpp:g} microns a pixel, and --mpp says {mpp:g}", "Leave --mpp out")
     device = prepare(device, threads)
     table = Patches(found.places, subset=subset)
     cohort, split = found.without(table.left_out)

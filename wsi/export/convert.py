@@ -197,7 +197,8 @@ def _step(values: npt.NDArray[np.float64], least: float) -> float | None:
         return None
     at += round(values[0] / step)
     low, high = ((values + off)[at > 0] / at[at > 0] for off in (-0.5, 0.5))
-    return float(low.max() + high.min()) / 2 if low.max() <= high.min() else step
+    from_corner = low.max() <= high.min() and (at[0] != 0 or abs(values[0]) <= 0.5)  # as a lattice from (0, 0) would be
+    return float(low.max() + high.min()) / 2 if from_corner else step
 
 
 def _counted(values: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float64]:

@@ -320,6 +320,9 @@ def _context_of(raw: dict[str, Any], names: tuple[str, ...], positive: tuple[str
     """Read how far tiles inform each other."""
     if len(names) != 2 or len(positive) != 1:
         raise TypeError(f"context needs two classes, one of them positive, not {list(names)} and {list(positive)}")
+    unknown = set(raw) - {"range_um", "nugget", "mean", "slope", "intercept"}
+    if unknown:  # a slope that is misspelt would be 1
+        raise TypeError(f"context has {', '.join(sorted(unknown))}, which nobody reads")
     values = {name: float(raw[name]) for name in ("range_um", "nugget", "mean")}
     values |= {name: float(raw[name]) for name in ("slope", "intercept") if name in raw}
     context = Context(names.index(positive[0]), **values)

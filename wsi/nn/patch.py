@@ -305,7 +305,7 @@ def make_net(config: ModelConfig) -> Any:
         from wsi.nn.backbone import TimmNet
 
         return TimmNet(config.architecture, **arguments)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise ModelError(
             config.folder / "config.json", f"architecture_args do not fit {config.architecture}: {error}"
         ) from error

@@ -145,6 +145,8 @@ def _bags_in(place: Path) -> Iterable[tuple[str, Path]]:
         return [(place.resolve().parent.name, place)]
     if place.is_file() and place.suffix in _FILES:
         return [(place.stem, place)]
+    if place.is_file():
+        raise TrainError(place, "is no file of features", f"Their names end with {', '.join(_FILES)}")
     if not place.is_dir():
         raise TrainError(place, "there is no such file or folder", "Check the path")
     stores = sorted(place.glob("*/store.zarr"))

@@ -85,8 +85,11 @@ class PatchConfig:
             raise ModelError("frozen", "random features tell nothing", "Begin from a model: --start NAME")
         if self.start is not None and self.arguments:
             raise ModelError("arguments", "a model that is begun from has its own", "Leave out --set, or --start")
-        if min(self.epochs, self.batch, self.patience or 1) < 1 or (self.lr is not None and self.lr <= 0):
+        lr = 1.0 if self.lr is None else self.lr
+        if min(self.epochs, self.batch, self.patience or 1) < 1 or not 0 < lr < float("inf"):
             raise TrainError("configuration", "epochs, batch, patience and lr must be above 0")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise TrainError("configuration", f"weight decay is {self.weight_decay:g}", "Give 0 or more")
         if not (0 <= self.stain <= 1 and 0 <= self.jpeg <= 1):
             raise TrainError("configuration", "stain and jpeg are from 0 to 1")
 

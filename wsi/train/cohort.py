@@ -159,13 +159,17 @@ def read_patients(path: Path) -> dict[str, str]:
     Raises
     ------
     TrainError
-        A column is missing.
+        A column or a cell is missing.
     """
     rows = _rows(path, "slide")
     slide = next((name for name in ("slide", "slide_id") if rows and name in rows[0]), None)
     patient = next((name for name in _PATIENT if rows and name in rows[0]), None)
     if slide is None or patient is None:
         raise TrainError(path, "lacks one of the columns slide, patient", "A row a slide")
+    for i, row in enumerate(rows, 2):
+        empty = [name for name in (slide, patient) if not (row[name] or "").strip()]
+        if empty:
+            raise TrainError(path, f"line {i}: {empty[0]} is empty", "Fill it in, or remove the row")
     return {row[slide].strip(): row[patient].strip() for row in rows}
 
 

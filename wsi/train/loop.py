@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from wsi.errors import ConfigMismatch, TrainError
@@ -131,9 +131,12 @@ class Loop(Generic[Net]):
             file.write(packed)
 
     def _restore(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            self.history = json.loads(file.metadata()["history"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+                self.history = json.loads(file.metadata()["history"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise TrainError(path, f"is damaged ({error})", "Delete it: the training begins again") from error
         kept = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
         self.net.load_state_dict(self.net.state_dict() | kept)
         self._best = {k.removeprefix("best."): v for k, v in tensors.items() if k.startswith("best.")}
@@ -184,11 +187,18 @@ def bind(out: Path, identity: Mapping[str, Any]) -> None:
     Raises
     ------
     ConfigMismatch
-        It was begun with something else; what differs is named.
+        It was begun with something else; what differs is named. Or it is a model that was not trained here.
+    TrainError
+        Its run.json is damaged.
     """
     path = out / "run.json"
+    if not path.is_file() and (out / "config.json").exists():
+        raise ConfigMismatch(out, "holds a model that this command did not begin", "Choose another folder")
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise TrainError(path, f"is damaged ({error})", "Choose another folder, or delete this one") from error
         changed = [key for key, value in identity.items() if found.get(key) != json.loads(json.dumps(value))]
         if changed:
             what = f"was begun with another {', '.join(changed)}"

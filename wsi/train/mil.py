@@ -71,7 +71,7 @@ class MilConfig:
             raise ModelError(self.architecture, "learns from single tiles of each class", "Use it with --head softmax")
         if self.head == "cox" and self.batch < 2:
             raise TrainError(f"batch={self.batch}", "Cox compares the patients of a batch", "Use --batch 16 or more")
-        if min(self.epochs, self.batch, self.patience or 1) < 1 or self.lr <= 0:
+        if min(self.epochs, self.batch, self.patience or 1) < 1 or not 0 < self.lr < float("inf"):
             raise TrainError("configuration", "epochs, batch, patience and lr must be above 0")
 
 
