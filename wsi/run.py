@@ -119,7 +119,7 @@ def score_slide(
                 spent=clock.seconds,
             )
             clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
-        unreadable = store.get("unreadable")
+            unreadable = store.get("unreadable")
         total = float(share.sum())
         lost = float(share[unreadable].sum()) / total if total else float(unreadable.any())
         if lost > config.max_unreadable:
