@@ -104,7 +104,7 @@ def test_a_worker_that_cannot_start_ends_the_run(slides: Path, tmp_path: Path, m
 
 
 #: A network, process numbers and mounts of its own: as good as another machine that shares the folder.
-APART = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+APART = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def run_apart(slides: Path, out: Path, *more: str, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
@@ -114,9 +114,12 @@ def run_apart(slides: Path, out: Path, *more: str, prefix: Sequence[str] = ()) -
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
 
 
-def namespaces() -> bool:
-    """Whether this user may make them."""
-    return bool(shutil.which(APART[0])) and subprocess.run([*APART, "true"], capture_output=True).returncode == 0
+def why_no_namespaces() -> str:
+    """What keeps this user from making them; empty where nothing does."""
+    if not shutil.which(APART[0]):
+        return "namespaces are Linux's, and unshare(1) is not here"
+    tried = subprocess.run([*APART, "true"], capture_output=True, text=True)
+    return f"the kernel does not let this user make namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 def finish(process: subprocess.Popen[bytes]) -> int:
@@ -156,8 +159,8 @@ def test_ctrl_c_ends_well(slides: Path, whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", [(), APART], ids=["one machine", "namespaces"])
 def test_two_runs_at_once_share_the_slides(slides: Path, whole: Path, tmp_path: Path, prefix: Sequence[str]) -> None:
     """Each with a cache of its own."""
-    if prefix and not namespaces():
-        pytest.skip("this user may not make namespaces")
+    if prefix and (reason := why_no_namespaces()):
+        pytest.skip(reason)
     out, caches = tmp_path / "r", [tmp_path / "cache0", tmp_path / "cache1"]
     runs = [run_apart(slides, out, "--cache-dir", str(cache), prefix=prefix) for cache in caches]
     assert [finish(run) for run in runs] == [0, 0]

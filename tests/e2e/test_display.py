@@ -66,7 +66,7 @@ def test_sigterm_ends_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here, the file that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, a file that is always full, is Linux's")
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path, workers: str) -> None:
     write_slides(tmp_path / "s", 1)
     process = start(tmp_path / "s", tmp_path / "r", "--log-json", "/dev/full", "--workers", workers)

@@ -1,8 +1,7 @@
-"""Annotations and heatmaps, read back by highdicom; where it is not installed, only that it says so."""
+"""Annotations and heatmaps, read back by highdicom; and what is said where it is not installed."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -16,8 +15,6 @@ from wsi.export.dicom import export_dicom
 from wsi.export.rasters import slide_raster
 from wsi.scored import scored_slides
 
-needs_highdicom = pytest.mark.skipif(importlib.util.find_spec("highdicom") is None, reason="needs the extra 'dicom'")
-
 
 def results_of(slide: Path, folder: Path) -> None:
     """Results of a marked slide that claim to be of `slide`."""
@@ -30,7 +27,6 @@ def results_of(slide: Path, folder: Path) -> None:
     (folder / "a/result.json").write_text(json.dumps(numbers | {"slide": str(slide)}))
 
 
-@needs_highdicom
 @pytest.mark.filterwarnings("ignore")
 def test_highdicom_reads_every_tile_where_it_was(tmp_path: Path, data_dir: Path):
     import highdicom
@@ -74,7 +70,6 @@ def test_highdicom_reads_every_tile_where_it_was(tmp_path: Path, data_dir: Path)
     assert np.abs(apart).max() < half_a_pixel_mm / 100
 
 
-@needs_highdicom
 @pytest.mark.filterwarnings("ignore")
 def test_a_header_without_a_patient_is_a_warning(tmp_path: Path, data_dir: Path):
     results_of(data_dir / "wsi/dicom/jpeg.dicom", tmp_path / "r")
@@ -82,7 +77,6 @@ def test_a_header_without_a_patient_is_a_warning(tmp_path: Path, data_dir: Path)
     assert row["tiles"] == 0 and "PatientID" in row["warnings"][0] and not list((tmp_path / "out").iterdir())
 
 
-@needs_highdicom
 def test_a_slide_that_is_no_dicom_says_so(tmp_path: Path):
     marked_results(tmp_path / "r")
     (tmp_path / "a.tif").write_bytes(b"no DICOM")

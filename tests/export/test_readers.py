@@ -27,14 +27,16 @@ from wsi.units import Box, Mpp
 
 def imported(name: str) -> Any:
     package = name.split(".")[0]
-    return pytest.importorskip(name, reason=f"{package} is not installed", exc_type=ImportError)
+    return pytest.importorskip(
+        name, reason=f"{package} is not installed here: `make test-readers` has it", exc_type=ImportError
+    )
 
 
 def part_of(package: str, name: str) -> ModuleType:
     """A module of a package that does not import as a whole (wsinfer's first line asks for Zarr 2)."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        pytest.skip(f"{package} is not installed")
+        pytest.skip(f"{package} is not installed here: `make test-readers` has it")
     path = Path(found.submodule_search_locations[0]) / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{package}_{name}", path)
     assert spec is not None and spec.loader is not None
