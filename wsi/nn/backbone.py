@@ -55,6 +55,8 @@ class TimmNet(torch.nn.Module):
         if not timm.is_model(name):
             raise ModelError(f"architecture {name!r}", "is neither one of ours nor known to timm", _closest(name))
         net: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
+        if not isinstance(net.get_classifier(), torch.nn.Linear):
+            raise ModelError(f"architecture {name!r}", "ends in no linear layer, which is what reads features here")
         self.net: Any = net
         self.num_features = int(net.get_classifier().in_features)
 

@@ -100,7 +100,7 @@ def model_from(
     >>> model.config.class_names, model.config.resize_px
     (('benign', 'malignant'), 64)
     """
-    base = load_encoder(start, device="cpu", precision="float32")
+    base = load_encoder(start, device="cpu", precision="float32", fold=False)
     config = replace(
         base.config, class_names=tuple(class_names), num_logits=len(class_names), positive_classes=(), threshold=0.5,
         tile_px=tile_px, mpp=mpp, weights_sha256=None,

@@ -29,6 +29,7 @@ from wsi.nn.checkpoint import (
     load_weights,
     weights_sha256,
 )
+from wsi.nn.fold import fold_norms
 from wsi.nn.patch import PatchModel, load_patch_model, pick_device, pick_precision
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -95,7 +96,7 @@ KNOWN = {
 }  # fmt: skip
 
 
-def load_encoder(name: str, *, device: str = "auto", precision: str = "auto") -> PatchModel:
+def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fold: bool = True) -> PatchModel:
     """Load an encoder.
 
     Parameters
@@ -103,7 +104,7 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto") ->
     name : str
         A name in ``KNOWN``, or ``NAME=FOLDER`` for its files in a folder (fetched on another machine, say); a patch
         model of ours by name or folder; ``hf-hub:OWNER/NAME``; a folder in the hub's form; or a name of timm's.
-    device, precision : str
+    device, precision, fold
         As for ``load_patch_model``.
 
     Returns
@@ -134,7 +135,7 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto") ->
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "patch_size_pixels" in raw and recipe is None:
-            return load_patch_model(name, device=device, precision=precision)
+            return load_patch_model(name, device=device, precision=precision, fold=fold)
         architecture, arguments, facts = _of_transformers(raw) if "model_type" in raw else _of_timm(raw)
         tile_px = recipe.tile_px if recipe else int(facts["input_size"][-1])
         mean = tuple(map(float, (recipe and recipe.mean) or facts["mean"]))
@@ -161,6 +162,8 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto") ->
     # What classifies is left out, and nothing else: fit_weights refuses other names.
     state = {key: value for key, value in state.items() if key in own or not key.startswith(net.classifier_names)}
     fit_weights(net.net, state, config)
+    if fold:
+        fold_norms(net)
     device = pick_device(device)
     shown = known if recipe else folder.resolve().name if Path(name).is_dir() else name
     return PatchModel(

@@ -24,6 +24,7 @@ from wsi.nn.checkpoint import (
     read_config,
     weights_sha256,
 )
+from wsi.nn.fold import fold_norms
 
 #: Architectures of ours; every other name is timm's.
 OUR_NETS = {"wsi-p4m": ("wsi.nn.p4m", "P4MNet"), "wsi-encoder": ("wsi.nn.backbone", "EncoderNet")}
@@ -221,7 +222,7 @@ class PatchModel:
 
 
 def load_patch_model(
-    name: str, *, device: str = "auto", precision: str = "auto", torchscript: bool = False
+    name: str, *, device: str = "auto", precision: str = "auto", torchscript: bool = False, fold: bool = True
 ) -> PatchModel:
     """Load a patch model by name, folder or ``hf-hub:`` address.
 
@@ -233,6 +234,8 @@ def load_patch_model(
         "auto" is bfloat16 autocast on hardware that computes in it natively, float32 elsewhere.
     torchscript : bool
         Allow ``torchscript_model.pt``, which runs whatever code the file holds. Off by default.
+    fold : bool
+        Fold batch norms into convolutions (``fold_norms``), for speed; off for who goes on training its weights.
 
     Raises
     ------
@@ -252,6 +255,8 @@ def load_patch_model(
         return PatchModel(config, script, name=shown, num_features=0, sha256=sha256, device=device, precision="float32")
     net: Any = make_net(config)
     fit_weights(net, load_weights(config), config)
+    if fold:
+        fold_norms(net)
     return PatchModel(
         config, net, name=shown, num_features=int(net.num_features), sha256=sha256, device=device, precision=precision
     )
