@@ -6,7 +6,6 @@ as a later patch needs them and no longer; otherwise each patch is one ``Slide.r
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from wsi.errors import SlideUnreadable
 from wsi.grid import TileGrid
 from wsi.slide import Slide
 from wsi.slide.base import U8
-from wsi.tiling.cut import Axis, Cut, bytes_under
+from wsi.tiling.cut import Axis, Cut, bytes_under, fresh, off_32
 
 
 class Batch(NamedTuple):
@@ -52,10 +51,6 @@ class _Reads(Protocol):
         """Say why a patch of a finished step is unreadable, and let go of what no later one needs."""
 
 
-def _empty(shape: tuple[int, ...]) -> U8:
-    return np.empty(shape, np.uint8)
-
-
 def stream(
     slide: Slide,
     grid: TileGrid,
@@ -65,7 +60,7 @@ def stream(
     threads: int,
     ahead: int = 2,
     max_bytes: int = 256 << 20,
-    empty: Callable[[tuple[int, ...]], U8] = _empty,
+    empty: Callable[[tuple[int, ...]], U8] = fresh,
 ) -> Generator[Batch, None, None]:
     """Read tiles in batches, in order, before they are asked for.
 
@@ -101,7 +96,7 @@ def stream(
     if not batches:
         return
     side = grid.tile_px
-    buffers = [_off_32((batch_size, side, side, 3), empty) for _ in range(min(ahead + 1, len(batches)))]
+    buffers = [off_32((batch_size, side, side, 3), empty) for _ in range(min(ahead + 1, len(batches)))]
     level = slide.level_for(max(min(grid.tile) / side, 1e-9))
     tile_px = slide.tile_px(level)
     at_once = batch_size * len(buffers)
@@ -154,16 +149,6 @@ def stream(
             yield Batch(batch, rgb, unreadable, why)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _off_32(shape: tuple[int, ...], empty: Callable[[tuple[int, ...]], U8]) -> U8:
-    """Take memory that begins 16 bytes off a multiple of 32.
-
-    On one that is, libjpeg-turbo writes past the caches: a twentieth slower, and the pixels are wanted at once.
-    """
-    flat = empty((math.prod(shape) + 32,))
-    first = (16 - flat.ctypes.data) % 32
-    return flat[first : first + math.prod(shape)].reshape(shape)
 
 
 class _Whole:
