@@ -134,8 +134,8 @@ def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
                 raise ManifestError(path, f"has no column 'slide' (it has {has})", f"Columns: {_columns()}")
             for row in reader:
                 refs.append(_in_row(f"{path}, line {reader.line_num}", path.parent, row, mpp))
-    except UnicodeDecodeError as error:
-        raise ManifestError(path, f"is not UTF-8 text ({error.reason})", "Save it as CSV in UTF-8") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(path, f"is no CSV in UTF-8 ({error})", "Save it as CSV in UTF-8") from error
     if not refs:
         raise ManifestError(path, "names no slides", "One row a slide below the header")
     return refs
