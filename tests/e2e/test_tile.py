@@ -19,15 +19,6 @@ from wsi.slide import open_slide
 from wsi.store import PatchStore
 
 
-@pytest.fixture(scope="session")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("archive")
-    for name, seed in (("a", 0), ("b", 1)):
-        full = section(seed=seed)
-        write_pyramid(folder / f"{name}.svs", [full, halved(full)], 0.5, svs=True)
-    return folder
-
-
 @pytest.fixture
 def jpeg_slide(tmp_path: Path) -> Path:
     """A pyramid of JPEG tiles of 64 px."""
