@@ -190,7 +190,9 @@ def _to_tensor(kernel: Callable[..., None]) -> Callable[..., None]:
     return on_to_tensor
 
 
-od_map_tensor, sparse_map_tensor, lab_map_tensor = map(_to_tensor, (od_map, sparse_map, lab_map))
+od_map_tensor = _to_tensor(od_map)
+sparse_map_tensor = _to_tensor(sparse_map)
+lab_map_tensor = _to_tensor(lab_map)
 
 
 def _row(m: F32, a: F32, b: F32, c: F32) -> F32:
