@@ -126,8 +126,10 @@ class ScoredSlide:
         Raises
         ------
         ResultsError
-            As ``heatmap``.
+            As ``heatmap``; or a threshold outside 0 to 1.
         """
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ResultsError(f"threshold={threshold:g}", "is no probability", "From 0 to 1")
         heatmap = self.heatmap()
         at_least = float(self.numbers["threshold"]) if threshold is None else threshold
         return heatmap.regions(at_least, self.bounds) if len(heatmap.grid) else []

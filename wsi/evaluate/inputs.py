@@ -82,6 +82,8 @@ def _lines(path: Path) -> list[tuple[int, list[str]]]:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     except FileNotFoundError:
         raise EvaluationError(path, "there is no such file", "Check the path") from None
+    except OSError as error:  # a folder, among others
+        raise EvaluationError(path, f"cannot be read ({error.strerror})", "Give a CSV file") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise EvaluationError(path, f"is no CSV in UTF-8 ({error})", "Save it as CSV in UTF-8") from error
     return [(number, row) for number, row in enumerate(rows, 1) if row]
