@@ -8,6 +8,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow.parquet
 import pytest
 import shapely
 import tifffile
@@ -122,6 +123,11 @@ def test_bags_slides_masks_and_unknown_files(tmp_path: Path):
     assert check(tmp_path / "m.tif").kind in ("mask image", "unknown")
     (tmp_path / "a.docx").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    for text, n in (('{"task": "mil"}', 0), ("{", 1), ("[1]", 1)):
+        (tmp_path / "model/config.json").write_text(text)
+        found = check(tmp_path / "model")
+        assert found.kind == "model folder" and len(found.problems) == n
     for name in ("a.docx", "empty"):
         assert check(tmp_path / name).kind == "unknown" and check(tmp_path / name).problems
 
@@ -129,7 +135,14 @@ def test_bags_slides_masks_and_unknown_files(tmp_path: Path):
 def test_phi_of_results_names_places_and_no_values(tmp_path: Path, wsi: Run):
     marked_results(tmp_path / "r", "Doe_John")
     (tmp_path / "r/Doe_John/seconds.json").write_text("{}")
+    table = pyarrow.table({"slide_id": ["Doe_John"], "slide": ["/slides/Doe_John.svs"]})
+    pyarrow.parquet.write_table(table, tmp_path / "r/slides.parquet")
+    (tmp_path / "r/Doe_John.h5").write_bytes(b"")
+    (tmp_path / "r/cut.parquet").write_bytes(b"PAR1")
     found = set(phi(tmp_path / "r"))
+    assert {("slides.parquet", "text", "path of a file"), ("slides.parquet", "text", "name of a slide")} <= found
+    assert ("Doe_John.h5", "file name", "name of a slide") in found
+    assert not any(file == "cut.parquet" for file, *_ in found)
     assert ("Doe_John/result.json", "text", "path of a file") in found
     assert ("Doe_John/result.json", "text", "name of a slide") in found
     assert ("Doe_John", "name of a folder", "name of a slide") in found

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from wsi.files import replacing
+from tests.array_slide import ArraySlide
+from wsi import tissue
+from wsi.annotations import read_mask
+from wsi.errors import AnnotationError, SlideError, StainError
+from wsi.files import opened_image, replacing
+from wsi.stain import fit
 
 
 @pytest.mark.parametrize("sync", [True, False])
@@ -32,6 +39,27 @@ def test_what_cannot_be_begun_says_why(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "chunk", "none"])
+def test_a_damaged_picture_is_an_error_of_whoever_reads_it(tmp_path: Path, damage: str) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(tmp_path / "a.png")
+    sound = (tmp_path / "a.png").read_bytes()
+    second = sound.index(b"IDAT", sound.index(b"IDAT") + 4)  # as in a file of which a block was lost
+    (tmp_path / "a.png").write_bytes({
+        "cut": sound[: len(sound) // 2],
+        "flipped": sound[: second + 9] + bytes([sound[second + 9] ^ 255]) + sound[second + 10 :],
+        "chunk": sound[:second] + b"\0\1\2\3" + sound[second + 4 :],
+        "none": b"",
+    }[damage])  # fmt: skip
+    with pytest.raises(ValueError), opened_image(tmp_path / "a.png") as image:
+        np.asarray(image)
+    with pytest.raises(AnnotationError, match="no PNG"):
+        read_mask(tmp_path / "a.png", downsample=1)
+    with pytest.raises(SlideError, match="no mask"):
+        tissue.read_mask(str(tmp_path / "a.png"), ArraySlide(np.zeros((300, 300, 3), np.uint8)))
+    with pytest.raises(StainError, match="not an image"):
+        fit("macenko", np.zeros((9, 9, 3), np.uint8), tmp_path / "a.png")
+
+
 def test_permissions_are_those_of_any_file_and_threads_leave_the_umask_alone(tmp_path: Path) -> None:
     earlier = os.umask(0o027)
     try:
@@ -41,11 +69,8 @@ def test_permissions_are_those_of_any_file_and_threads_leave_the_umask_alone(tmp
                 with replacing(tmp_path / str(name), sync=False) as file:
                     file.write(b"x")
 
-        threads = [threading.Thread(target=write, args=(name,)) for name in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, range(4)))
         assert os.umask(0o027) == 0o027
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
     finally:

@@ -28,7 +28,7 @@ from wsi.train.bags import find_bags, read_bag
 from wsi.units import Mpp
 
 _IMAGES = (".tif", ".tiff", ".png")
-_TEXTS = (".json", ".csv", ".geojson", ".geojson.gz", ".qpproj", ".groovy", ".log", ".txt", ".html")
+_TEXTS = (".json", ".csv", ".parquet", ".geojson", ".geojson.gz", ".qpproj", ".groovy", ".log", ".txt", ".html")
 #: Of a text that is looked through for names.
 _MOST_TEXT = 64 << 20
 #: Annotation formats that count in a size that nobody gave are looked through with this one.
@@ -87,8 +87,8 @@ def check(path: Path) -> Found:
 def phi(path: Path) -> Iterator[tuple[str, str, str]]:
     """List what would leave the house with a slide or a folder, as (file, where, what); never the values themselves.
 
-    Of a folder: paths of slides and their names in every text file, in the names of files and folders, and what the
-    slides in it hold. Pictures are named where there are any: nobody can say what is written in them.
+    Of a folder: paths of slides and their names in every text and table, in the names of files and folders, and what
+    the slides in it hold. Pictures are named where there are any: nobody can say what is written in them.
 
     Examples
     --------
@@ -100,6 +100,8 @@ def phi(path: Path) -> Iterator[tuple[str, str, str]]:
     for file in files:
         shown = str(file.relative_to(path)) if path.is_dir() else file.name
         name = file.name.lower()
+        if any(slide_id in file.name for slide_id in ids):
+            yield shown, "file name", "name of a slide"
         if name == "zarr.json" or name.endswith(_TEXTS):
             text = _text(file)
             if re.search(r"file:/|(?:^|[\"\s,=])(?:/[^/\"\s,]+){2,}|[A-Za-z]:\\\\", text):
@@ -122,6 +124,13 @@ def _names_in(file: Path) -> list[str]:
 
 
 def _text(file: Path) -> str:
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return json.dumps(pyarrow.parquet.read_table(file).to_pydict(), default=str)
+        except (OSError, ValueError):
+            return ""
     with file.open("rb") as raw, gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw as opened:
         try:
             return opened.read(_MOST_TEXT).decode("utf-8", "replace")
@@ -137,13 +146,22 @@ def _folder(path: Path) -> Found:
     if (path / "run.json").is_file() or (path / "result.json").is_file():
         return _results(path)
     if (path / "config.json").is_file():
-        return Found(str(path), "model folder", json.loads((path / "config.json").read_text(encoding="utf-8")))
+        return _model(path)
     if scores_of_wsinfer(path):
         return _wsinfer(path)
     try:
         return _bags(path)
     except TrainError:
         return Found(str(path), "unknown", problems=["holds nothing that is known here"])
+
+
+def _model(path: Path) -> Found:
+    found = Found(str(path), "model folder")
+    try:
+        found.facts = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        found.problems.append(f"config.json is damaged ({error})")
+    return found
 
 
 def _results(path: Path) -> Found:

@@ -20,8 +20,7 @@ from wsi.errors import ModelError, StoreError
 from wsi.nn.grade import MilModel
 from wsi.nn.patch import PatchModel, pass_size
 from wsi.result import Clock, Progress, SlideResult, rounded
-from wsi.slide import open_slide
-from wsi.store import PatchStore
+from wsi.store import PatchStore, slide_of
 from wsi.tiling import stream
 
 #: How far the patches' field of view may lie from the encoder's own: scanners' "20x" lie this far apart.
@@ -101,13 +100,7 @@ def embed_slide(
         if kept:
             batches = _kept(store, missing, batch_size)
         else:
-            path, facts = slide_path or store.attributes.get("slide_path"), store.attributes.get("slide")
-            if path is None or facts is None:
-                raise StoreError(store.path, "keeps no pixels and names no slide", "Make it with wsi tile")
-            slide = open_slide(path, facts["reader"], mpp=facts["mpp"][0], decode=facts["decode"])
-            open_.enter_context(slide)
-            if list(slide.size) != facts["size"]:
-                raise StoreError(store.path, f"is of a slide of {facts['size']}, and {path} has {list(slide.size)}")
+            slide = open_.enter_context(slide_of(store, slide_path))
             runs = [store.tiles(shard) for shard in missing]
             batches = _cut(
                 open_.enter_context(closing(stream(slide, store.grid, runs, batch_size=batch_size, threads=threads)))

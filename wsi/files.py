@@ -12,7 +12,10 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @contextmanager
@@ -67,6 +70,32 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         told = f"{size / 2**20:,.0f} MiB" if size else f"more than {most_bytes / 2**20:,.0f} MiB unpacked"
         raise ValueError(f"it is {told}, and at most {most_bytes / 2**20:,.0f} are read")
     return raw
+
+
+@contextmanager
+def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open a picture for a block, in which its pixels are read.
+
+    Raises
+    ------
+    ValueError
+        It is no picture, damaged, or far larger than a picture is.
+    FileNotFoundError
+
+    Examples
+    --------
+    >>> with opened_image("mask.png") as image:  # doctest: +SKIP
+    ...     pixels = np.asarray(image)
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
+        raise ValueError(str(error)) from error
 
 
 @contextmanager

@@ -157,8 +157,6 @@ def save_overlay(
     regions: Sequence[shapely.Polygon] = (),
     tissue_outlines: Sequence[shapely.Polygon] = (),
     label: str = "score",
-    vmin: float = 0.0,
-    vmax: float = 1.0,
     long_side_px: int = 1600,
 ) -> None:
     """Write a PNG of the slide with its heatmap, outlines, a scale bar and a colour bar.
@@ -174,16 +172,12 @@ def save_overlay(
     regions, tissue_outlines : sequence of shapely.Polygon
         Level-0 pixels; drawn with a heavy and a thin line.
     label : str
-        What the colours mean.
-    vmin, vmax : float
-        Values of the first and the last colour.
+        What the colours, from 0 to 1, mean.
     long_side_px : int
         Pixels along the longer side of the slide; fewer where the slide has fewer.
 
     Raises
     ------
-    ValueError
-        ``vmin >= vmax``.
     SlideUnreadable
         The slide is damaged.
     OSError
@@ -194,8 +188,6 @@ def save_overlay(
     >>> save_overlay("overlay.png", slide, heatmap, regions=heatmap.regions(0.5, slide.bounds),   # doctest: +SKIP
     ...              label="tumour probability")
     """
-    if not vmin < vmax:
-        raise ValueError(f"vmin must be below vmax, got {vmin:g} and {vmax:g}")
     # The object interface keeps no figure alive and has no global state; matplotlib is loaded only here.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -208,7 +200,7 @@ def save_overlay(
     picture = slide.read(bounds, size, damage=[])
     colours = _colours()
     if heatmap is not None:
-        picture = _blend(picture, heatmap, bounds, colours, vmin, vmax)
+        picture = _blend(picture, heatmap, bounds, colours)
 
     # Everything is laid out in pixels, so that a thumbnail pixel is a figure pixel.
     zoom = max(1, math.ceil(_MIN_LONG_SIDE_PX / max(size)))
@@ -238,7 +230,7 @@ def save_overlay(
         )
         # Shown as it looks over white glass, not as the bare colour map.
         on_white = ListedColormap(colours[:, :3] * colours[:, 3:] + 1 - colours[:, 3:])
-        bar = figure.colorbar(ScalarMappable(Normalize(vmin, vmax), on_white), cax=bar_axes)
+        bar = figure.colorbar(ScalarMappable(Normalize(0, 1), on_white), cax=bar_axes)
         bar.set_label(label, fontsize=12)
         bar.ax.tick_params(labelsize=11, width=0.8)
         bar.outline.set(edgecolor="0.6", linewidth=0.8)
@@ -272,7 +264,7 @@ def save_overlay(
 
 
 def _colours() -> npt.NDArray[np.float64]:
-    """Colour and opacity of 256 steps from `vmin` to `vmax`, float64 (256, 4).
+    """Colour and opacity of 256 steps from 0 to 1, float64 (256, 4).
 
     Viridis: equal steps look equal, to the colour-blind and in print without colour too.
     """
@@ -284,9 +276,7 @@ def _colours() -> npt.NDArray[np.float64]:
     return colours
 
 
-def _blend(
-    picture: U8, heatmap: Heatmap, bounds: Box, colours: npt.NDArray[np.float64], vmin: float, vmax: float
-) -> U8:
+def _blend(picture: U8, heatmap: Heatmap, bounds: Box, colours: npt.NDArray[np.float64]) -> U8:
     """Lay the raster on the picture of `bounds`; a pixel takes the cell that its centre lies in."""
     raster = heatmap.raster()
     cells = []
@@ -308,7 +298,7 @@ def _blend(
     scored = ~np.isnan(values)
     bare = len(colours)  # the step of cells without a score, which changes nothing
     steps = np.full(values.shape, bare, np.intp)
-    steps[scored] = np.rint(np.clip((values[scored] - vmin) / (vmax - vmin), 0, 1) * (bare - 1))
+    steps[scored] = np.rint(np.clip(values[scored], 0, 1) * (bare - 1))
     # All that can come out, (steps, levels, channels): looked up, which is several times as fast as blending pixels.
     colours = np.vstack([colours, np.zeros(4)])[:, None]
     levels = np.arange(256.0)[:, None]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 
 from wsi.errors import ResultsError
 from wsi.grid import TileGrid
@@ -119,6 +120,20 @@ class ScoredSlide:
         tiles = self.tiles(self.store())
         return Heatmap(tiles.grid, tiles.probabilities[:, self.positive].sum(axis=1).clip(0, 1))
 
+    def regions(self, threshold: float | None = None) -> list[shapely.Polygon]:
+        """Return the areas where the positive classes reach `threshold`, default that of the run, in level-0 pixels.
+
+        Raises
+        ------
+        ResultsError
+            As ``heatmap``; or a threshold outside 0 to 1.
+        """
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ResultsError(f"threshold={threshold:g}", "is no probability", "From 0 to 1")
+        heatmap = self.heatmap()
+        at_least = float(self.numbers["threshold"]) if threshold is None else threshold
+        return heatmap.regions(at_least, self.bounds) if len(heatmap.grid) else []
+
 
 def scored_slides(folder: Path) -> dict[str, ScoredSlide]:
     """Return what is finished in a results folder, or in that of a single slide, by slide id.
@@ -130,7 +145,7 @@ def scored_slides(folder: Path) -> dict[str, ScoredSlide]:
 
     Examples
     --------
-    >>> scored_slides(Path("results"))["slide_1"].heatmap().regions(0.5, bounds)                  # doctest: +SKIP
+    >>> scored_slides(Path("results"))["slide_1"].regions(0.5)                                    # doctest: +SKIP
     """
     found = {}
     for path in sorted(folder.glob("*/result.json")) or sorted(folder.glob("result.json")):

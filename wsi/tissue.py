@@ -16,11 +16,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import shapely
-from PIL import Image
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 from wsi.errors import SlideError
+from wsi.files import opened_image
 from wsi.slide.base import U8, Slide
 from wsi.units import Box, Mpp
 
@@ -153,13 +153,8 @@ class TissueMask:
         )
         return np.clip(covered, 0.0, 1.0)
 
-    def outlines(self, simplify_px: float = 0.0) -> list[shapely.Polygon]:
-        """Return the outline of each piece of tissue.
-
-        Parameters
-        ----------
-        simplify_px : float
-            Tolerance in level-0 pixels (Douglas-Peucker, topology kept); 0 keeps the exact pixel edges.
+    def outlines(self) -> list[shapely.Polygon]:
+        """Return the outline of each piece of tissue, by the exact edges of mask pixels.
 
         Returns
         -------
@@ -167,8 +162,7 @@ class TissueMask:
             Level-0 pixels; valid, holes kept; largest first. Pixels that share an edge are one piece.
         """
         scale, shift = np.array(self._pixel), np.array([self.box.x, self.box.y])
-        polygons = [shapely.transform(p, lambda xy: xy * scale + shift) for p in mask_polygons(self.mask)]
-        return [p.simplify(simplify_px) for p in polygons] if simplify_px > 0 else polygons
+        return [shapely.transform(p, lambda xy: xy * scale + shift) for p in mask_polygons(self.mask)]
 
     @property
     def _pixel(self) -> tuple[float, float]:
@@ -209,9 +203,9 @@ def read_mask(path: str, slide: Slide) -> TissueMask:
         It is no image, or of another shape than the slide: more than a pixel of it, or 1 %, apart.
     """
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             mask = np.asarray(image.convert("RGB"), np.uint8).max(axis=2) > 0
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise SlideError(
             path, f"is no mask that can be read ({error})", "Give a PNG or TIFF of a few megapixels"
         ) from error

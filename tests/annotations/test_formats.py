@@ -324,6 +324,10 @@ def test_import_renames_and_tells(tmp_path: Path, wsi: Run):
     for wrong in (("--class", "x"), ("--slide", tmp_path)):
         assert wsi("import", tmp_path / "a.xml", "-o", tmp_path / "out", *wrong)[0] == 2
     assert wsi("import", tmp_path / "a.xml", tmp_path / "a.xml", "-o", tmp_path / "out")[0] == 2
+    (tmp_path / "folder.json").mkdir()
+    for name in ("none.xml", "folder.json"):
+        code, _, err = wsi("import", tmp_path / name, "-o", tmp_path / "out")
+        assert code == 2 and f"{name}: cannot be read" in err
 
 
 def test_import_counts_from_the_slides_bounds(data_dir: Path, tmp_path: Path, wsi: Run):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.archive.make import CONFIG, SABOTAGE, write_slides
+from tests.archive.make import CONFIG, SABOTAGE, at_start, write_slides
 from wsi.archive import find_slides, tile_archive
 
 
@@ -27,6 +27,4 @@ def whole(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def saboteur(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path/sitecustomize.py").write_text(SABOTAGE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    at_start(SABOTAGE, tmp_path, monkeypatch)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.slide.make import halved, section, write_pyramid
 from wsi.tile import TileConfig
 
@@ -19,7 +21,14 @@ def write_slides(folder: Path, n: int) -> list[str]:
     return sorted(map(str, folder.iterdir()))
 
 
-#: Put on the path of a worker, as sitecustomize: what a bad decoder does, told by the slide's name.
+def at_start(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every process that is started from now on run some code first."""
+    (folder / "path").mkdir()
+    (folder / "path/sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(folder / "path"))
+
+
+#: What a bad decoder does to a worker, told by the slide's name.
 SABOTAGE = """
 import os, signal, time
 

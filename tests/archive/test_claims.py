@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,14 @@ def test_one_owner_at_a_time(tmp_path: Path) -> None:
 def test_many_contenders_one_winner(tmp_path: Path) -> None:
     with Claims(tmp_path) as claims:
         for round_ in range(20):
-            took: list[Claim | None] = []
             barrier = threading.Barrier(8)
 
-            def contend(name: str, took: list[Claim | None] = took, barrier: threading.Barrier = barrier) -> None:
+            def contend(name: str, barrier: threading.Barrier = barrier) -> Claim | None:
                 barrier.wait()
-                took.append(claims.take(name))
+                return claims.take(name)
 
-            threads = [threading.Thread(target=contend, args=(f"slide {round_}",)) for _ in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(8) as pool:
+                took = list(pool.map(contend, [f"slide {round_}"] * 8))
             assert len([claim for claim in took if claim is not None and claim.holds()]) == 1
 
 

@@ -20,8 +20,9 @@ from wsi.archive.jobs import Task, failure
 
 def test_a_stem_that_can_be_no_folder_gets_another_name(tmp_path: Path) -> None:
     names = ["a.svs", "run.json.svs", ".hidden.svs", "n" * 251 + ".svs", "\u00e9" * 120 + ".svs", "x/a.svs"]
-    ids = slide_ids([SlideRef(str(tmp_path / name)) for name in names], tmp_path / "r")
-    assert len({*ids}) == len(names) and slide_ids([SlideRef(str(tmp_path / "a.svs"))], tmp_path / "r") == ["a"]
+    refs = [SlideRef("https://host/" + "u" * 300 + ".svs"), *(SlideRef(str(tmp_path / name)) for name in names)]
+    ids = slide_ids(refs, tmp_path / "r")
+    assert len({*ids}) == len(refs) and slide_ids([SlideRef(str(tmp_path / "a.svs"))], tmp_path / "r") == ["a"]
     for slide_id in ids:
         assert slide_id[0] != "." and slide_id not in ("a", "run.json") and len(os.fsencode(f"{slide_id}.999")) <= 255
 

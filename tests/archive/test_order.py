@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 
 from tests.archive.make import CONFIG
 from tests.nn.make import write_model
-from tests.slide.make import halved, section, write_jpeg_pyramid, write_pyramid
+from tests.slide.make import halved, section, spoil, write_jpeg_pyramid, write_pyramid
 from wsi import Box, EngineConfig, PatchStore, ScoreConfig, find_slides, open_slide, score_archive, tile_archive
 from wsi.archive import Event
 from wsi.errors import OutputError, WsiError
@@ -72,12 +71,7 @@ def test_damage_is_passed_over(tmp_path: Path) -> None:
     full = section(2048, 1536)
     path = write_jpeg_pyramid(tmp_path / "a.tif", [full, halved(full)], tile=64)
     whole = triage(str(path), engine, ScoreConfig())
-    raw = bytearray(path.read_bytes())
-    with tifffile.TiffFile(path) as tiff:
-        page = tiff.pages[1]
-        offset, count = page.dataoffsets[6 * 16 + 8], page.databytecounts[6 * 16 + 8]  # row 6, column 8
-    raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
-    path.write_bytes(raw)
+    spoil(path, 6 * 16 + 8, page=1)  # row 6, column 8
     assert triage(str(path), engine, ScoreConfig()) == pytest.approx(whole, abs=0.1)
 
 

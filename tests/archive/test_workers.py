@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.archive.make import CONFIG
+from tests.archive.make import CONFIG, at_start
 from tests.e2e.conftest import digest, rows
 from wsi.archive import Event, Limits, SlideRef, find_slides, run, tile_archive
 from wsi.archive.jobs import TileJob
@@ -94,11 +94,7 @@ def test_errors_of_the_job_come_back_as_they_are(slides: Path, tmp_path: Path) -
 
 
 def test_a_worker_that_cannot_start_ends_the_run(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path/sitecustomize.py").write_text(
-        "import os, sys\nif 'wsi.archive.worker' in sys.orig_argv: os._exit(9)"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    at_start("import os, sys\nif 'wsi.archive.worker' in sys.orig_argv: os._exit(9)", tmp_path, monkeypatch)
     with pytest.raises(WsiError, match="exit code 9"):
         tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG)
 
@@ -205,10 +201,8 @@ def test_a_limit_met_in_the_last_moment_does_not_fail_the_next_slide(slides: Pat
 
 
 def test_workers_that_begin_no_slide_end_the_run(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "path").mkdir()
     code = "import os, wsi.archive.jobs as jobs\njobs.Task.from_json = lambda said: os._exit(9)"
-    (tmp_path / "path/sitecustomize.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    at_start(code, tmp_path, monkeypatch)
     with pytest.raises(WsiError, match="before they begin a slide"):
         tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG)
 
@@ -237,7 +231,6 @@ def test_a_worker_of_another_configuration_ends_the_run(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that finds no GPU would compute in another precision than the first."""
-    (tmp_path / "path").mkdir()
     code = f"""
 import wsi.archive.jobs as jobs, os
 first = os.path.exists({str(tmp_path / "second")!r}) or open({str(tmp_path / "second")!r}, "w").close()
@@ -248,8 +241,7 @@ def other(self):
     return ready
 jobs.TileJob.load = other
 """
-    (tmp_path / "path/sitecustomize.py").write_text(code)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    at_start(code, tmp_path, monkeypatch)
     monkeypatch.setattr(Workers, "free", lambda self: len(self._workers) == 2 and self._workers[1].is_free)
     with pytest.raises(WsiError, match="another execution than the first"):
         tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=2)

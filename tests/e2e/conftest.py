@@ -6,7 +6,20 @@ import csv
 import hashlib
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import Run as Run
+from tests.slide.make import halved, section, write_pyramid
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small slides, each another."""
+    folder = tmp_path_factory.mktemp("archive")
+    for name, seed in (("a", 0), ("b", 1)):
+        full = section(seed=seed)
+        write_pyramid(folder / f"{name}.svs", [full, halved(full)], 0.5, svs=True)
+    return folder
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 from PIL import Image
 
 from tests.e2e.conftest import Run, digest, rows
 from tests.nn.make import write_head, write_model
-from tests.slide.make import halved, section, write_jpeg_pyramid, write_pyramid
+from tests.slide.make import halved, section, spoil, write_jpeg_pyramid, write_pyramid
 from wsi import infer, run
 from wsi.archive.folder import Tables
 from wsi.nn.patch import load_patch_model
@@ -37,15 +36,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_model(tmp_path_factory.mktemp("models") / "tiny", mpp=1.0)
     patch_model = load_patch_model(str(folder), device="cpu")
     write_head(folder / "mil", patch_model.num_features, patch_model.sha256)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("archive")
-    for name, seed in (("a", 0), ("b", 1)):
-        full = section(seed=seed)
-        write_pyramid(folder / f"{name}.svs", [full, halved(full)], 0.5, svs=True)
     return folder
 
 
@@ -103,18 +93,7 @@ class TestResults:
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path
     ) -> None:
         """Patches cut one by one, scored one by one, give the same probabilities."""
-        wsi(
-            "score",
-            slides / "a.svs",
-            "--model",
-            model,
-            "-o",
-            tmp_path / "r",
-            "--pixels",
-            "zstd",
-            "--precision",
-            "float32",
-        )
+        wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "--pixels", "zstd", "--precision", "float32")
         store = PatchStore.open(tmp_path / "r/a/store.zarr")
         patch_model = load_patch_model(str(model), device="cpu", precision="float32")
         with open_slide(slides / "a.svs") as slide:
@@ -362,6 +341,7 @@ class TestBadInput:
             ("slide,mpp\na.svs,fine\n", "line 2: mpp is 'fine'"),
             ("slide\na.svs\nz.svs\n", "line 3: there is no slide"),
             ("slide\n", "names no slides"),
+            ("slide\n" + "a" * 200_000, "is no CSV"),
             ("slide\n\u00e9".encode("utf-16").decode("latin-1"), "no column"),
         ):
             (slides / "bad.csv").write_text(text)
@@ -405,13 +385,7 @@ class TestBadInput:
         full = section(2048, 1536)
         path = write_jpeg_pyramid(tmp_path / "a.tif", [full, halved(full)], tile=64)
         whole = wsi("score", path, "-m", model, "-o", tmp_path / "whole", "-q")
-        raw = bytearray(path.read_bytes())
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages[1]
-            at = 6 * 16 + 8  # row 6, column 8
-            offset, count = page.dataoffsets[at], page.databytecounts[at]
-        raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
-        path.write_bytes(raw)
+        spoil(path, 6 * 16 + 8, page=1)  # row 6, column 8
         code, _, _ = wsi("score", path, "-m", model, "-o", tmp_path / "r", "-q", "--max-unreadable", 0.02)
         assert whole[0] == code == 0
         good, store = (PatchStore.open(tmp_path / name / "a/store.zarr") for name in ("whole", "r"))
@@ -441,13 +415,7 @@ class TestBadInput:
         full = section(2048, 1536)
         path = write_jpeg_pyramid(tmp_path / "a.tif", [full, halved(full), halved(halved(full))], tile=64)
         assert wsi("score", path, "-m", model, "-o", tmp_path / "whole", "-q")[0] == 0
-        raw = bytearray(path.read_bytes())
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages[2]
-            for at in range(10, 30):
-                offset, count = page.dataoffsets[at], page.databytecounts[at]
-                raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
-        path.write_bytes(raw)
+        spoil(path, *range(10, 30), page=2)
         assert wsi("score", path, "-m", model, "-o", tmp_path / "r", "-q")[0] == 0
         good, found = (json.loads((tmp_path / name / "a/result.json").read_text()) for name in ("whole", "r"))
         assert found["n_unreadable"] == 0 and abs(found["n_tiles"] - good["n_tiles"]) <= 3
@@ -456,25 +424,14 @@ class TestBadInput:
     def test_lost_tissue_is_counted_where_nothing_else_shows_it(self, wsi: Run, model: Path, tmp_path: Path) -> None:
         """One level, a quarter of it damaged: that may have been tissue, and is not glass."""
         path = write_jpeg_pyramid(tmp_path / "a.tif", [section(1024, 768)], tile=64, mpp=1.0)
-        raw = bytearray(path.read_bytes())
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages.first
-            for row in range(3, 9):
-                for column in range(4, 12):
-                    offset, count = page.dataoffsets[row * 16 + column], page.databytecounts[row * 16 + column]
-                    raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
-        path.write_bytes(raw)
+        spoil(path, *(row * 16 + column for row in range(3, 9) for column in range(4, 12)))
         code, _, stderr = wsi("score", path, "-m", model, "-o", tmp_path / "r", "-q")
         assert code == 2 and "of its tissue cannot be decoded" in stderr
 
     def test_damage_without_tissue(self, wsi: Run, model: Path, tmp_path: Path) -> None:
         blank = np.clip(np.random.default_rng(0).normal(243, 2, (768, 1024, 3)), 0, 255).astype(np.uint8)
         path = write_jpeg_pyramid(tmp_path / "a.tif", [blank], tile=64, mpp=1.0)
-        raw = bytearray(path.read_bytes())
-        with tifffile.TiffFile(path) as tiff:
-            offset, count = tiff.pages.first.dataoffsets[50], tiff.pages.first.databytecounts[50]
-        raw[offset + count // 2 : offset + count] = bytes(count - count // 2)
-        path.write_bytes(raw)
+        spoil(path, 50)
         common = ("score", path, "-m", model, "-q", "--min-tissue", 0)
         assert wsi(*common, "-o", tmp_path / "r")[0] == 2
         assert wsi(*common, "-o", tmp_path / "s", "--max-unreadable", 1)[0] == 0

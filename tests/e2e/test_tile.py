@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 
 import dask.array as da
@@ -17,15 +15,6 @@ from tests.slide.make import halved, section, tiff_slide, write_jpeg_pyramid, wr
 from wsi.archive import jobs
 from wsi.slide import open_slide
 from wsi.store import PatchStore
-
-
-@pytest.fixture(scope="session")
-def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("archive")
-    for name, seed in (("a", 0), ("b", 1)):
-        full = section(seed=seed)
-        write_pyramid(folder / f"{name}.svs", [full, halved(full)], 0.5, svs=True)
-    return folder
 
 
 @pytest.fixture
@@ -97,28 +86,6 @@ def test_after_an_interruption_only_what_is_missing_is_made(
     monkeypatch.setattr(PatchStore, "keep", lambda self, shard, chunks: kept.append(shard) or keep(self, shard, chunks))
     assert wsi(*arguments, tmp_path / "r")[0] == 0
     assert kept == list(range(7)) and digest(tmp_path / "r") == digest(tmp_path / "whole")
-
-
-def test_a_full_disk_loses_nothing(wsi: Run, slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("tile", slides / "b.svs", "--mpp", 0.5, "--tile", 32, "--stride", 20, "--min-tissue", 0, "-q", "-o")
-    assert wsi(*arguments, tmp_path / "whole")[0] == 0
-    replace, count = Path.replace, 0
-
-    def full(source: Path, target: Path) -> Path:
-        nonlocal count
-        count += "/pixels/c/" in str(target)
-        if count > 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-        return replace(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", full)
-        code, _, stderr = wsi(*arguments, tmp_path / "r")
-    assert code == 2 and "No space left" in stderr and len(stderr.splitlines()) == 1
-    kept = digest(tmp_path / "r")
-    assert kept.items() < digest(tmp_path / "whole").items() and "b/store.zarr/pixels/c/1/0/0/0" in kept
-    assert wsi(*arguments, tmp_path / "r")[0] == 0
-    assert digest(tmp_path / "r") == digest(tmp_path / "whole")
 
 
 def test_one_bad_slide_does_not_end_the_run(wsi: Run, slides: Path, tmp_path: Path) -> None:

@@ -236,8 +236,14 @@ def run(archive: Path, **changes) -> object:
     return evaluate_camelyon16(results, arguments.pop("annotations", archive / "xml"), **arguments)
 
 
-def test_a_missing_detection_file_is_an_error(archive: Path):
+def test_a_detection_file_that_is_missing_or_no_csv_is_an_error(archive: Path):
     run(archive)
+    sound = (archive / "out/detections/a.csv").read_bytes()
+    for damaged in (b"0.5,1,2\n0.5,1,\xe9\n", b"1" * 200_000, b"0.5,1\n", b"0.5,1,2\n,,\n"):
+        (archive / "out/detections/a.csv").write_bytes(damaged)
+        with pytest.raises(EvaluationError, match=r"a\.csv"):
+            run(archive, results=archive / "out/detections", out=archive / "two")
+    (archive / "out/detections/a.csv").write_bytes(sound)
     (archive / "out/detections/b.csv").unlink()
     with pytest.raises(EvaluationError, match=r"1 slides of the reference, b for one.*empty file"):
         run(archive, results=archive / "out/detections", out=archive / "two")
@@ -289,6 +295,7 @@ def test_a_reference_that_disagrees_is_an_error(archive: Path):
         (text.replace("a,Tumor", "a,Normal"), "is normal in the reference"),
         (text.replace("a,Tumor", "a,tumour"), "'tumour' of a slide"),
         (text + "a,Tumor,IDC,Macro\n", "twice"),
+        (text + "A.tif,Tumor,IDC,Macro\n", "'A.tif' twice"),
         (text + "e,Normal,IDC,None\n", "e for one"),
         (text + "e,Normal\n", "2 cells"),
         ("", "no rows"),

@@ -93,6 +93,7 @@ def test_constant_stages_are_undefined_with_a_reason(tmp_path: Path):
         ("patient,stage\npatient_001.zip,pN0\n", "says nothing of 1 patients, patient_000.zip"),
         ("patient,stage\npatient_000.zip,pn0\n", "'pn0'"),
         ("patient,stage\npatient_000.zip,pN0\npatient_000.zip,pN1\n", "twice"),
+        ("patient,stage\npatient_000.zip,pN0\nPatient_000.zip,pN1\n", "twice"),
         ("name,stage\npatient_000.zip,pN0\n", "Columns"),
         ("patient,stage\npatient_000.zip\n", "1 cells"),
         ("patient,stage\n", "no rows"),

@@ -99,6 +99,8 @@ def test_answers_that_are_none_and_folders_that_cannot_be_written(tmp_path: Path
             read_about(tmp_path / "a.json")
     with pytest.raises(EvaluationError, match="no such file"):
         read_about(tmp_path / "none.json")
+    with pytest.raises(EvaluationError):
+        read_about(tmp_path)
     (tmp_path / "a.json").write_text('{"funding": "none"}')
     assert read_about(tmp_path / "a.json") == {"funding": "none"} and read_about(None) == {}
     with pytest.raises(OutputError):

@@ -49,6 +49,12 @@ def test_areas_that_are_known(tmp_path: Path):
     assert strict.tables["slides"][0]["iou"] == 24 / 39, "a higher threshold takes one tile away"
 
 
+@pytest.mark.parametrize("threshold", [float("nan"), 1.5])
+def test_a_threshold_that_is_no_probability_is_refused(tmp_path: Path, threshold: float):
+    with pytest.raises(ResultsError, match="no probability"):
+        evaluate_segmentation(archive(tmp_path), tmp_path, config=SegmentationConfig(threshold=threshold))
+
+
 def test_masks_and_outlines_of_qupath_count_from_other_corners(tmp_path: Path):
     results = archive(tmp_path, origin=(512, 256))
     mask = np.zeros((16 * 256, 24 * 256), np.uint8)

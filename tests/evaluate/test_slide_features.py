@@ -129,6 +129,7 @@ def test_training_from_results(tmp_path: Path):
     assert json.loads((tmp_path / "ours/config.json").read_text())["facts"]["cross_validated_auroc"]["value"] == 1
     for text, message in (
         (ours + "slide_99,1\n", "slide_99"),
+        (ours + "Slide_01.tif,0\n", "twice"),
         (ours.replace(",1", ",0"), "both classes"),
         (ours.replace(",1", ",yes"), "'yes'"),
         (official.replace("Tumor", "tumour"), "'tumour'"),

@@ -152,6 +152,12 @@ def test_numbers_of_many_kinds_are_divided_into_ranges_apart(numbers: list[float
         assert low <= number <= high
 
 
+@pytest.mark.parametrize("wrong", [{"specificity": 1.5}, {"specificity": float("nan")}, {"threshold": float("nan")}])
+def test_thresholds_that_are_none_are_refused(wrong: dict[str, float]):
+    with pytest.raises(EvaluationError, match="is no"):
+        TableConfig(**wrong)
+
+
 def test_one_class_is_undefined_and_still_reported(tmp_path: Path):
     (tmp_path / "all.csv").write_text("id,label,score\na,1,0.2\nb,1,0.7\n")
     cases, _ = read_cases(tmp_path / "all.csv", tmp_path / "all.csv", QUICK)
@@ -204,3 +210,5 @@ def test_cases_without_predictions_and_other_cases_are_errors(made: Path):
         evaluate_table("slides", cases, config=QUICK, other=half)
     with pytest.raises(EvaluationError, match="no such file"):
         read_cases(made / "one.csv", made / "none.csv", QUICK)
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        read_cases(made / "one.csv", made, QUICK)

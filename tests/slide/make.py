@@ -73,6 +73,17 @@ def write_jpeg_pyramid(
     return path
 
 
+def spoil(path: Path, *tiles: int, page: int = 0, whole: bool = False) -> None:
+    """Damage stored tiles, which are numbered row by row: zeros in place of their second half, or of all they hold."""
+    raw = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        for tile in tiles:
+            offset, count = tiff.pages[page].dataoffsets[tile], tiff.pages[page].databytecounts[tile]
+            start = 0 if whole else count // 2
+            raw[offset + start : offset + count] = bytes(count - start)
+    path.write_bytes(raw)
+
+
 def tiff_slide(path: str | os.PathLike[str], mpp: float = 0.5) -> TiffReader:
     """Open a slide with our own TIFF reader, whatever resolution it says."""
     return TiffReader(os.fspath(path), GivenMpp(mpp, "user"))

@@ -11,13 +11,12 @@ import fsspec
 import numpy as np
 import openslide
 import pytest
-import tifffile
 import tiffslide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.slide.make import halved, picture, write_pyramid
+from tests.slide.make import halved, picture, spoil, write_pyramid
 from wsi.errors import MppError, SlideError, SlideNotFound, SlideUnreadable
 from wsi.slide import Slide, base, open_slide
 from wsi.tissue import find_tissue
@@ -176,11 +175,7 @@ class TestBadInput:
         write_pyramid(path, pixels[:1])
         with openslide.OpenSlide(path) as reference:
             good = np.asarray(reference.read_region((0, 0), 0, (64, 64)))[..., :3]
-        with tifffile.TiffFile(path) as tiff:
-            offset, length = tiff.pages.first.dataoffsets[40], tiff.pages.first.databytecounts[40]
-        raw = bytearray(path.read_bytes())
-        raw[offset : offset + length] = bytes(length)
-        path.write_bytes(raw)
+        spoil(path, 40, whole=True)
         with open_slide(path, "openslide") as slide:
             with pytest.raises(SlideUnreadable, match="damaged at level 0"):
                 slide.read(Box(0, 0, *slide.size), slide.size)

@@ -13,7 +13,7 @@ import simplejpeg
 import tifffile
 from PIL import Image, ImageOps
 
-from tests.slide.make import halved, picture, write_jpeg_pyramid, write_pyramid
+from tests.slide.make import halved, picture, spoil, write_jpeg_pyramid, write_pyramid
 from wsi.errors import SlideUnreadable, UnknownFormat
 from wsi.slide import open_slide
 from wsi.slide.source import Source
@@ -256,12 +256,7 @@ class TestDamage:
     def test_pictures_of_whole_slides_say_where_they_are_damaged(self, tmp_path: Path, reader: str) -> None:
         path, full = tmp_path / "a.tif", picture(1024, 512)
         write_pyramid(path, [full], tile=128)
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages.first
-            offset, count = page.dataoffsets[11], page.databytecounts[11]  # column 3, row 1
-        raw = bytearray(path.read_bytes())
-        raw[offset : offset + count] = bytes(count)
-        path.write_bytes(raw)
+        spoil(path, 11, whole=True)  # column 3, row 1
         with open_slide(path, reader) as slide:
             damage: list[Box] = []
             got = slide.read(Box(0, 0, 1024, 512), (1024, 512), damage=damage)

@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 import random
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +135,8 @@ def test_many_threads_read_the_same(store: PatchStore) -> None:
             if not np.array_equal(store.read(rows), everything[rows]):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
     assert not wrong
 
 

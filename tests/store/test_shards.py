@@ -6,7 +6,7 @@ import errno
 import gc
 import os
 import tempfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -180,11 +180,8 @@ def test_files_are_few_and_no_thread_loses_its_own(tmp_path: Path, monkeypatch: 
                 if bytes(chunk or b"") != b"%d %d" % divmod(row := rows[i], per_shard)
             )
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
     gc.collect()
     assert not wrong and len(opened) > 256 and len(opened) - len(closed) <= 256
     shards._open.cache_clear()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.annotations.base import Annotation, Frame
 from wsi.errors import AnnotationError
+from wsi.files import opened_image
 from wsi.tissue import mask_polygons
 
 U8 = npt.NDArray[np.uint8]
@@ -95,7 +98,7 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
 def _levels(path: Path) -> dict[int, tuple[int, int]]:
     """Width and height of each level by how many pixels of the first one of its pixels stands for."""
     if path.suffix.lower() == ".png":
-        with _opened_png(path) as image:
+        with _png(path) as image:
             return {1: image.size}
     try:
         with tifffile.TiffFile(path) as tiff:
@@ -117,7 +120,7 @@ def _levels(path: Path) -> dict[int, tuple[int, int]]:
 def _pixels(path: Path, size: tuple[int, int]) -> U8:
     """Return the level of that size, uint8 (h, w)."""
     if path.suffix.lower() == ".png":
-        with _opened_png(path) as image:
+        with _png(path) as image:
             values = np.asarray(image)
     else:
         try:
@@ -133,10 +136,10 @@ def _pixels(path: Path, size: tuple[int, int]) -> U8:
     return values if values.ndim == 2 else np.ascontiguousarray(values[..., 0])
 
 
-def _opened_png(path: Path) -> Image.Image:
+@contextmanager
+def _png(path: Path) -> Iterator[Image.Image]:
     try:
-        return Image.open(path)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+        with opened_image(path) as image:
+            yield image
+    except ValueError as error:
         raise AnnotationError(path, f"is no PNG that can be read ({error})", "Save it as a TIFF pyramid") from error

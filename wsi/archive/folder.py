@@ -59,9 +59,9 @@ def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
     count = Counter(stem.lower() for stem in stems)
     ids = []
     for ref, stem in zip(refs, stems, strict=True):
-        earlier = _earlier(folder / stem)
-        own = earlier is not None and earlier.get("slide") == absolute(ref.path)
         odd = stem in _OUR_FILES or stem[0] == "." or len(os.fsencode(stem)) > _MAX_STEM
+        earlier = None if odd else _earlier(folder / stem)
+        own = earlier is not None and earlier.get("slide") == absolute(ref.path)
         if odd or (not own and (earlier is not None or count[stem.lower()] > 1)):
             place = hashlib.sha256(os.fsencode(absolute(ref.path))).hexdigest()[:8]
             stem = f"{stem.lstrip('.')[: _MAX_STEM // 4]}-{place}"
@@ -240,19 +240,11 @@ class Tables:
         self._took = self._written - now
 
     def _all_columns(self, rows: Sequence[Row]) -> list[str]:
-        named = [
-            "slide_id",
-            "slide",
-            "status",
-            *(name for name in ("label", "patient") if any(name in row for row in rows)),
-        ]
+        found = dict.fromkeys(key for row in rows for key in row)  # in their order
+        named = ["slide_id", "slide", "status", *(name for name in ("label", "patient") if name in found)]
         for name in self._columns:
-            named += (
-                sorted({key for row in rows for key in row if key.startswith("prob_")})
-                if name == "probabilities"
-                else [name]
-            )
-        return named + list(dict.fromkeys(key for row in rows for key in row if key.startswith("seconds_")))
+            named += sorted(key for key in found if key.startswith("prob_")) if name == "probabilities" else [name]
+        return [*named, *(key for key in found if key.startswith("seconds_"))]
 
 
 def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:

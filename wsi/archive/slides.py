@@ -16,7 +16,6 @@ from wsi.slide import absolute, is_url
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".dicom")
 _DICOM = (".dcm", ".dicom")
 
-
 #: Columns of a manifest; it may have others.
 COLUMNS = ("slide", "mpp", "mask", "label", "patient")
 
@@ -131,11 +130,12 @@ def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
             reader.fieldnames = names
             if "slide" not in names:
                 has = ", ".join(names) or "none"
-                raise ManifestError(path, f"has no column 'slide' (it has {has})", f"Columns: {_columns()}")
+                remedy = f"Columns: {COLUMNS[0]}[,{','.join(COLUMNS[1:])}]"
+                raise ManifestError(path, f"has no column 'slide' (it has {has})", remedy)
             for row in reader:
                 refs.append(_in_row(f"{path}, line {reader.line_num}", path.parent, row, mpp))
-    except UnicodeDecodeError as error:
-        raise ManifestError(path, f"is not UTF-8 text ({error.reason})", "Save it as CSV in UTF-8") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(path, f"is no CSV in UTF-8 ({error})", "Save it as CSV in UTF-8") from error
     if not refs:
         raise ManifestError(path, "names no slides", "One row a slide below the header")
     return refs
@@ -159,7 +159,3 @@ def _in_row(where: str, folder: Path, row: dict[str, str | None], mpp: float | N
         if name and not is_url(name) and not Path(paths[kind]).exists():
             raise ManifestError(where, f"there is no {kind} {paths[kind]}", "Paths are relative to the manifest")
     return SlideRef(paths["slide"], *own, mask=paths["mask"] or None, label=said["label"], patient=said["patient"])
-
-
-def _columns() -> str:
-    return f"{COLUMNS[0]}[,{','.join(COLUMNS[1:])}]"

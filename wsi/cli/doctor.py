@@ -26,19 +26,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
     facts: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
     problems = []
-    for name in (
-        "wsi",
-        "numpy",
-        "openslide-python",
-        "openslide-bin",
-        "tiffslide",
-        "simplejpeg",
-        "zarr",
-        "dask",
-        "shapely",
-        "torch",
-        "timm",
-    ):
+    needed = "wsi numpy openslide-python openslide-bin tiffslide simplejpeg zarr dask shapely torch timm"
+    for name in needed.split():
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -49,7 +49,10 @@ def import_annotations(
         if belongs is not None:
             with open_slide(str(belongs), mpp=mpp) as opened:
                 frame, bounds = Frame.of(opened), opened.bounds
-        found = read_annotations(file, frame=frame)
+        try:
+            found = read_annotations(file, frame=frame)
+        except OSError as error:
+            raise AnnotationError(file, f"cannot be read ({error.strerror})", "Check the path") from error
         target = out / f"{stem}.geojson"
         try:
             out.mkdir(parents=True, exist_ok=True)

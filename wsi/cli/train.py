@@ -22,11 +22,6 @@ train = typer.Typer(
 )
 
 
-@train.callback()
-def _train() -> None:
-    """Train models from your own slides. Research use only."""
-
-
 @train.command()
 def mil(
     bags: Annotated[list[Path], typer.Argument(help="Results of wsi score, or CLAM or TRIDENT feature folders.")],

@@ -10,6 +10,7 @@
     camelyon16         lesion FROC and slide AUROC
     camelyon17         lesion size to slide label to patient stage; quadratic kappa
     cases              CSVs with labels and scores, joined
+    subgroups          some of the cases beside all of them
     tables             any labels in a CSV: classification, grades, calibration, subgroups, comparison of two runs
     segmentation       overlap of regions
     report             report.json, CSVs, plots, one HTML page

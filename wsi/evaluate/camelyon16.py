@@ -16,13 +16,12 @@ from wsi.evaluate import plots
 from wsi.evaluate.camelyon16_groups import subgroups
 from wsi.evaluate.camelyon16_slides import Camelyon16Config, Case, exclusions_of, read_slides
 from wsi.evaluate.cases import Cohort
-from wsi.evaluate.detect import F64
 from wsi.evaluate.inputs import is_image, lesion_mask
 from wsi.evaluate.report import Report, data_hash, leaderboard
 from wsi.evaluate.slide_features import Forest, slide_features
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.compare import auroc_difference
-from wsi.metrics.estimate import Estimate
+from wsi.metrics.estimate import F64, Estimate
 from wsi.metrics.froc import OFFICIAL_DOWNSAMPLE, OFFICIAL_MPP, PER_SLIDE, SlideHits, find_lesions, froc, match
 from wsi.metrics.roc import auprc, auroc
 

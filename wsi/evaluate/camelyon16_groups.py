@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from wsi.evaluate.camelyon16_slides import Camelyon16Config
 from wsi.evaluate.cases import Cohort
-from wsi.evaluate.tables import MIN_EVENTS
-from wsi.metrics.bootstrap import bootstrap
+from wsi.evaluate.subgroups import beside_all
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.froc import SlideHits, froc_statistic
 from wsi.metrics.roc import auroc
-
-Statistic = Callable[[npt.NDArray[np.intp]], float | None]
 
 
 def subgroups(
@@ -45,23 +41,7 @@ def subgroups(
     score = froc_statistic([hits[slide_id] for slide_id in for_froc], fp=config.fp)
     ids = list(truth)
     y, p = np.array([truth[slide_id] for slide_id in ids], bool), np.array([scores[slide_id] for slide_id in ids])
-    patients = {False: [cohort.patients[i] for i in for_froc], True: [cohort.patients[i] for i in ids]}
-
-    def drawn(statistic: Statistic, member: npt.NDArray[np.bool_], *, slides: bool) -> tuple[Estimate, Estimate]:
-        """The statistic of some slides, and how far it is from that of all."""
-
-        def gap(rows: npt.NDArray[np.intp]) -> float | None:
-            some, all_ = statistic(rows[member[rows]]), statistic(rows)
-            return None if some is None or all_ is None else some - all_
-
-        of, own = patients[slides], np.flatnonzero(member)
-        strata = y.astype(int).tolist() if slides else [0] * len(of)
-        alone = bootstrap(
-            lambda rows: statistic(own[rows]), [of[i] for i in own], strata=[strata[i] for i in own],
-            n_draws=config.n_bootstrap, seed=config.seed,
-        )  # fmt: skip
-        return alone, bootstrap(gap, of, strata=strata, n_draws=config.n_bootstrap, seed=config.seed)
-
+    draws: dict[str, Any] = {"n_draws": config.n_bootstrap, "seed": config.seed}
     rows, forest = [], {}
     for column, values in cohort.groups.items():
         for value in sorted({values[slide_id] for slide_id in ids}):
@@ -69,12 +49,13 @@ def subgroups(
             of_slides = np.array([values[slide_id] == value for slide_id in ids], bool)
             n_lesions = int(lesions[of_lesions].sum())
             events = int(min(y[of_slides].sum(), (~y[of_slides]).sum()))
-            found = (Estimate.undefined(f"fewer than {MIN_EVENTS} lesions", int(of_lesions.sum())),) * 2
-            if n_lesions >= MIN_EVENTS:
-                found = drawn(score, of_lesions, slides=False)
-            areas = (Estimate.undefined(f"fewer than {MIN_EVENTS} slides of a class", int(of_slides.sum())),) * 2
-            if events >= MIN_EVENTS:
-                areas = drawn(lambda r: auroc(y[r], p[r]).value, of_slides, slides=True)
+            found = beside_all(
+                score, of_lesions, [cohort.patients[i] for i in for_froc], events=n_lesions, what="lesions", **draws
+            )
+            areas = beside_all(
+                lambda r: auroc(y[r], p[r]).value, of_slides, [cohort.patients[i] for i in ids],
+                events=events, what="slides of a class", strata=y.astype(int).tolist(), **draws,
+            )  # fmt: skip
             forest[f"{column} {value}"] = replace(found[0], n=int(of_lesions.sum()))
             row: dict[str, Any] = {"column": column, "value": value, "slides": int(of_slides.sum())}
             row |= {"tumour_slides": int(y[of_slides].sum()), "lesions": n_lesions}

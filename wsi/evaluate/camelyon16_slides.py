@@ -10,9 +10,10 @@ import numpy as np
 
 from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
-from wsi.evaluate.detect import F64, DetectConfig, detect, write_detections
-from wsi.evaluate.inputs import annotation_of, read_detections, read_rows, unique
+from wsi.evaluate.detect import DetectConfig, detect, write_detections
+from wsi.evaluate.inputs import annotation_of, read_detections, read_rows, slide_name, unique
 from wsi.evaluate.report import packaged_rows
+from wsi.metrics.estimate import F64
 from wsi.scored import ScoredSlide, scored_slides
 
 
@@ -96,7 +97,7 @@ def read_slides(
     labels: dict[str, dict[str, str]] = {}
     if reference is not None:
         rows = read_rows(reference, header=("slide", "label", "type", "size"))
-        labels = {name.removesuffix(".tif").lower(): row for name, row in unique(rows, "slide", reference).items()}
+        labels = unique(rows, "slide", reference, slide_name)
         wrong = sorted({row["label"] for row in labels.values()} - {"Tumor", "Normal"})
         if wrong:
             raise EvaluationError(

@@ -20,7 +20,7 @@ from wsi.metrics.estimate import Estimate
 from wsi.metrics.kappa import NODE_STAGES, PN_STAGES, confusion, node_stage, patient_stage, quadratic_kappa
 from wsi.metrics.roc import proportion
 from wsi.scored import ScoredSlide, scored_slides
-from wsi.units import Box, Mpp
+from wsi.units import Mpp
 
 _NODE = re.compile(r"(patient_\w+?)_node_(\w+)", re.IGNORECASE)
 
@@ -77,7 +77,7 @@ def evaluate_camelyon17(
     def kappa(names: list[str], stages: tuple[str, ...]) -> tuple[Estimate, Any]:
         a, b = (np.array([stages.index(of[name]) for name in names], np.intp) for of in (truth, found))
         value = quadratic_kappa(a, b, len(stages))
-        if value.value is not None and n_bootstrap:
+        if value.value is not None:
             value = bootstrap(
                 lambda rows: quadratic_kappa(a[rows], b[rows], len(stages)).value,
                 [patient_of(name) for name in names], n_draws=n_bootstrap, seed=seed,
@@ -146,11 +146,11 @@ def _read_stages(path: Path) -> dict[str, str]:
     if not {"patient", "stage"} <= set(rows[0]):
         raise EvaluationError(path, f"has the columns {', '.join(rows[0])}", "Columns: patient,stage")
     stages = {}
-    for name, row in unique(rows, "patient", path).items():
-        known = PN_STAGES if name.lower().endswith(".zip") else NODE_STAGES
+    for name, row in unique(rows, "patient", path, str.lower).items():
+        known = PN_STAGES if name.endswith(".zip") else NODE_STAGES
         if row["stage"] not in known:
             raise EvaluationError(path, f"{name} has the stage {row['stage']!r}", f"Known: {', '.join(known)}")
-        stages[name.lower()] = row["stage"]
+        stages[name] = row["stage"]
     return stages
 
 
@@ -193,9 +193,8 @@ def _largest_mm(slide: ScoredSlide, threshold: float | None) -> float:
                 slide.folder, numbers["reasons"].get("positive_mm2", "has no regions"), "Score it again"
             )
         return float(numbers["largest_region_um"] or 0) / 1000
-    heatmap = slide.heatmap()
-    regions = heatmap.regions(threshold, Box(*numbers["bounds_px"])) if len(heatmap.grid) else []
-    return max((major_axis_um(region, Mpp(slide.mpp, slide.mpp)) for region in regions), default=0.0) / 1000
+    mpp = Mpp(slide.mpp, slide.mpp)
+    return max((major_axis_um(region, mpp) for region in slide.regions(threshold)), default=0.0) / 1000
 
 
 def _write_submission(out: Path, stages: dict[str, str]) -> None:

@@ -70,6 +70,11 @@ class TableConfig:
     gleason : bool
         Labels are Gleason scores, and become ISUP grades.
     n_bootstrap, seed : int
+
+    Raises
+    ------
+    EvaluationError
+        A specificity outside 0 to 1, a threshold that is not finite.
     """
 
     label: str = "label"
@@ -83,6 +88,12 @@ class TableConfig:
     gleason: bool = False
     n_bootstrap: int = 2000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.specificity <= 1:
+            raise EvaluationError(f"specificity={self.specificity:g}", "is no share", "From 0 to 1")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise EvaluationError(f"threshold={self.threshold:g}", "is no score")
 
 
 def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Cases, list[str]]:

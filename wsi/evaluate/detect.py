@@ -12,8 +12,7 @@ from scipy import ndimage
 from wsi.errors import EvaluationError
 from wsi.files import replacing
 from wsi.heatmap import Heatmap
-
-F64 = npt.NDArray[np.float64]
+from wsi.metrics.estimate import F64
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,7 @@ import numpy.typing as npt
 from wsi.annotations import READERS, lesion_area, rasterize, read_annotations, read_mask
 from wsi.annotations.areas import ROLES, Role
 from wsi.errors import AnnotationError, EvaluationError
-
-F64 = npt.NDArray[np.float64]
+from wsi.metrics.estimate import F64
 
 
 def read_detections(path: Path) -> F64:
@@ -31,20 +30,17 @@ def read_detections(path: Path) -> F64:
     array([[9.375e-01, 4.800e+04, 9.120e+03]])
     """
     rows = []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if not row or (number == 1 and not _is_number(row[0])):  # the format has no header, and many write one
-                continue
-            where = f"{path}, line {number}"
-            try:
-                p, x, y = (float(cell) for cell in row)
-            except ValueError:
-                raise EvaluationError(where, f"is not confidence,x,y: {','.join(row)!r}") from None
-            if not (0 <= p <= 1 and math.isfinite(x) and math.isfinite(y)):
-                raise EvaluationError(
-                    where, f"holds a confidence outside 0 to 1, or no finite number: {','.join(row)!r}"
-                )
-            rows.append((p, x, y))
+    for number, row in _lines(path):
+        if number == 1 and not _is_number(row[0]):  # the format has no header, and many write one
+            continue
+        where = f"{path}, line {number}"
+        try:
+            p, x, y = (float(cell) for cell in row)
+        except ValueError:
+            raise EvaluationError(where, f"is not confidence,x,y: {','.join(row)!r}") from None
+        if not (0 <= p <= 1 and math.isfinite(x) and math.isfinite(y)):
+            raise EvaluationError(where, f"holds a confidence outside 0 to 1, or no finite number: {','.join(row)!r}")
+        rows.append((p, x, y))
     return np.array(rows, np.float64).reshape(-1, 3)
 
 
@@ -69,24 +65,45 @@ def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[s
     >>> read_rows(Path("labels.csv"))[0]                                                          # doctest: +SKIP
     {'slide_id': 'a', 'label': '1'}
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
-    except FileNotFoundError:
-        raise EvaluationError(path, "there is no such file", "Check the path") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise EvaluationError(path, f"is no CSV in UTF-8 ({error})", "Save it as CSV in UTF-8") from error
-    columns = list(header) if header else (lines.pop(0) if lines else [])
+    lines = [(number, line) for number, line in _lines(path) if any(line)]
+    columns = list(header) if header else (lines.pop(0)[1] if lines else [])
     if not lines:
         raise EvaluationError(path, "holds no rows", "One row a case")
-    for number, line in enumerate(lines, 1 if header else 2):
+    for number, line in lines:
         if len(line) != len(columns):
             raise EvaluationError(f"{path}, row {number}", f"has {len(line)} cells, the header {len(columns)}")
-    return [dict(zip(columns, line, strict=True)) for line in lines]
+    return [dict(zip(columns, line, strict=True)) for _, line in lines]
 
 
-def unique(rows: Sequence[dict[str, str]], column: str, where: Path) -> dict[str, dict[str, str]]:
-    """Return rows by a column in which nothing may stand twice.
+def _lines(path: Path) -> list[tuple[int, list[str]]]:
+    """Cells of the lines that are not empty, each with its number from 1."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    except FileNotFoundError:
+        raise EvaluationError(path, "there is no such file", "Check the path") from None
+    except OSError as error:  # a folder, among others
+        raise EvaluationError(path, f"cannot be read ({error.strerror})", "Give a CSV file") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise EvaluationError(path, f"is no CSV in UTF-8 ({error})", "Save it as CSV in UTF-8") from error
+    return [(number, row) for number, row in enumerate(rows, 1) if row]
+
+
+def slide_name(cell: str) -> str:
+    """Return how a reference's slide is compared with others: in lower case, without ``.tif``.
+
+    Examples
+    --------
+    >>> slide_name("Test_001.tif")
+    'test_001'
+    """
+    return cell.removesuffix(".tif").lower()
+
+
+def unique(
+    rows: Sequence[dict[str, str]], column: str, where: Path, name: Callable[[str], str] = str
+) -> dict[str, dict[str, str]]:
+    """Return rows by what `name` makes of a column, in which nothing may stand twice.
 
     Examples
     --------
@@ -95,10 +112,10 @@ def unique(rows: Sequence[dict[str, str]], column: str, where: Path) -> dict[str
     """
     found: dict[str, dict[str, str]] = {}
     for row in rows:
-        name = row[column]
-        if name in found:
-            raise EvaluationError(where, f"holds {name!r} twice", "Keep one row a case")
-        found[name] = row
+        key = name(row[column])
+        if key in found:
+            raise EvaluationError(where, f"holds {row[column]!r} twice", "Keep one row a case")
+        found[key] = row
     return found
 
 

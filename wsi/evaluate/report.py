@@ -208,7 +208,7 @@ def read_about(path: Path | None) -> dict[str, str]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EvaluationError(path, "there is no such file", "Check the path") from None
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(path, f"is no JSON ({error})", "Give an object of strings") from error
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise EvaluationError(path, "is no JSON object of strings", f"Keys: {', '.join(REPORTING_ITEMS)}")

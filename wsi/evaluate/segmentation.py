@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from wsi.evaluate import plots
 from wsi.evaluate.cases import Cases, Cohort, read_cohort
 from wsi.evaluate.inputs import annotation_of, lesion_mask
 from wsi.evaluate.report import Report, data_hash
-from wsi.evaluate.tables import MIN_EVENTS
+from wsi.evaluate.subgroups import gap_of, subgroup_rows
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.overlap import dice, hausdorff, iou
 from wsi.scored import ScoredSlide, scored_slides
-from wsi.units import Box
 
 #: Columns of a slide's row.
 MEASURES = ("dice", "iou", "hausdorff_um", "hausdorff95_um")
@@ -89,13 +88,14 @@ def evaluate_segmentation(
     config, cohort = config or SegmentationConfig(), cohort or read_cohort(results)
     slides = scored_slides(results)
     rows, worst, warnings = _measured(slides, annotations, config)
-    every = range(len(slides))
-    over = _Over([cohort.patients[slide_id] for slide_id in slides], config)
-    results_ = {f"mean_{name}": over.mean([row[name] for row in rows], every) for name in MEASURES}
+    patients = [cohort.patients[slide_id] for slide_id in slides]
+    unit = "slides" if len(set(patients)) == len(patients) else "patients"
+    draws: dict[str, Any] = {"n_draws": config.n_bootstrap, "seed": config.seed, "unit": unit}
+    results_ = {f"mean_{name}": _mean([row[name] for row in rows], patients, draws) for name in MEASURES}
     both, either = (np.array([row[f"{name}_mm2"] for row in rows]) for name in ("common", "joint"))
     if either.sum():
-        results_["pooled_iou"] = over.draw(
-            lambda draw: float(both[draw].sum() / either[draw].sum()) if either[draw].sum() else None, every
+        results_["pooled_iou"] = bootstrap(
+            lambda draw: float(both[draw].sum() / either[draw].sum()) if either[draw].sum() else None, patients, **draws
         )
     dices = [row["dice"] for row in rows]
     if other is not None:
@@ -104,11 +104,8 @@ def evaluate_segmentation(
             raise EvaluationError(other, "holds other slides", "Compare runs on the same slides")
         theirs = _measured({slide_id: others[slide_id] for slide_id in slides}, annotations, config)[0]
         for name in ("dice", "iou"):
-            gaps = [
-                None if row[name] is None or their[name] is None else row[name] - their[name]
-                for row, their in zip(rows, theirs, strict=True)
-            ]
-            results_[f"mean_{name}_difference"] = over.mean(gaps, every)
+            gaps = [gap_of(row[name], their[name]) for row, their in zip(rows, theirs, strict=True)]
+            results_[f"mean_{name}_difference"] = _mean(gaps, patients, draws)
     tables: dict[str, list[dict[str, Any]]] = {"slides": rows}
     pictures = []
     if worst:
@@ -117,7 +114,7 @@ def evaluate_segmentation(
     if cohort.groups:
         forest = {"all": results_["mean_dice"]}
         groups = {column: [of[slide_id] for slide_id in slides] for column, of in cohort.groups.items()}
-        tables["subgroups"] = _subgroups(dices, groups, over, forest)
+        tables["subgroups"] = _subgroups(dices, groups, patients, draws, forest)
         pictures.append(plots.forest_plot(forest, "mean Dice"))
     return Report(
         "segmentation",
@@ -126,12 +123,12 @@ def evaluate_segmentation(
             "threshold": config.threshold if config.threshold is not None else "as scored",
             "pixels": f"at most {_MAX_SIDE_PX} along a slide; inside where the centre is",
             "hausdorff": "between outlines; undefined where one side has no area",
-            "bootstrap": f"{config.n_bootstrap} draws of {over.unit}, seed {config.seed}",
+            "bootstrap": f"{config.n_bootstrap} draws of {unit}, seed {config.seed}",
             **({"differences": "this run less the other, on slides where both are defined"} if other else {}),
         },
         {
             "slides": len(slides),
-            "patients": len(set(over.patients)),
+            "patients": len(set(patients)),
             "sha256": data_hash((row["slide"], row["reference_mm2"]) for row in rows),
         },
         results_,
@@ -139,7 +136,7 @@ def evaluate_segmentation(
         pictures,
         warnings=tuple(warnings),
         reporting={
-            "partition_unit": over.unit.removesuffix("s"),
+            "partition_unit": unit.removesuffix("s"),
             "reference_standard": "outlines",
             "subgroups": ", ".join(cohort.groups) or "none asked for",
         },
@@ -156,8 +153,8 @@ def _measured(
     for slide_id, slide in slides.items():
         path = paths[slide_id]
         downsample = 2 ** max(math.ceil(math.log2(max(slide.size) / _MAX_SIDE_PX)), 0)
-        shape = tuple(math.ceil(side / downsample) for side in slide.size)
-        found = _found(slide, config.threshold, (shape[0], shape[1]), downsample)
+        shape = math.ceil(slide.size[0] / downsample), math.ceil(slide.size[1] / downsample)
+        found = rasterize(shapely.MultiPolygon(slide.regions(config.threshold)), shape, downsample, at=0.5)
         truth = np.zeros_like(found)
         if path is not None:
             truth, notes = lesion_mask(
@@ -193,21 +190,9 @@ def _annotated(annotations: Path, slides: Mapping[str, ScoredSlide]) -> tuple[di
         raise EvaluationError(annotations, f"is no folder of annotations for {len(slides)} slides", "Give the folder")
     paths = {slide_id: annotation_of(annotations, slide_id) for slide_id in slides}
     bare = [slide_id for slide_id, path in paths.items() if path is None]
-    what = (
-        f"{len(bare)} slides without an annotation file are taken to hold no lesion, {bare[0]} for one" if bare else ""
-    )
-    return paths, [what] if bare else []
-
-
-def _found(
-    slide: ScoredSlide, threshold: float | None, shape: tuple[int, int], downsample: int
-) -> npt.NDArray[np.bool_]:
-    heatmap = slide.heatmap()
-    if not len(heatmap.grid):
-        return np.zeros(shape[::-1], bool)
-    at_least = float(slide.numbers["threshold"]) if threshold is None else threshold
-    regions = heatmap.regions(at_least, Box(*slide.numbers["bounds_px"]))
-    return rasterize(shapely.MultiPolygon(regions), shape, downsample, at=0.5)
+    if not bare:
+        return paths, []
+    return paths, [f"{len(bare)} slides without an annotation file are taken to hold no lesion, {bare[0]} for one"]
 
 
 def _same_shape(mask: npt.NDArray[np.bool_], like: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -218,56 +203,33 @@ def _same_shape(mask: npt.NDArray[np.bool_], like: npt.NDArray[np.bool_]) -> npt
     return out
 
 
-@dataclass(frozen=True)
-class _Over:
-    """Draws whole patients for intervals of what slides have."""
-
-    patients: Sequence[str]
-    config: SegmentationConfig
-
-    @property
-    def unit(self) -> str:
-        return "slides" if len(set(self.patients)) == len(self.patients) else "patients"
-
-    def draw(self, statistic: Callable[[npt.NDArray[np.intp]], float | None], slides: Sequence[int]) -> Estimate:
-        """A statistic of rows among `slides`."""
-        of = [self.patients[i] for i in slides]
-        return bootstrap(statistic, of, n_draws=self.config.n_bootstrap, seed=self.config.seed, unit=self.unit)
-
-    def mean(self, values: Sequence[float | None], slides: Sequence[int]) -> Estimate:
-        """The mean of what is defined."""
-        known = [i for i in slides if values[i] is not None]
-        of = np.array([values[i] for i in known], np.float64)
-        if not known:
-            return Estimate.undefined("undefined on every slide", len(slides))
-        return self.draw(lambda rows: float(of[rows].mean()), known)
+def _mean(values: Sequence[float | None], patients: Sequence[str], draws: Mapping[str, Any]) -> Estimate:
+    """The mean of what is defined, with its interval over patients."""
+    known = [i for i, value in enumerate(values) if value is not None]
+    if not known:
+        return Estimate.undefined("undefined on every slide", len(values))
+    of = np.array([values[i] for i in known], np.float64)
+    return bootstrap(lambda rows: float(of[rows].mean()), [patients[i] for i in known], **draws)
 
 
 def _subgroups(
-    dices: Sequence[float | None], groups: Mapping[str, Sequence[str]], over: _Over, forest: dict[str, Estimate]
+    dices: Sequence[float | None],
+    groups: Mapping[str, Sequence[str]],
+    patients: Sequence[str],
+    draws: Mapping[str, Any],
+    forest: dict[str, Estimate],
 ) -> list[dict[str, Any]]:
-    """A row a value of each column: how many slides have a Dice, their mean, and how far it is from that of all."""
     known = [i for i, value in enumerate(dices) if value is not None]
     of = np.array([dices[i] for i in known], np.float64)
-    table = []
-    for column, values in groups.items():
-        for value in sorted(set(values)):
-            member = np.array([values[i] == value for i in known], bool)
-            n = int(member.sum())
-            if n < MIN_EVENTS:
-                mean = gap = Estimate.undefined(f"fewer than {MIN_EVENTS} slides with an area", n)
-            else:
-                mean = over.mean(dices, [i for i, own in zip(known, member, strict=True) if own])
-                gap = over.draw(
-                    lambda rows, m=member: float(of[rows[m[rows]]].mean() - of[rows].mean()) if m[rows].any() else None,  # type: ignore[misc]
-                    known,
-                )
-            forest[f"{column} {value}"] = mean
-            table.append(
-                {"column": column, "value": value, "n": n, "metric": mean.value, "low": mean.low, "high": mean.high}
-                | {"gap": gap.value, "gap_low": gap.low, "gap_high": gap.high, "reason": mean.reason}
-            )
-    return table
+    return subgroup_rows(
+        groups,
+        lambda rows: (len(rows), "slides with an area", {}),
+        lambda rows: float(of[rows].mean()) if len(rows) else None,
+        [patients[i] for i in known],
+        forest,
+        known,
+        **draws,
+    )
 
 
 def tile_cases(

@@ -19,26 +19,23 @@ import numpy.typing as npt
 from skimage import measure
 
 from wsi.errors import EvaluationError
-from wsi.evaluate.inputs import read_rows, unique
+from wsi.evaluate.inputs import read_rows, slide_name, unique
 from wsi.files import replacing, write_csv, write_json
 from wsi.heatmap import Heatmap
-from wsi.metrics.estimate import Estimate
+from wsi.metrics.estimate import F64, Estimate
 from wsi.metrics.roc import auroc
 from wsi.scored import scored_slides
 
-F64 = npt.NDArray[np.float64]
-
 _THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 _LOCAL = (
-    "{}", "eccentricity_{}", "extend_{}", "area_bbox_{}", "major_axis_length_{}", "maxprob_{}", "minprob_{}",
+    "{}_area", "eccentricity_{}", "extend_{}", "area_bbox_{}", "major_axis_length_{}", "maxprob_{}", "minprob_{}",
     "aveprob_{}", "aspect_ratio_bbox_{}", "solidity_{}",
 )  # fmt: skip
 #: Names of the 30 features, in order.
 FEATURES = (
     *(f"ratio_cancer_tissue{round(100 * t)}" for t in _THRESHOLDS),
     *(f"ratio_sum_tissue{round(100 * t)}" for t in _THRESHOLDS),
-    *(name.format("largest") if name != "{}" else "largest_area" for name in _LOCAL),
-    *(name.format("second_largest") if name != "{}" else "second_largest_area" for name in _LOCAL),
+    *(name.format(which) for which in ("largest", "second_largest") for name in _LOCAL),
 )
 
 
@@ -337,15 +334,12 @@ def train_slide_features(
 
 def _labels(path: Path) -> dict[str, int]:
     """Slide id, lower case, to 1 or 0."""
-    first = read_rows(path)[0]
-    if {"slide_id", "label"} <= set(first):
-        rows = [(row["slide_id"], row["label"]) for row in unique(read_rows(path), "slide_id", path).values()]
-        known = {"1": 1, "0": 0}
-    else:
-        named = read_rows(path, header=tuple(f"column {i}" for i in range(len(first))))
-        rows = [(name, row.get("column 1", "")) for name, row in unique(named, "column 0", path).items()]
-        known = {"Tumor": 1, "Normal": 0}
-    wrong = [label for _, label in rows if label not in known]
+    rows, slide, label, known = read_rows(path), "slide_id", "label", {"1": 1, "0": 0}
+    if not {slide, label} <= set(rows[0]):
+        slide, label, known = "column 0", "column 1", {"Tumor": 1, "Normal": 0}
+        rows = read_rows(path, header=tuple(f"column {i}" for i in range(len(rows[0]))))
+    found = {name: row.get(label, "") for name, row in unique(rows, slide, path, slide_name).items()}
+    wrong = [each for each in found.values() if each not in known]
     if wrong:
         raise EvaluationError(path, f"labels a slide {wrong[0]!r}", f"Known: {', '.join(known)}")
-    return {name.removesuffix(".tif").lower(): known[label] for name, label in rows}
+    return {name: known[each] for name, each in found.items()}

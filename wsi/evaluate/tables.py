@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from wsi.errors import EvaluationError
 from wsi.evaluate import plots
 from wsi.evaluate.cases import Cases, TableConfig
 from wsi.evaluate.report import Plot, Report, data_hash
+from wsi.evaluate.subgroups import Statistic, gap_of, subgroup_rows
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.calibration import (
     brier,
@@ -25,11 +26,6 @@ from wsi.metrics.compare import auroc_difference, mcnemar
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.kappa import confusion, quadratic_kappa
 from wsi.metrics.roc import auprc, auroc, operating_point, proportion, threshold_at
-
-F64 = npt.NDArray[np.float64]
-
-#: Subgroups with fewer cases of either class say nothing.
-MIN_EVENTS = 10
 
 
 def evaluate_table(
@@ -103,7 +99,6 @@ def evaluate_table(
 
 
 _Parts = tuple[dict[str, Estimate], dict[str, Sequence[Mapping[str, Any]]], list[Plot], dict[str, Any]]
-Statistic = Callable[[npt.NDArray[np.intp]], float | None]
 
 
 def _drawn(cases: Cases, config: TableConfig, statistic: Statistic, *, stratify: bool = True) -> Estimate:
@@ -178,7 +173,7 @@ def _two_classes(
         difference = auroc_difference(y, p, q)
         results["auroc_difference"] = difference.estimate
         results["auroc_difference_over_patients"] = _drawn(
-            cases, config, lambda rows: _gap(auroc(y[rows], p[rows]).value, auroc(y[rows], q[rows]).value)
+            cases, config, lambda rows: gap_of(auroc(y[rows], p[rows]).value, auroc(y[rows], q[rows]).value)
         )
         threshold = points.get("given", points.get(f"validation_{config.specificity:g}"))
         row: dict[str, Any] = {"test": "DeLong, AUROC", "p_value": difference.p_value}
@@ -208,7 +203,7 @@ def _grades(
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     if other is not None:
         results["kappa_difference"] = _drawn(
-            cases, config, lambda rows: _gap(kappa(rows), kappa(rows, other.scores)), stratify=False
+            cases, config, lambda rows: gap_of(kappa(rows), kappa(rows, other.scores)), stratify=False
         )
         test = mcnemar(g == y, other.scores == y)
         results["accuracy_difference"] = test.estimate
@@ -222,40 +217,21 @@ def _grades(
     return results, tables, [plots.confusion_plot(counts, names)], {"grades": f"0 to {k - 1}, quadratic weights"}
 
 
-def _gap(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first - second
-
-
 def _subgroups(cases: Cases, config: TableConfig, forest: dict[str, Estimate]) -> list[dict[str, Any]]:
-    """A row a value of each column: how many, the metric, and how far it is from that of all cases."""
     y, s = cases.labels, cases.scores
 
-    def of(rows: npt.NDArray[np.intp]) -> float | None:
-        return (
-            quadratic_kappa(y[rows], s[rows], config.grades).value if config.grades else auroc(y[rows], s[rows]).value
-        )
+    def count(rows: npt.NDArray[np.intp]) -> tuple[int, str, dict[str, Any]]:
+        if config.grades:
+            return len(rows), "cases", {"positive": None}
+        return int(min(y[rows].sum(), (~y[rows]).sum())), "cases of a class", {"positive": int(y[rows].sum())}
 
-    table = []
-    for column, values in cases.groups.items():
-        for value in sorted(set(values)):
-            rows = np.flatnonzero(np.array(values) == value)
-            events = len(rows) if config.grades else int(min(y[rows].sum(), (~y[rows]).sum()))
-            own = Cases((), y[rows], s[rows], tuple(cases.patients[i] for i in rows))
-            if events < MIN_EVENTS:
-                which = "" if config.grades else " of a class"
-                found = gap = Estimate.undefined(f"fewer than {MIN_EVENTS} cases{which}", len(rows))
-            else:
-                found = _drawn(own, config, lambda draw, r=rows: of(r[draw]), stratify=not config.grades)  # type: ignore[misc]
-                member = np.zeros(len(y), bool)
-                member[rows] = True
-                gap = _drawn(
-                    cases, config, lambda draw, m=member: _gap(of(draw[m[draw]]), of(draw)), stratify=not config.grades  # type: ignore[misc]
-                )  # fmt: skip
-            forest[f"{column} {value}"] = found
-            numbers = {"n": len(rows), "positive": None if config.grades else int(y[rows].sum())}
-            table.append(
-                {"column": column, "value": value, **numbers}
-                | {"metric": found.value, "low": found.low, "high": found.high}
-                | {"gap": gap.value, "gap_low": gap.low, "gap_high": gap.high, "reason": found.reason}
-            )
-    return table
+    def metric(rows: npt.NDArray[np.intp]) -> float | None:
+        if config.grades:
+            return quadratic_kappa(y[rows], s[rows], config.grades).value
+        return auroc(y[rows], s[rows]).value
+
+    strata = None if config.grades else y.astype(int).tolist()
+    return subgroup_rows(
+        cases.groups, count, metric, cases.patients, forest,
+        strata=strata, n_draws=config.n_bootstrap, seed=config.seed,
+    )  # fmt: skip

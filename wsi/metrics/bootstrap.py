@@ -36,6 +36,7 @@ def bootstrap(
         Each row's stratum, such as its label. Patients are drawn among those whose highest stratum is the same, so
         that each draw holds as many of each.
     n_draws : int
+        0 for no interval.
     seed : int
     unit : str
         What `patients` are, for the method's name.
@@ -60,6 +61,8 @@ def bootstrap(
     value = statistic(np.arange(len(of), dtype=np.intp))
     if value is None:
         return Estimate.undefined("undefined on these cases", n)
+    if not n_draws:
+        return Estimate(value, n=n)
     if n < 2:
         return Estimate(value, n=n, reason=f"no interval: fewer than two {unit}")
     if strata is None:
@@ -76,17 +79,6 @@ def bootstrap(
         found = statistic(np.concatenate([rows_of[i] for i in drawn]))
         if found is not None:
             draws.append(found)
-    return with_interval(value, draws, n_draws, n, unit)
-
-
-def with_interval(value: float, draws: Sequence[float], n_draws: int, n: int, unit: str) -> Estimate:
-    """Return the 95 % percentile interval of the draws in which the statistic is defined, around its value.
-
-    Examples
-    --------
-    >>> with_interval(0.5, [], 100, 3, "slides").reason
-    'no interval: undefined in most draws'
-    """
     estimate = Estimate(value, n=n, method=f"bootstrap over {unit}, {len(draws)} of {n_draws} draws")
     if 2 * len(draws) <= n_draws:
         return replace(estimate, reason="no interval: undefined in most draws")

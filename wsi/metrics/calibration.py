@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from wsi.metrics.estimate import F64, Bools, Estimate, labels_and_scores, one_class
+from wsi.metrics.estimate import F64, Z95, Bools, Estimate, labels_and_scores, one_class
 
 #: Probabilities are held this far from 0 and 1 before their logit is taken.
 _CLIP = 1e-6
@@ -145,7 +145,7 @@ def recalibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> Recali
         beta = beta + step
         if np.abs(step).max() < 1e-10:
             break
-    width = 1.959963984540054 * np.sqrt(np.diag(np.linalg.inv(information)))
+    width = Z95 * np.sqrt(np.diag(np.linalg.inv(information)))
     intercept, slope = (
         Estimate(float(b), float(b - w), float(b + w), n, "Wald") for b, w in zip(beta, width, strict=True)
     )

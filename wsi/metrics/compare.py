@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from wsi.metrics.estimate import Estimate, labels_and_scores, one_class
+from wsi.metrics.estimate import Z95, Estimate, labels_and_scores, one_class
 from wsi.metrics.roc import delong
 
 
@@ -41,7 +41,7 @@ def auroc_difference(labels: npt.ArrayLike, first: npt.ArrayLike, second: npt.Ar
     if not variance > 1e-18:  # also NaN
         why = "no interval: DeLong's variance of the difference is 0 or undefined"
         return Difference(Estimate(gap, n=len(truth), reason=why), None)
-    width = 1.959963984540054 * math.sqrt(variance)
+    width = Z95 * math.sqrt(variance)
     p_value = 2 * float(stats.norm.sf(abs(gap) / math.sqrt(variance)))
     return Difference(Estimate(gap, gap - width, gap + width, len(truth), "paired DeLong"), p_value)
 

@@ -11,6 +11,9 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
+#: Standard deviations to either end of a 95 % interval.
+Z95 = 1.959963984540054
+
 
 @dataclass(frozen=True)
 class Estimate:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from wsi.metrics.bootstrap import with_interval
+from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import F64, Estimate
 
 #: What the official script takes for granted of every slide: microns per level-0 pixel, and pixels a mask pixel.
@@ -292,15 +292,7 @@ def froc(slides: Sequence[SlideHits], *, fp: str = "all", n_bootstrap: int = 0, 
         nothing = "no lesion that counts" if not n_lesions else "no slide to count false positives on"
         empty = np.zeros(0)
         return Froc(empty, empty, (), Estimate.undefined(nothing, len(slides)), n_lesions)
-    score = Estimate(float(np.mean(at)), n=len(slides))
-    if n_bootstrap and len(slides) < 2:
-        score = replace(score, reason="no interval: fewer than two slides")
-    elif n_bootstrap:
-        rng = np.random.default_rng(seed)
-        statistic = froc_statistic(slides, fp=fp)
-        found = [statistic(rng.integers(len(slides), size=len(slides))) for _ in range(n_bootstrap)]
-        means = [each for each in found if each is not None]
-        score = with_interval(float(np.mean(at)), means, n_bootstrap, len(slides), "slides")
+    score = bootstrap(froc_statistic(slides, fp=fp), range(len(slides)), n_draws=n_bootstrap, seed=seed, unit="slides")
     return Froc(per_slide, sensitivity, at, score, n_lesions)
 
 

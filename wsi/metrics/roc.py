@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from wsi.metrics.estimate import F64, Bools, Estimate, labels_and_scores, one_class
-
-_Z95 = 1.959963984540054
+from wsi.metrics.estimate import F64, Z95, Bools, Estimate, labels_and_scores, one_class
 
 
 class RocCurve(NamedTuple):
@@ -121,7 +119,7 @@ def auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
     if not se > 0 or not 0 < area < 1:
         why = "a class has one case" if math.isnan(se) else "DeLong's variance is 0 here (the classes are separated)"
         return Estimate(area, n=len(truth), reason=f"no interval: {why}")
-    centre, width = math.log(area / (1 - area)), _Z95 * se / (area * (1 - area))
+    centre, width = math.log(area / (1 - area)), Z95 * se / (area * (1 - area))
     low, high = (1 / (1 + math.exp(-v)) for v in (centre - width, centre + width))
     return Estimate(area, low, high, len(truth), "DeLong, logit")
 

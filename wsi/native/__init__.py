@@ -12,29 +12,33 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from wsi.native import twin
 from wsi.native.tables import levels
+from wsi.native.twin import FIXED_POINT_BITS, LAB_CODES, MAX_CELL_PX
 
 try:
-    from wsi.native import _cpu
+    from wsi.native._cpu import (
+        area_average,
+        lab_map,
+        lab_map_tensor,
+        od_map,
+        od_map_tensor,
+        sparse_map,
+        sparse_map_tensor,
+    )
 
     HAVE_CPU = True
-    area_average = _cpu.area_average
-    od_map = _cpu.od_map
-    od_map_tensor = _cpu.od_map_tensor
-    sparse_map = _cpu.sparse_map
-    sparse_map_tensor = _cpu.sparse_map_tensor
-    lab_map = _cpu.lab_map
-    lab_map_tensor = _cpu.lab_map_tensor
 except ImportError:  # installed without a compiler
+    from wsi.native.twin import (
+        area_average,
+        lab_map,
+        lab_map_tensor,
+        od_map,
+        od_map_tensor,
+        sparse_map,
+        sparse_map_tensor,
+    )
+
     HAVE_CPU = False
-    area_average = twin.area_average
-    od_map = twin.od_map
-    od_map_tensor = twin.od_map_tensor
-    sparse_map = twin.sparse_map
-    sparse_map_tensor = twin.sparse_map_tensor
-    lab_map = twin.lab_map
-    lab_map_tensor = twin.lab_map_tensor
 
 cuda: ModuleType | None
 try:
@@ -43,27 +47,10 @@ except ImportError:  # installed without a CUDA compiler
     cuda = None
 HAVE_CUDA = cuda is not None
 
-FIXED_POINT_BITS = twin.FIXED_POINT_BITS
-MAX_CELL_PX = twin.MAX_CELL_PX
-LAB_CODES = twin.LAB_CODES
-
 __all__ = [
-    "FIXED_POINT_BITS",
-    "HAVE_CPU",
-    "HAVE_CUDA",
-    "LAB_CODES",
-    "MAX_CELL_PX",
-    "area_average",
-    "cuda",
-    "cuda_devices",
-    "lab_map",
-    "lab_map_tensor",
-    "levels",
-    "od_map",
-    "od_map_tensor",
-    "sparse_map",
-    "sparse_map_tensor",
-]
+    "FIXED_POINT_BITS", "HAVE_CPU", "HAVE_CUDA", "LAB_CODES", "MAX_CELL_PX", "area_average", "cuda", "cuda_devices",
+    "lab_map", "lab_map_tensor", "levels", "od_map", "od_map_tensor", "sparse_map", "sparse_map_tensor",
+]  # fmt: skip
 
 
 def cuda_devices() -> int:

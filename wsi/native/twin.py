@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -101,24 +102,6 @@ def od_map(rgb: U8, tables: F32, bias: float, out: U8) -> None:
     out[...] = np.clip(red * green * blue + np.float32(bias), 0, 255).astype(np.uint8)
 
 
-def od_map_tensor(rgb: U8, tables: F32, bias: float, levels: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
-    """``od_map``, and on to what a network eats.
-
-    Parameters
-    ----------
-    rgb : uint8 (n, h, w, 3)
-    tables, bias
-        As in ``od_map``.
-    levels : (3, 256), any dtype of 2 or 4 bytes
-        What each mapped value becomes, by channel: ``(value / 255 - mean) / std`` rounded once.
-    out : (n, 3, h, w), dtype of `levels`
-        Written in place. Contiguous, or channels-last: the transposed of a contiguous (n, h, w, 3).
-    """
-    mapped = np.empty_like(rgb)
-    od_map(rgb, tables, bias, mapped)
-    _to_tensor(mapped, levels, out)
-
-
 def sparse_map(rgb: U8, density: F32, values: F32, out: U8) -> None:
     """Show the non-negative amounts of two stains in other colours.
 
@@ -150,13 +133,6 @@ def sparse_map(rgb: U8, density: F32, values: F32, out: U8) -> None:
     for k in range(3):
         light = values[22] * _power_of_two(first * values[16 + k] + second * values[19 + k]) + values[23]
         out[..., k] = np.clip(light, 0, 255).astype(np.uint8)
-
-
-def sparse_map_tensor(rgb: U8, density: F32, values: F32, levels: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
-    """``sparse_map``, and on to a network's input as in ``od_map_tensor``."""
-    mapped = np.empty_like(rgb)
-    sparse_map(rgb, density, values, mapped)
-    _to_tensor(mapped, levels, out)
 
 
 def lab_map(rgb: U8, linear: F32, codes: U8, values: F32, out: U8) -> None:
@@ -192,18 +168,31 @@ def lab_map(rgb: U8, linear: F32, codes: U8, values: F32, out: U8) -> None:
         out[..., k] = codes[np.clip(step, 0, LAB_CODES - 1).astype(np.int32)]
 
 
-def lab_map_tensor(
-    rgb: U8, linear: F32, codes: U8, values: F32, levels: npt.NDArray[Any], out: npt.NDArray[Any]
-) -> None:
-    """``lab_map``, and on to a network's input as in ``od_map_tensor``."""
-    mapped = np.empty_like(rgb)
-    lab_map(rgb, linear, codes, values, mapped)
-    _to_tensor(mapped, levels, out)
+def _to_tensor(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Make of a map one that goes on to what a network eats: ``(rgb, ..., levels, out)``.
+
+    Parameters of what is returned, others as in `kernel`
+    ----------
+    rgb : uint8 (n, h, w, 3)
+    levels : (3, 256), any dtype of 2 or 4 bytes
+        What each mapped value becomes, by channel: ``(value / 255 - mean) / std`` rounded once.
+    out : (n, 3, h, w), dtype of `levels`
+        Written in place. Contiguous, or channels-last: the transposed of a contiguous (n, h, w, 3).
+    """
+
+    def on_to_tensor(rgb: U8, *arguments: Any) -> None:
+        *own, levels, out = arguments
+        mapped = np.empty_like(rgb)
+        kernel(rgb, *own, mapped)
+        for channel in range(3):
+            out[:, channel] = levels[channel][mapped[..., channel]]
+
+    return on_to_tensor
 
 
-def _to_tensor(mapped: U8, levels: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
-    for channel in range(3):
-        out[:, channel] = levels[channel][mapped[..., channel]]
+od_map_tensor = _to_tensor(od_map)
+sparse_map_tensor = _to_tensor(sparse_map)
+lab_map_tensor = _to_tensor(lab_map)
 
 
 def _row(m: F32, a: F32, b: F32, c: F32) -> F32:

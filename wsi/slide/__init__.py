@@ -10,6 +10,7 @@ Examples
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat, WsiError
@@ -74,22 +75,13 @@ def open_slide(
             raise SlideUnreadable(name, "may not be read by this user", "Check the file's permissions")
     if decode not in DECODES:
         raise SlideError(f"decode={decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
-    openers = {
-        "tiff": lambda: _with_tiff(name, given, decode),
-        "openslide": lambda: _with_openslide(name, given),
-        "tiffslide": lambda: _with_tiffslide(name, given),
-    }
     if reader != "auto":
-        return openers[reader]()
+        return _open_with(reader, name, given, decode)
     # Only what a reader does not know goes to the next: a file that it knows and finds damaged must not be read anyway.
-    for other in ("tiff", "openslide"):
-        if other == "openslide" and is_url(name):
-            continue
-        try:
-            return openers[other]()
-        except UnknownFormat:
-            pass
-    return openers["tiffslide"]()
+    for other in ("tiff",) if is_url(name) else ("tiff", "openslide"):
+        with suppress(UnknownFormat):
+            return _open_with(other, name, given, decode)
+    return _open_with("tiffslide", name, given, decode)
 
 
 def absolute(path: str) -> str:
@@ -102,19 +94,16 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def _with_tiff(name: str, given: GivenMpp | None, decode: str) -> Slide:
-    from wsi.slide.tiff import TiffReader
+def _open_with(reader: str, name: str, given: GivenMpp | None, decode: str) -> Slide:
+    """Open with one reader, whose libraries are loaded only now."""
+    if reader == "tiff":
+        from wsi.slide.tiff import TiffReader
 
-    return TiffReader(name, given, decode)
+        return TiffReader(name, given, decode)
+    if reader == "openslide":
+        from wsi.slide.openslide import OpenSlideReader
 
-
-def _with_openslide(name: str, given: GivenMpp | None) -> Slide:
-    from wsi.slide.openslide import OpenSlideReader
-
-    return OpenSlideReader(name, given)
-
-
-def _with_tiffslide(name: str, given: GivenMpp | None) -> Slide:
+        return OpenSlideReader(name, given)
     from wsi.slide.tiffslide import TiffSlideReader
 
     return TiffSlideReader(name, given)

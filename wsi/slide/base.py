@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -327,9 +326,7 @@ class Slide(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -414,6 +411,16 @@ def resample(source: U8, x: Cells, y: Cells, out: U8) -> None:
         out[...] = source
     else:
         native.area_average(source, y.edges, x.edges, out)
+
+
+def extent(there: npt.NDArray[np.bool_], tile_px: tuple[int, int], size: tuple[int, int]) -> Box:
+    """Extent of the stored tiles, bool (rows, columns), that are there, as OpenSlide has it (and QuPath crops to)."""
+    whole = Box(0, 0, *size)
+    if there.all() or not there.any():
+        return whole
+    rows, columns = np.flatnonzero(there.any(axis=1)), np.flatnonzero(there.any(axis=0))
+    (w, h), (x, y) = tile_px, (int(columns[0]), int(rows[0]))
+    return Box(x * w, y * h, (int(columns[-1]) + 1 - x) * w, (int(rows[-1]) + 1 - y) * h).intersect(whole)
 
 
 def put(tile: U8, tile_x: int, tile_y: int, region: U8, x: int, y: int) -> None:

@@ -20,7 +20,7 @@ import tifffile
 
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.errors import SlideError, SlideUnreadable, UnknownFormat
-from wsi.slide.base import U8, GivenMpp, Slide, put, resolve_mpp
+from wsi.slide.base import U8, GivenMpp, Slide, extent, put, resolve_mpp
 from wsi.slide.source import Source
 from wsi.slide.tiffcheck import check_tiff
 from wsi.units import Box
@@ -123,17 +123,9 @@ class TiffReader(Slide):
         if self.vendor == "aperio" and any((level.counts == 0).any() for level in self._levels):
             raise UnknownFormat(self.path, "is an Aperio file with missing tiles", _ELSEWHERE)
         self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, found, source)
-        self.bounds = self._present()
-
-    def _present(self) -> Box:
-        """Extent of the tiles that are there, as OpenSlide has it (and QuPath crops to)."""
-        level, whole = self._levels[0], Box(0, 0, *self.size)
-        there = (level.counts > 0).reshape(-1, level.columns)
-        if there.all() or not there.any() or any(self._turn):
-            return whole
-        rows, columns = np.flatnonzero(there.any(axis=1)), np.flatnonzero(there.any(axis=0))
-        (w, h), (x, y) = level.tile_px, (int(columns[0]), int(rows[0]))
-        return Box(x * w, y * h, (int(columns[-1]) + 1 - x) * w, (int(rows[-1]) + 1 - y) * h).intersect(whole)
+        level, self.bounds = self._levels[0], Box(0, 0, *self.size)
+        if not any(self._turn):
+            self.bounds = extent((level.counts > 0).reshape(-1, level.columns), level.tile_px, self.size)
 
     def scale(self, level: int) -> tuple[float, float]:
         """Pixels of a level on one level-0 pixel."""

@@ -14,16 +14,16 @@ import tiffslide
 
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable
-from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, refuse_turned, resolve_mpp
+from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, extent, refuse_turned, resolve_mpp
 from wsi.units import Box
-
-# tiffslide and its decoders raise whatever they meet in a damaged file: struct.error, IndexError,
-# codec errors derived from RuntimeError, NotImplementedError... all of them mean the same to a user.
-_DAMAGE = (Exception,)
 
 
 class TiffSlideReader(Slide):
-    """A slide opened with tiffslide."""
+    """A slide opened with tiffslide.
+
+    It and its decoders raise whatever they meet in a damaged file: struct.error, IndexError, codec errors derived from
+    RuntimeError, NotImplementedError... all of them mean the same to a user.
+    """
 
     reader = "tiffslide"
 
@@ -41,14 +41,14 @@ class TiffSlideReader(Slide):
                 ) from error
             except FileNotFoundError as error:
                 raise SlideNotFound(path, "there is no such file", "Check the path") from error
-            except _DAMAGE as error:
+            except Exception as error:
                 raise _unreadable(path, error) from error
             try:
                 self._describe()
             except SlideError:
                 self._slide.close()
                 raise
-            except _DAMAGE as error:
+            except Exception as error:
                 self._slide.close()
                 raise _unreadable(path, error) from error
 
@@ -67,7 +67,9 @@ class TiffSlideReader(Slide):
         source = "tiff-tags" if self.vendor == "generic-tiff" else f"vendor:{self.vendor}"
         self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, _mpp_of(properties), source)
         self._holes = [_missing_tiles(page) for page in self._pages]
-        self.bounds = _present(self._holes[0], page, self.size)
+        self.bounds = Box(0, 0, *self.size)
+        if (holes := self._holes[0]) is not None:
+            self.bounds = extent(~holes, (page.tilewidth, page.tilelength), self.size)
 
     def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
         # tiffslide takes level-0 coordinates and floors them to the level's pixels.
@@ -76,7 +78,7 @@ class TiffSlideReader(Slide):
         try:
             with self._lock:  # one file position a handle
                 region: U8 = np.asarray(self._slide.read_region((x0, y0), level, (w, h), as_array=True), np.uint8)
-        except _DAMAGE as error:
+        except Exception as error:
             raise SlideUnreadable(
                 self.path,
                 f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({_brief(error)})",
@@ -118,17 +120,6 @@ def _missing_tiles(page: tifffile.TiffPage) -> npt.NDArray[np.bool_] | None:
         return None
     rows, columns = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
     return np.asarray(missing[: rows * columns].reshape(rows, columns))
-
-
-def _present(holes: npt.NDArray[np.bool_] | None, page: tifffile.TiffPage, size: tuple[int, int]) -> Box:
-    """Extent of the tiles that are there, as OpenSlide has it (and QuPath crops to)."""
-    whole = Box(0, 0, *size)
-    if holes is None or holes.all():
-        return whole
-    rows, columns = np.flatnonzero(~holes.all(axis=1)), np.flatnonzero(~holes.all(axis=0))
-    x, y = int(columns[0]) * page.tilewidth, int(rows[0]) * page.tilelength
-    right, bottom = (int(columns[-1]) + 1) * page.tilewidth, (int(rows[-1]) + 1) * page.tilelength
-    return Box(x, y, right - x, bottom - y).intersect(whole)
 
 
 def _mpp_of(properties: dict[str, Any]) -> tuple[float, float] | None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from wsi.errors import StainError
+from wsi.files import opened_image
 from wsi.slide.base import U8, Slide
 from wsi.stain import macenko, reinhard, ruifrok, vahadane
 from wsi.stain.config import FitConfig
@@ -130,11 +130,16 @@ def _read(path: Path) -> U8 | StainTransform:
     try:
         if path.suffix == ".json":
             return StainTransform.from_json(path.read_text())
-        with Image.open(path) as image:
-            if image.mode != "RGB":
-                raise StainError(path, f"is not an 8-bit RGB image but of mode {image.mode}", "Convert it to RGB")
-            return np.asarray(image)
+        with opened_image(path) as image:
+            mode, rgb = image.mode, np.asarray(image)
     except FileNotFoundError as error:
         raise StainError(path, "there is no such target", remedy) from error
-    except (UnidentifiedImageError, UnicodeDecodeError) as error:
-        raise StainError(path, "is not an image", f"{remedy}; open a slide with open_slide first") from error
+    except StainError:
+        raise
+    except ValueError as error:
+        raise StainError(
+            path, f"is not an image that can be read ({error})", f"{remedy}; open a slide with open_slide first"
+        ) from error
+    if mode != "RGB":
+        raise StainError(path, f"is not an 8-bit RGB image but of mode {mode}", "Convert it to RGB")
+    return rgb

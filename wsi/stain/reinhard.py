@@ -6,8 +6,6 @@ uses it, instead of their l-alpha-beta. CIELAB: CIE 15:2004, from sRGB (IEC 6196
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -43,7 +41,7 @@ def measure(rgb: U8, config: FitConfig) -> LabStatistics:
     >>> round(measure(tile, FitConfig()).mean[0], 1)
     53.1
     """
-    lab = _lab_channels(thinned(rgb.reshape(-1, 3), MAX_PIXELS))
+    lab = lab_channels(thinned(rgb.reshape(-1, 3), MAX_PIXELS))
     if not config.published:
         n = lab.shape[1]
         lab = lab[:, lab[0] < TISSUE_L]
@@ -57,19 +55,14 @@ def measure(rgb: U8, config: FitConfig) -> LabStatistics:
     return LabStatistics(tuple(mean.tolist()), tuple(std.tolist()), lab.shape[1])
 
 
-def rgb_to_lab(rgb: npt.NDArray[Any]) -> F64:
-    """Convert uint8 sRGB (..., 3) to CIELAB under D65, float64 (..., 3).
+def lab_channels(rgb: U8) -> F64:
+    """Convert sRGB pixels, uint8 (n, 3), to CIELAB under D65, float64 (3, n): contiguous, which NumPy is fast on.
 
     Examples
     --------
-    >>> rgb_to_lab(np.uint8([200, 100, 150])).round(1).tolist()
+    >>> lab_channels(np.uint8([[200, 100, 150]])).round(1).ravel().tolist()
     [55.7, 45.5, -8.8]
     """
-    return np.moveaxis(_lab_channels(rgb.reshape(-1, 3)).reshape(3, *rgb.shape[:-1]), 0, -1)
-
-
-def _lab_channels(rgb: U8) -> F64:
-    """CIELAB of pixels (n, 3), float64 (3, n): contiguous channels, which NumPy is fast on."""
     xyz = TO_XYZ @ linear_light(np.arange(256) / 255)[np.ascontiguousarray(rgb.T)]
     fx, fy, fz = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * ((29 / 6) ** 2 / 3) + 4 / 29)
     return np.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])

@@ -1,33 +1,43 @@
-"""A store's patches as a dask array."""
+"""Patches that a store does not keep: the slide they were cut from, and a dask array of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import dask.array as da
 import numpy as np
 
 from wsi.errors import StoreError
 from wsi.grid import TileGrid
+from wsi.slide import Slide, open_slide
 from wsi.store.pixels import U8
 from wsi.units import Box
 
 if TYPE_CHECKING:
-    from wsi.slide import Slide
+    import dask.array
+
     from wsi.store.patches import PatchStore
 
 
-def lazy_patches(store: PatchStore, slide: Slide | None = None) -> da.Array:
+def lazy_patches(store: PatchStore, slide: Slide | None = None) -> dask.array.Array:
     """See ``PatchStore.dask``."""
+    import dask.array
+
     side = store.grid.tile_px
-    load = store.read if store.pixels != "none" else _cutter(slide or _slide_of(store), store.grid)
+    if store.pixels != "none":
+        load: Callable[[range], U8] = store.read
+    elif slide is not None:
+        load = _cutter(slide, store.grid)
+    else:
+        with slide_of(store) as found:
+            load = _cutter(found, store.grid)
 
     def chunk(block_info: Any = None) -> U8:
         return load(range(*block_info[None]["array-location"][0]))
 
     chunks = (tuple(len(store.tiles(shard)) for shard in store.shards) or (0,), (side,), (side,), (3,))
-    lazy: da.Array = da.map_blocks(chunk, chunks=chunks, dtype=np.uint8, meta=np.empty((0, 0, 0, 0), np.uint8))
+    meta = np.empty((0, 0, 0, 0), np.uint8)
+    lazy: dask.array.Array = dask.array.map_blocks(chunk, chunks=chunks, dtype=np.uint8, meta=meta)
     return lazy
 
 
@@ -48,12 +58,20 @@ def _cutter(slide: Slide, grid: TileGrid) -> Callable[[range], U8]:
     return cut
 
 
-def _slide_of(store: PatchStore) -> Slide:
-    from wsi.slide import open_slide
+def slide_of(store: PatchStore, path: str | None = None) -> Slide:
+    """Open the slide that a store's patches were cut from, as it was then; `path` says where it is now.
 
-    path = store.attributes.get("slide_path")
-    if path is None:
-        raise StoreError(store.path, "keeps no pixels and names no slide", "Give the slide")
-    facts = store.attributes["slide"]
-    with open_slide(path, facts["reader"], mpp=facts["mpp"][0], decode=facts["decode"]) as slide:
-        return slide
+    Raises
+    ------
+    StoreError
+        The store names no slide, or another one lies there.
+    SlideError
+    """
+    path, facts = path or store.attributes.get("slide_path"), store.attributes.get("slide")
+    if path is None or facts is None:
+        raise StoreError(store.path, "keeps no pixels and names no slide", "Make it with wsi tile")
+    slide = open_slide(path, facts["reader"], mpp=facts["mpp"][0], decode=facts["decode"])
+    if list(slide.size) != facts["size"]:
+        slide.close()
+        raise StoreError(store.path, f"is of a slide of {facts['size']}, and {path} has {list(slide.size)}")
+    return slide

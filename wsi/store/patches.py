@@ -25,6 +25,7 @@ from zarr.storage import LocalStore
 from wsi.errors import ConfigMismatch, StoreError
 from wsi.grid import TileGrid
 from wsi.store.codec import JpegCodec
+from wsi.store.lazy import lazy_patches
 from wsi.store.pixels import KINDS, SHARD_TILES, U8, Pixels
 
 if TYPE_CHECKING:
@@ -414,8 +415,6 @@ class PatchStore:
         slide : Slide, optional
             Where the patches were cut from; default: the path the store was made with.
         """
-        from wsi.store.lazy import lazy_patches
-
         return lazy_patches(self, slide)
 
     def _array(self, name: str) -> Any:
