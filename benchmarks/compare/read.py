@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, nargs="+", default=[256, 512], help="side of their tiles in pixels")
     parser.add_argument("--chroma", nargs="+", default=["420", "444"])
     parser.add_argument(
-        "--boxes", type=int, default=300, help="boxes of 448 px at most, and three times as many of 256"
+        "--boxes", type=int, default=300, help="boxes of 448 px at most, 3 times as many of 256 (and as much of tiles)"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
@@ -137,7 +137,8 @@ def main() -> None:
             with path.open("rb") as file:  # into the page cache
                 while file.read(1 << 20):
                     pass
-            for side, out, n_boxes in ((256, 256, 3 * options.boxes), (448, 224, options.boxes)):  # the same area
+            whole = () if tile_px == 256 else ((tile_px, tile_px, 3 * options.boxes * 256**2 // tile_px**2),)
+            for side, out, n_boxes in (*whole, (256, 256, 3 * options.boxes), (448, 224, options.boxes)):  # one area
                 jobs.append(Job(str(path), kind.name, boxes(options.side, side, n_boxes), side, out))
 
     n = len(cores())
