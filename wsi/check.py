@@ -100,7 +100,7 @@ def phi(path: Path) -> Iterator[tuple[str, str, str]]:
     for file in files:
         shown = str(file.relative_to(path)) if path.is_dir() else file.name
         name = file.name.lower()
-        if any(slide_id in file.name for slide_id in ids):
+        if any(re.search(rf"\b{re.escape(slide_id)}\b", file.name) for slide_id in ids):
             yield shown, "file name", "name of a slide"
         if name == "zarr.json" or name.endswith(_TEXTS):
             text = _text(file)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from wsi.archive.cache import Cache
 from wsi.archive.jobs import Job, ScoreJob, TileJob
-from wsi.archive.slides import SUFFIXES, SlideRef, find_slides
-from wsi.archive.walk import ORDERS, Summary, nobody, run
+from wsi.archive.slides import SlideRef, find_slides
+from wsi.archive.walk import Summary, nobody, run
 from wsi.archive.workers import Event, Here, Limits, Staff, Tell, Workers, default_threads
 from wsi.engine import EngineConfig, ScoreConfig
 from wsi.errors import WsiError
 from wsi.tile import TileConfig
 
 __all__ = [
-    "ORDERS", "SUFFIXES", "Cache", "Event", "Limits", "SlideRef", "Summary", "default_threads", "find_slides",
+    "Cache", "Event", "Limits", "SlideRef", "Summary", "default_threads", "find_slides",
     "score_archive", "tile_archive",
 ]  # fmt: skip
 
