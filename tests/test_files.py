@@ -75,3 +75,14 @@ def test_permissions_are_those_of_any_file_and_threads_leave_the_umask_alone(tmp
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
     finally:
         os.umask(earlier)
+
+
+def test_an_error_of_the_system_is_a_line_with_the_file(wsi, monkeypatch):
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "notes/report.json")
+
+    monkeypatch.setattr("wsi.cli.app", denied)
+    code, _, err = wsi("doctor")
+    assert code == 2
+    assert err.startswith("wsi: notes/report.json: Permission denied. Check")
+    assert "Traceback" not in err

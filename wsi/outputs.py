@@ -98,13 +98,14 @@ def write_outputs(
         tissue_outlines=tissue_outlines,
         label=f"probability of {' or '.join(positive)}" if positive else "",
     )
-    return _numbers(slide, slide_id, tissue, grid, outlines, positive, threshold, slide_scores, engine)
+    return _numbers(slide, slide_id, tissue, tissue_outlines, grid, outlines, positive, threshold, slide_scores, engine)
 
 
 def _numbers(
     slide: Slide,
     slide_id: str,
     tissue: TissueMask,
+    tissue_outlines: list[shapely.Polygon],
     grid: TileGrid,
     outlines: list[shapely.Polygon],
     positive: tuple[str, ...],
@@ -156,9 +157,7 @@ def _numbers(
         "uncertainty": None,
         "n_tiles": len(grid),
         "tissue_mm2": rounded(tissue.area_mm2),
-        "positive_mm2": None
-        if "positive_mm2" in reasons
-        else rounded(_mm2(_common(outlines, tissue.outlines()), slide)),
+        "positive_mm2": None if "positive_mm2" in reasons else rounded(_mm2(_common(outlines, tissue_outlines), slide)),
         "largest_region_um": None
         if "largest_region_um" in reasons
         else rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)),

@@ -115,8 +115,8 @@ class TestRefused:
             read_bag(tmp_path / "a.h5")
         assert "a.h5" in str(caught.value)
 
-    @pytest.mark.parametrize("name", ["a.h5", "a.pt"])
-    @pytest.mark.parametrize("content", [b"", b"no bag at all"])
+    @pytest.mark.parametrize("name", ["a.h5", "a.pt", "a.npy"])
+    @pytest.mark.parametrize("content", [b"", b"no bag at all", b"PK\3\4 and no archive"])
     def test_damaged_files(self, tmp_path: Path, name: str, content: bytes) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TrainError, match="cannot be read"):

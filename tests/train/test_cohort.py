@@ -114,6 +114,9 @@ def test_splits_survive_clams_format(tmp_path: Path) -> None:
     (tmp_path / "splits_0.csv").write_text(",train,val\n0,a,b\n")
     with pytest.raises(TrainError, match="lacks one of the columns"):
         read_splits(tmp_path)
+    (tmp_path / "splits_0.csv").write_bytes(b"train,val,test\n\xff\xfe\n")
+    with pytest.raises(TrainError, match="columns train, val, test"):
+        read_splits(tmp_path)
     with pytest.raises(TrainError, match="holds no splits"):
         read_splits(tmp_path / "nowhere")
 

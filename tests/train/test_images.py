@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -91,14 +93,17 @@ class TestBadInput:
         with pytest.raises(TrainError, match="no regular expression"):
             read_folder(folder, patient_in="(")
 
-    @pytest.mark.parametrize("damage", ["empty", "cut", "text", "missing"])
+    @pytest.mark.parametrize("damage", ["empty", "cut", "text", "missing", "bomb"])
     def test_a_broken_image_is_named(self, folder: Path, damage: str) -> None:
         found = read_folder(folder)
         path = folder / "b" / "p02_005.png"
         whole = path.read_bytes()
         path.unlink()
         if damage != "missing":
-            path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "text": b"not an image"}[damage])
+            bomb = whole[:16] + struct.pack(">II", 1 << 16, 1 << 16) + whole[24:29]
+            bomb += struct.pack(">I", zlib.crc32(bomb[12:29])) + whole[33:]
+            damaged = {"empty": b"", "cut": whole[: len(whole) // 2], "text": b"not an image", "bomb": bomb}
+            path.write_bytes(damaged[damage])
         with pytest.raises(TrainError, match=r"p02_005.png: cannot be read as an image"):
             Patches(found.places)
 

@@ -45,3 +45,8 @@ def main() -> None:
     except WsiError as error:
         print(f"wsi: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"wsi: {error.filename}: {error.strerror}. Check the path, its permissions and the disk", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -17,6 +17,7 @@ import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ from wsi.units import Mpp
 #: What made a store's ``features``, as ``wsi score`` leaves them.
 SCORING_MODEL = "the scoring model"
 _FILES = (".h5", ".pt", ".npy", ".h5ad")
+
+#: What readers of HDF5, pickles and .npy raise where a file is damaged.
+_DAMAGED = (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError, BadZipFile)
 
 
 class Said(NamedTuple):
@@ -122,7 +126,7 @@ def read_bag(path: Path, encoder: str | None = None) -> Bag:
     try:
         read = {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy, ".h5ad": _read_h5ad}.get(path.suffix)
         bag = read(path) if read else _read_store(path, encoder)
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError, StoreError) as error:
+    except (*_DAMAGED, StoreError) as error:
         raise TrainError(path, f"cannot be read ({error})", "Compute its features again") from error
     features = bag.features
     if features.ndim != 2 or features.dtype.kind != "f":
@@ -246,7 +250,8 @@ def _read_stamp(file: Any) -> Bag:
 
 
 def _read_npy(path: Path) -> Bag:
-    features = np.load(path, allow_pickle=False)
+    with path.open("rb") as file:  # np.load leaves open what it cannot read
+        features = np.load(file, allow_pickle=False)
     beside = path.parent.parent / "coords" / path.name
     coords = np.load(beside, allow_pickle=False).astype(np.float64) if beside.is_file() else None
     boxes = None if coords is None else np.concatenate([coords, np.ones_like(coords)], axis=1)

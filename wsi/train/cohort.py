@@ -87,7 +87,7 @@ def read_labels(
     TrainError
         A column or a cell is missing, a slide is there twice, a label is unknown, or there is one class only.
     """
-    rows = _rows(path, case)
+    rows = _rows(path, f"{case}, patient and label")
     columns = list(rows[0]) if rows else []
     slide = next((name for name in (case, f"{case}_id") if name in columns), None)
     wanted = ("time", "event") if time_bins else (label,)
@@ -141,7 +141,7 @@ def read_parts(path: Path, cohort: Cohort, *, case: str = "slide") -> Split | No
     TrainError
         A cell says something else.
     """
-    rows = _rows(path, case)
+    rows = _rows(path, f"{case}, patient and label")
     if "split" not in rows[0]:
         return None
     parts: tuple[list[str], ...] = ([], [], [])
@@ -161,7 +161,7 @@ def read_patients(path: Path) -> dict[str, str]:
     TrainError
         A column or a cell is missing.
     """
-    rows = _rows(path, "slide")
+    rows = _rows(path, "slide, patient and label")
     slide = next((name for name in ("slide", "slide_id") if rows and name in rows[0]), None)
     patient = next((name for name in _PATIENT if rows and name in rows[0]), None)
     if slide is None or patient is None:
@@ -251,8 +251,7 @@ def read_splits(path: Path) -> list[Split]:
         raise TrainError(path, "holds no splits_<k>.csv", "Give CLAM's split tables, or --folds")
     splits = []
     for file in files:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            rows = list(csv.DictReader(opened))
+        rows = _rows(file, "train, val, test")
         if not rows or not {"train", "val", "test"} <= set(rows[0]):
             raise TrainError(file, "lacks one of the columns train, val, test", "See CLAM's splits_0.csv")
         splits.append(
@@ -319,13 +318,12 @@ def check_split(cohort: Cohort, split: Split, name: str) -> None:
             raise TrainError(name, f"its {part} part holds no {missing[0]!r}", "Ask for fewer folds, or more slides")
 
 
-def _rows(path: Path, case: str) -> list[dict[str, str]]:
+def _rows(path: Path, columns: str) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        remedy = f"Give a CSV with the columns {case}, patient and label"
-        raise TrainError(path, f"cannot be read ({error})", remedy) from error
+        raise TrainError(path, f"cannot be read ({error})", f"Give a CSV with the columns {columns}") from error
 
 
 def _survival(

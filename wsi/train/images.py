@@ -22,6 +22,7 @@ import numpy.typing as npt
 import shapely
 
 from wsi.errors import TrainError
+from wsi.files import opened_image
 from wsi.store import PatchStore
 from wsi.train.cohort import PARTS, Cohort, Split, make_cohort, read_labels, read_parts
 
@@ -241,18 +242,16 @@ def read_stores(
 
 
 def _read_image(path: Path) -> U8:
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             if max(image.size) > _MOST_PX:
                 raise TrainError(path, f"is {image.width} x {image.height} px", "Cut slides into patches: wsi tile")
             if image.mode not in ("RGB", "RGBA", "L", "P", "CMYK"):
                 raise TrainError(path, f"holds pixels of the kind {image.mode}", "Save it as 8-bit RGB")
             return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, TrainError):
-            raise
+    except TrainError:
+        raise
+    except (OSError, ValueError) as error:
         raise TrainError(path, f"cannot be read as an image ({error})", "Fetch it again, or leave it out") from error
 
 
