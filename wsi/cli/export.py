@@ -168,7 +168,7 @@ def _rasters(kind: str, results: Path, out: Path, key: Path | None, as_json: boo
     with _writing(out):
         rows = export_rasters(results, out, kind, version=version, key=read_key(key))
     _tell(rows, as_json)
-    say(f"{sum(row['size_px'] is not None for row in rows)} of {len(rows)} slides: {out}")
+    _counted(sum(row["size_px"] is not None for row in rows), len(rows), out)
 
 
 @export.command()
@@ -197,7 +197,7 @@ def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool
     with _writing(out):
         rows = export_bags(results, out, layout, key=read_key(key))
     _tell(rows, as_json)
-    say(f"{sum(row['tiles'] > 0 for row in rows)} of {len(rows)} slides: {out}")
+    _counted(sum(row["tiles"] > 0 for row in rows), len(rows), out)
 
 
 @export.command()
@@ -214,7 +214,7 @@ def dicom(results: Results, out: Out, as_json: AsJson = False) -> None:
     with _writing(out):
         rows = export_dicom(results, out)
     _tell(rows, as_json)
-    say(f"{sum(row['tiles'] > 0 for row in rows)} of {len(rows)} slides: {out}")
+    _counted(sum(row["tiles"] > 0 for row in rows), len(rows), out)
 
 
 @contextmanager
@@ -241,3 +241,9 @@ def _tell(rows: list[dict[str, Any]], as_json: bool) -> None:
     for row in rows:
         for warning in row.get("warnings", ()):
             say(f"wsi: {row['slide_id']}: {warning}")
+
+
+def _counted(done: int, of: int, out: Path) -> None:
+    say(f"{done} of {of} slides: {out}")
+    if not done:
+        raise typer.Exit(2)
