@@ -27,7 +27,7 @@ from wsi.slide import open_slide
 from wsi.slide.leaks import leaks, telling_name
 from wsi.store import PatchStore
 from wsi.train.bags import find_bags, read_bag
-from wsi.units import Mpp
+from wsi.units import Box, Mpp
 
 _IMAGES = (".tif", ".tiff", ".png")
 _TEXTS = (".parquet", ".json", ".csv", ".geojson", ".geojson.gz", ".qpproj", ".groovy", ".log", ".txt", ".html")
@@ -286,7 +286,7 @@ def _wsinfer(path: Path) -> Found:
 def _image(path: Path) -> Found:
     """A picture with a resolution is a slide; one without may be a mask."""
     found = _slide(path)
-    if found.problems:
+    if found.kind in ("unknown", "image"):
         try:
             mask = read_mask(path, downsample=1)
         except (WsiError, OSError):
@@ -306,11 +306,18 @@ def _slide(path: Path) -> Found:
                 found.facts["bounds_px"] = list(slide.bounds)
             return found
     except MppError as error:
-        with open_slide(str(path), mpp=1.0) as slide:
-            facts = {"size_px": list(slide.size), "vendor": slide.vendor, "levels": len(slide.level_sizes)}
-        if ".ome.tif" in path.name.lower():  # a heatmap of ours, say
-            return Found(str(path), "OME-TIFF image", facts)
-        return Found(str(path), "slide", facts, [f"{error.what}. {error.remedy}".strip()])
+        problem = f"as a slide: {error.what}. {error.remedy}".strip()
+        try:
+            with open_slide(str(path), mpp=1.0) as slide:
+                facts = {"size_px": list(slide.size), "vendor": slide.vendor, "levels": len(slide.level_sizes)}
+                if ".ome.tif" in path.name.lower():  # a heatmap of ours, say
+                    return Found(str(path), "OME-TIFF image", facts)
+                (w, h), most = slide.size, 512
+                middle = Box(w / 2 - min(w, most) / 2, h / 2 - min(h, most) / 2, min(w, most), min(h, most))
+                rgb = slide.read(middle, (64, 64))
+                return Found(str(path), "image" if (rgb == rgb[..., :1]).all() else "slide", facts, [problem])
+        except SlideError:
+            return Found(str(path), "unknown", problems=[problem])
     except SlideError as error:
         return Found(str(path), "unknown", problems=[f"as a slide: {error.what}. {error.remedy}".strip()])
 
