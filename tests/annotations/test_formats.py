@@ -328,6 +328,8 @@ def test_import_renames_and_tells(tmp_path: Path, wsi: Run):
     for wrong in (("--class", "x"), ("--slide", tmp_path)):
         assert wsi("import", tmp_path / "a.xml", "-o", tmp_path / "out", *wrong)[0] == 2
     assert wsi("import", tmp_path / "a.xml", tmp_path / "a.xml", "-o", tmp_path / "out")[0] == 2
+    code, _, err = wsi("import", tmp_path / "none.xml", "-o", tmp_path / "out")
+    assert code == 2 and "none.xml: cannot be read" in err
 
 
 def test_import_counts_from_the_slides_bounds(data_dir: Path, tmp_path: Path, wsi: Run):

@@ -61,7 +61,10 @@ def import_annotations(
     for file, stem in zip(files, stems, strict=True):
         belongs = slide if slide is None or not slide.is_dir() else _slide_of(slide, stem)
         with open_slide(str(belongs), mpp=mpp) if belongs else nullcontext() as opened:
-            found = read_annotations(file, frame=Frame.of(opened) if opened else Frame())
+            try:
+                found = read_annotations(file, frame=Frame.of(opened) if opened else Frame())
+            except OSError as error:
+                raise AnnotationError(file, f"cannot be read ({error.strerror or error})", "Check the path") from error
             row: dict[str, Any] = {"file": str(file)}
             try:
                 out.mkdir(parents=True, exist_ok=True)
