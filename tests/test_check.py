@@ -8,7 +8,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pyarrow.parquet
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import shapely
 import tifffile
@@ -19,7 +20,9 @@ from tests.slide.make import section, write_pyramid
 from wsi.annotations import Annotation
 from wsi.annotations.convert import write_annotations
 from wsi.check import check, phi
+from wsi.export.bags import export_bags
 from wsi.export.project import export_qupath
+from wsi.export.rasters import export_rasters
 from wsi.export.rules import problems
 
 GOOD = {
@@ -132,11 +135,42 @@ def test_bags_slides_masks_and_unknown_files(tmp_path: Path):
         assert check(tmp_path / name).kind == "unknown" and check(tmp_path / name).problems
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_what_we_export_is_known(tmp_path: Path, version: str):
+    pytest.importorskip("anndata")
+    marked_results(tmp_path / "r", "Doe_John", features=4)
+    export_bags(tmp_path / "r", tmp_path / "s", "spatialdata")
+    for kind in ("ome-tiff", "ome-zarr", "png"):
+        export_rasters(tmp_path / "r", tmp_path / kind, kind, version=version)
+    kinds = {"s": "SpatialData store", "ome-tiff": "OME-TIFF image", "ome-zarr": "OME-Zarr image", "png": "mask image"}
+    for folder, kind in kinds.items():
+        (path,) = (tmp_path / folder).iterdir()
+        assert (check(path).kind, check(path).problems) == (kind, [])
+        assert (check(tmp_path / folder).kind, check(tmp_path / folder).facts) == ("folder", {kind: 1})
+        assert any("Doe_John" in what for _, _, what in phi(tmp_path / folder))
+    store = tmp_path / "s/Doe_John.zarr"
+    (store / "shapes/tiles/shapes.parquet").unlink()
+    assert check(store).problems == ["shapes/tiles: has no shapes.parquet"]
+    (store / "zarr.json").write_text("[]")
+    assert check(store).problems and check(tmp_path / "s").problems
+    (image,) = (tmp_path / "ome-zarr").iterdir()
+    shutil.rmtree(image / "0")
+    assert check(image).problems == ["level 0 is not there"]
+
+
+def test_a_slide_that_does_not_say_its_resolution_is_still_one(tmp_path: Path):
+    tifffile.imwrite(tmp_path / "a.tif", section(), tile=(64, 64), photometric="rgb")
+    found = check(tmp_path / "a.tif")
+    assert found.kind == "slide" and found.facts["size_px"] == [900, 700] and "--mpp" in found.problems[0]
+    (tmp_path / "b.docx").write_text("")
+    assert check(tmp_path).facts == {"slide": 1, "unknown": 1} and len(check(tmp_path).problems) == 2
+
+
 def test_phi_of_results_names_places_and_no_values(tmp_path: Path, wsi: Run):
     marked_results(tmp_path / "r", "Doe_John")
     (tmp_path / "r/Doe_John/seconds.json").write_text("{}")
-    table = pyarrow.table({"slide_id": ["Doe_John"], "slide": ["/slides/Doe_John.svs"]})
-    pyarrow.parquet.write_table(table, tmp_path / "r/slides.parquet")
+    table = pa.table({"slide_id": ["Doe_John"], "slide": ["/slides/Doe_John.svs"]})
+    pq.write_table(table, tmp_path / "r/slides.parquet")
     (tmp_path / "r/Doe_John.h5").write_bytes(b"")
     (tmp_path / "r/cut.parquet").write_bytes(b"PAR1")
     found = set(phi(tmp_path / "r"))
@@ -146,7 +180,12 @@ def test_phi_of_results_names_places_and_no_values(tmp_path: Path, wsi: Run):
     assert ("Doe_John/result.json", "text", "path of a file") in found
     assert ("Doe_John/result.json", "text", "name of a slide") in found
     assert ("Doe_John", "name of a folder", "name of a slide") in found
+    pq.write_table(
+        pa.table({"slide_id": ["Doe_John"], "slide": ["/slides/Doe_John.tif"]}), tmp_path / "r/slides.parquet"
+    )
     shutil.rmtree(tmp_path / "r/Doe_John/store.zarr")
+    found = set(phi(tmp_path / "r"))
+    assert {("slides.parquet", "text", what) for what in ("path of a file", "name of a slide")} <= found
     code, out, _ = wsi("check", tmp_path / "r", "--phi", "--json")
     assert code == 0 and "/slides" not in out and json.loads(out)
 

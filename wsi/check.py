@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import pyarrow.parquet as pq
+
 from wsi.annotations import READERS, Frame, read_annotations
 from wsi.annotations.mask import read_mask
-from wsi.errors import AnnotationError, SlideError, StoreError, TrainError, WsiError
+from wsi.errors import AnnotationError, MppError, SlideError, StoreError, TrainError, WsiError
 from wsi.export.convert import read_scores, scores_of_wsinfer
 from wsi.export.rules import problems, slides_of
 from wsi.result import read_result
 from wsi.slide import open_slide
-from wsi.slide.leaks import leaks
+from wsi.slide.leaks import leaks, telling_name
 from wsi.store import PatchStore
 from wsi.train.bags import find_bags, read_bag
-from wsi.units import Mpp
+from wsi.units import Box, Mpp
 
 _IMAGES = (".tif", ".tiff", ".png")
-_TEXTS = (".json", ".csv", ".parquet", ".geojson", ".geojson.gz", ".qpproj", ".groovy", ".log", ".txt", ".html")
+_TEXTS = (".parquet", ".json", ".csv", ".geojson", ".geojson.gz", ".qpproj", ".groovy", ".log", ".txt", ".html")
+#: What Zarr says of a group or an array, in its formats 3 and 2.
+_ZARR = ("zarr.json", ".zattrs", ".zarray", ".zgroup")
 #: Of a text that is looked through for names.
 _MOST_TEXT = 64 << 20
 #: Annotation formats that count in a size that nobody gave are looked through with this one.
@@ -102,7 +106,7 @@ def phi(path: Path) -> Iterator[tuple[str, str, str]]:
         name = file.name.lower()
         if any(re.search(rf"\b{re.escape(slide_id)}\b", file.name) for slide_id in ids):
             yield shown, "file name", "name of a slide"
-        if name == "zarr.json" or name.endswith(_TEXTS):
+        if name in _ZARR or name.endswith(_TEXTS):
             text = _text(file)
             if re.search(r"file:/|(?:^|[\"\s,=])(?:/[^/\"\s,]+){2,}|[A-Za-z]:\\\\", text):
                 yield shown, "text", "path of a file"
@@ -110,9 +114,14 @@ def phi(path: Path) -> Iterator[tuple[str, str, str]]:
                 yield shown, "text", "name of a slide"
         elif name.endswith((".png", ".jpg", ".jpeg")):
             yield shown, "picture", "of tissue, and whatever is written on it"
+            if telling_name(file.stem):
+                yield shown, "file name", file.name
         elif not any(part.endswith(".zarr") for part in file.parts):
             for where, what in leaks(file):
                 yield shown, where, what
+    for store in sorted({each for file in files for each in file.relative_to(path).parents if each.suffix == ".zarr"}):
+        if telling_name(store.name.split(".")[0]):
+            yield str(store), "name of a folder", store.name
     for slide_id in sorted(ids):
         if any(slide_id in part for file in files for part in file.relative_to(path).parts[:-1]):
             yield slide_id, "name of a folder", "name of a slide"
@@ -125,12 +134,11 @@ def _names_in(file: Path) -> list[str]:
 
 def _text(file: Path) -> str:
     if file.suffix == ".parquet":
-        import pyarrow.parquet
-
         try:
-            return json.dumps(pyarrow.parquet.read_table(file).to_pydict(), default=str)
+            columns = pq.read_table(file).columns
         except (OSError, ValueError):
             return ""
+        return "\n".join(value for column in columns for value in column.to_pylist() if isinstance(value, str))
     with file.open("rb") as raw, gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw as opened:
         try:
             return opened.read(_MOST_TEXT).decode("utf-8", "replace")
@@ -139,8 +147,8 @@ def _text(file: Path) -> str:
 
 
 def _folder(path: Path) -> Found:
-    if (path / "zarr.json").is_file():
-        return _store(path)
+    if any((path / name).is_file() for name in _ZARR):
+        return _zarr(path)
     if list(path.glob("*.qpproj")):
         return _project(min(path.glob("*.qpproj")))
     if (path / "run.json").is_file() or (path / "result.json").is_file():
@@ -152,7 +160,42 @@ def _folder(path: Path) -> Found:
     try:
         return _bags(path)
     except TrainError:
+        return _files(path)
+
+
+def _files(path: Path) -> Found:
+    """Whatever lies in a folder, one by one: exports, slides, annotations."""
+    found = Found(str(path), "folder")
+    for each in sorted(path.iterdir()):
+        if each.name.startswith(".") or (each.is_dir() and each.suffix != ".zarr"):
+            continue
+        part = check(each)
+        found.facts[part.kind] = found.facts.get(part.kind, 0) + 1
+        found.problems += [f"{each.name}: {line}" for line in part.problems]
+    if not found.facts:
         return Found(str(path), "unknown", problems=["holds nothing that is known here"])
+    return found
+
+
+def _zarr(path: Path) -> Found:
+    """A Zarr group by its attributes: SpatialData, OME-Zarr, or a store of ours."""
+    try:
+        about = json.loads(next(path / name for name in _ZARR if (path / name).is_file()).read_text("utf-8"))
+        about = about.get("attributes", about)
+        if "spatialdata_attrs" in about:
+            parts = sorted(str(each.parent.relative_to(path)) for each in path.glob("*/*/zarr.json"))
+            lost = [part for part in parts if part[:6] == "shapes" and not (path / part / "shapes.parquet").is_file()]
+            problems = [f"{part}: has no shapes.parquet" for part in lost]
+            return Found(str(path), "SpatialData store", {"elements": parts}, problems)
+        if "ome" not in about and "multiscales" not in about:
+            return _store(path)
+        ome = about.get("ome", about)
+        levels = [each["path"] for each in ome["multiscales"][0]["datasets"]]
+        facts = {"version": ome.get("version", ome["multiscales"][0].get("version")), "levels": len(levels)}
+        lost = [level for level in levels if not any((path / level / name).is_file() for name in _ZARR)]
+        return Found(str(path), "OME-Zarr image", facts, [f"level {level} is not there" for level in lost])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        return Found(str(path), "Zarr group", problems=[f"is damaged ({error!r})"])
 
 
 def _model(path: Path) -> Found:
@@ -257,7 +300,7 @@ def _wsinfer(path: Path) -> Found:
 def _image(path: Path) -> Found:
     """A picture with a resolution is a slide; one without may be a mask."""
     found = _slide(path)
-    if found.kind == "unknown":
+    if found.kind in ("unknown", "image"):
         try:
             mask = read_mask(path, downsample=1)
         except (WsiError, OSError):
@@ -269,12 +312,26 @@ def _image(path: Path) -> Found:
 def _slide(path: Path) -> Found:
     try:
         with open_slide(str(path)) as slide:
-            facts = {"size_px": list(slide.size), "mpp": list(slide.mpp), "mpp_source": slide.mpp_source}
+            facts: dict[str, Any] = {"size_px": list(slide.size), "mpp": list(slide.mpp)}
+            facts["mpp_source"] = slide.mpp_source
             facts |= {"vendor": slide.vendor, "reader": slide.reader, "levels": len(slide.level_sizes)}
             found = Found(str(path), "slide", facts)
             if tuple(slide.bounds) != (0, 0, *slide.size):
                 found.facts["bounds_px"] = list(slide.bounds)
             return found
+    except MppError as error:
+        problem = f"as a slide: {error.what}. {error.remedy}".strip()
+        try:
+            with open_slide(str(path), mpp=1.0) as slide:
+                facts = {"size_px": list(slide.size), "vendor": slide.vendor, "levels": len(slide.level_sizes)}
+                if ".ome.tif" in path.name.lower():  # a heatmap of ours, say
+                    return Found(str(path), "OME-TIFF image", facts)
+                (w, h), most = slide.size, 512
+                middle = Box(w / 2 - min(w, most) / 2, h / 2 - min(h, most) / 2, min(w, most), min(h, most))
+                rgb = slide.read(middle, (64, 64))
+                return Found(str(path), "image" if (rgb == rgb[..., :1]).all() else "slide", facts, [problem])
+        except SlideError:
+            return Found(str(path), "unknown", problems=[problem])
     except SlideError as error:
         return Found(str(path), "unknown", problems=[f"as a slide: {error.what}. {error.remedy}".strip()])
 

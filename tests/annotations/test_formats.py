@@ -13,12 +13,16 @@ import pytest
 import shapely
 
 from tests.annotations.make import asap_xml
+from tests.array_slide import ArraySlide
 from tests.conftest import Run
+from tests.slide.make import section, write_pyramid
 from wsi.annotations import Annotation, Frame, read_annotations
 from wsi.annotations import base as base_module
-from wsi.annotations.convert import write_annotations
+from wsi.annotations.convert import write_annotations, write_mask
 from wsi.errors import AnnotationError
 from wsi.export import geojson as geojson_module
+from wsi.store import PatchStore
+from wsi.tissue import find_tissue, read_mask
 from wsi.units import Box, Mpp
 
 #: A slide that every file of the real ones fits on; the sizes of most are not known.
@@ -337,3 +341,59 @@ def test_import_counts_from_the_slides_bounds(data_dir: Path, tmp_path: Path, ws
     assert code == 0, err
     before, after = (read_annotations(path) for path in (xml, tmp_path / "idc_14082_tumor_asap.geojson"))
     assert sum(a.geometry.area for a in before) == pytest.approx(sum(a.geometry.area for a in after))
+
+
+# --- where to look -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bounds", [None, Box(100, 60, 700, 500)])
+def test_a_mask_is_tissue_within_outlines_and_outside_exclusions(tmp_path: Path, bounds: Box | None):
+    """Against points in polygons, and tissue as it is found."""
+    slide = ArraySlide(section(), 4.0, bounds)
+    tissue = find_tissue(slide)
+    roi, other = shapely.Point(350, 300).buffer(220), shapely.box(600, 80, 800, 400)
+    hole, ignored = shapely.box(300, 250, 380, 330), shapely.box(640, 100, 700, 200)
+    drawn = [Annotation(roi, "Tumor bed"), Annotation(other, ""), Annotation(shapely.Point(1, 1), "note")]
+    drawn += [Annotation(hole, "Exclusion"), Annotation(ignored, "Ignore*")]
+    xy = np.random.default_rng(0).uniform((0, 0), slide.size, (20_000, 2))
+    inside = tissue.fraction(np.column_stack([xy, np.full((len(xy), 2), 1e-3)])) > 0.5
+    for given, where in (
+        (drawn, (roi | other) - hole - ignored),
+        (drawn[3:], shapely.box(0, 0, *slide.size) - hole - ignored),
+        ([], shapely.box(0, 0, *slide.size)),
+    ):
+        area = write_mask(tmp_path / "a.png", given, slide)
+        found = read_mask(str(tmp_path / "a.png"), slide)
+        at = found.fraction(np.column_stack([xy, np.full((len(xy), 2), 1e-3)])) > 0.5
+        assert np.mean(at != (inside & shapely.contains_xy(where, *xy.T))) < 0.03, "but for edges of mask pixels"
+        assert area == pytest.approx(found.area_mm2, rel=0.03) and 0 < area <= tissue.area_mm2
+
+
+def test_import_says_where_to_score(tmp_path: Path, wsi: Run):
+    for name in ("a", "b"):
+        write_pyramid(tmp_path / f"{name}.tif", [section()], 4.0)
+        asap_xml(
+            tmp_path / f"{name}.xml",
+            [(shapely.box(100, 100, 500, 500), "bed"), (shapely.box(200, 200, 300, 500), "_2")],
+        )
+    outlines = (tmp_path / "a.xml", tmp_path / "b.xml")
+    (tmp_path / "slides").mkdir()
+    for name in ("a.tif", "b.tif"):
+        (tmp_path / name).rename(tmp_path / "slides" / name)
+    code, out, err = wsi("import", *outlines, "--slide", tmp_path / "slides", "--mask", "-o", tmp_path / "m")
+    assert code == 0 and "2 annotations (bed 1, _2 1), " in out, err
+    code, _, err = wsi(
+        "tile", tmp_path / "m/slides.csv", "--mpp", 4, "--tile", 20, "--pixels", "none", "--min-tissue", 0.5, "-o",
+        tmp_path / "s", "--workers", 1,
+    )  # fmt: skip
+    assert code == 0, err
+    where = shapely.box(100, 100, 500, 500) - shapely.box(200, 200, 300, 500)
+    for name in ("a", "b"):
+        boxes = PatchStore.open(tmp_path / "s" / name / "store.zarr").grid.boxes()
+        tiles = shapely.box(*boxes[:, :2].T, *(boxes[:, :2] + boxes[:, 2:]).T)
+        assert len(tiles) > 50 and (shapely.area(shapely.intersection(tiles, where)) > 0.4 * 400).all()
+    code, _, err = wsi("import", *outlines, "--mask", "-o", tmp_path / "n")
+    assert code == 2 and "--slide" in err
+    asap_xml(tmp_path / "a.xml", [(shapely.box(0, 0, 900, 700), "Exclusion")])
+    _, _, err = wsi("import", tmp_path / "a.xml", "--slide", tmp_path / "slides/a.tif", "--mask", "-o", tmp_path / "n")
+    assert "no tissue is left" in err

@@ -203,6 +203,41 @@ def test_stores_are_sources_too(tmp_path: Path):
     assert np.array_equal(raw(tmp_path / "out")["20x_64px_0px_overlap/features_UNI/a.h5/features"], values)
 
 
+def test_tiles_that_lie_apart_overlap_by_less_than_nothing(tmp_path: Path):
+    """TRIDENT's own arithmetic is a step of patch less overlap; its reader takes coordinates, and shows the number."""
+    made = marked_results(tmp_path / "r", stride_px=128, features=4)
+    export_bags(tmp_path / "r", tmp_path / "expected", "torchmil")
+    export_bags(tmp_path / "r", tmp_path / "job", "trident")
+    (folder,) = (tmp_path / "job").iterdir()
+    with h5py.File(folder / "patches/a_patches.h5") as file:
+        about = dict(file["coords"].attrs)
+        corners = file["coords"][:]
+    assert folder.name == "20x_64px_-64px_overlap" and about["overlap"] == -64
+    step = (about["patch_size"] - about["overlap"]) * about["level0_magnification"] / about["target_magnification"]
+    assert np.array_equal(corners // step, np.stack([made.grid.columns, made.grid.rows], axis=1))
+    (row,) = convert_bags([tmp_path / "job"], tmp_path / "out", "torchmil")
+    assert row["stride_level0"] == 256 and np.array_equal(
+        *(np.load(tmp_path / n / "coords/a.npy") for n in ("out", "expected"))
+    )
+
+
+def test_pseudonyms_are_those_of_exports(tmp_path: Path, wsi: Run):
+    marked_results(tmp_path / "r", "Doe_John", features=4)
+    key = tmp_path / "key"
+    key.write_text("0123456789abcdef0123456789abcdef")
+    export_bags(tmp_path / "r", tmp_path / "named", "clam")
+    for target in ("clam", "trident", "stamp", "torchmil", "anndata"):
+        for source in ("named", "r"):
+            options = ("--encoder", "red", "--slide-mpp", 0.25, "--tile-px", 64) if source == "named" else ()
+            out = tmp_path / f"{target}_{source}"
+            assert wsi("convert", tmp_path / source, "--to", target, "-o", out, "--pseudonymise", key, *options)[0] == 0
+            export_bags(tmp_path / "r", tmp_path / target, target, key=key.read_bytes())
+            files = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+            assert files and all((tmp_path / target / file).is_file() for file in files)
+            for file in files:
+                assert "Doe" not in str(file) and b"Doe" not in (out / file).read_bytes()
+
+
 @pytest.mark.parametrize("target", ["clam", "trident"])
 def test_of_wsinfer_the_coordinates(tmp_path: Path, target: str):
     made = marked_results(tmp_path / "r", mpp=0.2431, features=4)
@@ -234,12 +269,23 @@ class TestBadInput:
     def test_what_is_not_said(self, tmp_path: Path) -> None:
         bare = clam(tmp_path / "c", np.array([[0, 0], [256, 0], [0, 256]]), patches=False)
         for given, asked in (
-            ({}, "tile-level0"),
+            ({}, r"tile-level0, name it with --encoder, give .*tile-px, give .*slide-mpp$"),
             ({"tile_level0": 256}, r"encoder, give .*tile-px, give .*slide-mpp"),
             ({"tile_level0": 256, "encoder": "uni", "mpp": 0.5}, r"cut\. Give them with --tile-px$"),
         ):
             with pytest.raises(TrainError, match=asked):
                 convert_bags([bare], tmp_path / "out", "trident", Given(**given))
+        (tmp_path / "n/features").mkdir(parents=True)
+        (tmp_path / "n/coords").mkdir()
+        np.save(tmp_path / "n/features/a.npy", np.ones((2, 3), np.float32))
+        np.save(tmp_path / "n/coords/a.npy", np.array([[0, 0], [1, 0]]))
+        with pytest.raises(TrainError, match=r"tile-level0, name it with --encoder, give .*tile-px, give .*slide-mpp$"):
+            convert_bags([tmp_path / "n"], tmp_path / "out", "stamp")
+        with h5py.File(tmp_path / "s.h5", "w") as file:
+            file["coords"], file["feats"] = np.array([[0.0, 0], [900, 0], [1250, 0]]), np.ones((3, 2), np.float16)
+            file.attrs.update({"unit": "um", "tile_size_um": 900.0})
+        with pytest.raises(TrainError, match=r"slide-mpp, name it with --encoder, give .*stride-level0, .*tile-px$"):
+            convert_bags([tmp_path / "s.h5"], tmp_path / "out", "trident")
         torch.save(torch.ones(2, 3), tmp_path / "a.pt")
         with pytest.raises(TrainError, match="no coordinates"):
             convert_bags([tmp_path / "a.pt"], tmp_path / "out", "torchmil")

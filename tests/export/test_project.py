@@ -236,7 +236,9 @@ def test_pseudonyms_leave_no_trace_of_the_name(tmp_path: Path, wsi: Run):
             raw = path.read_bytes()
             assert b"Doe" not in (gzip.decompress(raw) if path.suffix == ".gz" else raw)
     (tmp_path / "key").write_text("short")
-    assert wsi("export", "qupath", tmp_path / "r", "-o", tmp_path / "out", "--pseudonymise", tmp_path / "key")[0] == 2
+    for key, says in (("key", "is no key"), ("none", "cannot be read")):
+        code, _, err = wsi("export", "qupath", tmp_path / "r", "-o", tmp_path / "p", "--pseudonymise", tmp_path / key)
+        assert code == 2 and says in err and not (tmp_path / "p").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, wsi: Run):

@@ -149,20 +149,52 @@ def test_the_recipe_for_geopandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(geopandas.read_file(f"/vsigzip/{tmp_path}/long.geojson.gz")) == n
 
 
-def test_the_recipe_for_spatialdata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("bounds", [None, Box(700, 300, 2000, 1600)])
+def test_spatialdata_reads_our_store(tmp_path: Path, bounds: Box | None):
     spatialdata = imported("spatialdata")
-    made = marked_results(tmp_path / "results", features=4)
-    export_bags(tmp_path / "results", tmp_path / "tables", "anndata")
-    monkeypatch.chdir(tmp_path)
-    exec(recipe("spatialdata"), {})
+    from spatialdata.transformations import get_transformation
+
+    made = marked_results(tmp_path / "r", features=4, mpp=0.2431, bounds=bounds, unreadable=(3,))
+    export_bags(tmp_path / "r", tmp_path, "spatialdata")
     read = spatialdata.read_zarr(tmp_path / "a.zarr")
-    table, shapes = read.tables["tiles_table"], read.shapes["tiles"]
+    assert set(read.coordinate_systems) == {"global", "micrometers"} and read.attrs["slide_id"] == "a"
+    matched, table = spatialdata.match_element_to_table(read, "tiles", "table")
+    assert table.X.shape == (len(made.grid) - 1, 4) == (len(matched["tiles"]), 4), "each row of the table has its tile"
     top = int(np.argmax(table.obs["prob_tumour"]))
-    assert table.X.shape == (len(made.grid), 4) and len(read.shapes["regions"]) == 1
-    mark = made.mark
-    assert (
-        np.abs(shapes.geometry.iloc[top].bounds - np.array([mark.x, mark.y, mark.x + mark.w, mark.y + mark.h])).max()
-        <= 0.5
-    )
-    matched, _ = spatialdata.match_element_to_table(read, "tiles", "tiles_table")
-    assert len(matched["tiles"]) == len(made.grid), "each row of the table knows its tile"
+    mark = np.array([made.mark.x, made.mark.y, made.mark.x + made.mark.w, made.mark.y + made.mark.h])
+    for system, unit in (("global", 1), ("micrometers", 0.2431)):
+        for name in ("tiles", "regions"):
+            shapes = spatialdata.transform(read.shapes[name], to_coordinate_system=system)
+            shape = shapes.geometry.iloc[top if name == "tiles" else 1]
+            assert np.abs(np.array(shape.bounds) - mark * unit).max() <= 0.505 * unit
+        heatmap = read.images["heatmap"].sel(c="tumour").fillna(-1)  # its system counts middles of pixels from 0.5
+        row, column = np.unravel_index(int(heatmap.values.argmax()), heatmap.shape)
+        at = np.array([[heatmap.x.values[column], heatmap.y.values[row], 1]])
+        matrix = get_transformation(read.images["heatmap"], system).to_affine_matrix(("x", "y"), ("x", "y"))
+        assert np.abs((at @ matrix.T)[0, :2] - (mark[:2] + mark[2:]) / 2 * unit).max() <= 0.505 * unit
+    assert table.obs["prob_tumour"].iloc[top] > 0.97 and read.shapes["regions"]["class"].tolist()[1] == "tumour"
+    read.write(tmp_path / "again.zarr")  # as its own writer has it
+    again = spatialdata.read_zarr(tmp_path / "again.zarr")
+    assert spatialdata.get_extent(again) == spatialdata.get_extent(read)
+
+
+def test_the_recipe_for_spatialdata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    imported("spatialdata")
+    made = marked_results(tmp_path / "results", features=4)
+    export_bags(tmp_path / "results", tmp_path / "spatial", "spatialdata")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(recipe("spatialdata"), found)
+    assert len(found["table"]) == len(made.grid)
+    assert found["regions"].area.iloc[1] == pytest.approx(made.mark.w * made.mark.h * 0.25**2)
+
+
+def test_spatialdata_reads_a_pyramid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    spatialdata = imported("spatialdata")
+    monkeypatch.setattr("wsi.export.rasters._LAST_LEVEL_PX", 8)
+    marked_results(tmp_path / "r", features=4)
+    export_bags(tmp_path / "r", tmp_path, "spatialdata")
+    heatmap = spatialdata.read_zarr(tmp_path / "a.zarr").images["heatmap"]
+    assert list(heatmap) == ["scale0", "scale1", "scale2"]
+    extent = spatialdata.get_extent(heatmap)
+    assert (extent["x"], extent["y"]) == ((0, 24 * 128), (0, 16 * 128))

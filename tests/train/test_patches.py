@@ -257,8 +257,11 @@ class TestCommand:
 
     def test_wrong_calls_say_what_to_do(self, tmp_path: Path) -> None:
         folder = write_patches(tmp_path / "patches", 12, patients=2)
+        (tmp_path / "results/a/store.zarr").mkdir(parents=True)
         for words, says in (
             ([folder], "Give --mpp"),
+            *([[tmp_path / place, "--mpp", 1], "outlines with --annotations"] for place in ("results", "results/a")),
+            ([tmp_path / "results/a/store.zarr", "--mpp", 1], "outlines with --annotations"),
             ([folder, "--mpp", 1, "-a", "wsi-p4m", "--set", "head=-3", "--folds", 3], "do not fit wsi-p4m"),
             ([folder, "--mpp", 1, "--patient-in", r"p\d+"], "there are 2 patients"),
             ([folder, folder, "--mpp", 1], "2 places are given"),

@@ -50,7 +50,9 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
     try:
         root = fromstring(read_unpacked(path, MAX_BYTES), forbid_dtd=True)
     except DefusedXmlException as error:
-        raise AnnotationError(path, "declares a DTD or entities, which can harm", "Save it from ASAP again") from error
+        raise AnnotationError(
+            path, "declares a DTD or entities, which can harm", "Save it again with the program it is from"
+        ) from error
     except (ParseError, ValueError, LookupError) as error:
         raise AnnotationError(path, f"is damaged XML ({error})", "Save it again") from error
     if root.tag == "ASAP_Annotations":

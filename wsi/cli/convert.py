@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from wsi.cli.display import say
+from wsi.cli.export import Key, read_key
 from wsi.errors import OutputError, TrainError, WsiError
 
 
@@ -25,6 +26,7 @@ def convert(
     stride_level0: Annotated[
         float | None, typer.Option(help="Distance of tiles in level-0 pixels. Default: as they lie.")
     ] = None,
+    pseudonymise: Key = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a row a slide as JSON.")] = False,
 ) -> None:
     """Write features of CLAM, TRIDENT, STAMP, torchmil, AnnData or our stores in the layout of another of these.
@@ -38,11 +40,14 @@ def convert(
       wsi convert clam_results --to stamp --encoder uni --slide-mpp 0.25 --tile-px 256 -o for_stamp
 
       wsi convert bags --to clam --tile-level0 512 -o for_clam
+
+      wsi convert job --to clam --pseudonymise key -o to_share
     """
     from wsi.export.convert import Given, convert_bags
 
     try:
-        rows = convert_bags(bags, out, to, Given(encoder, slide_mpp, tile_px, tile_level0, stride_level0))
+        given = Given(encoder, slide_mpp, tile_px, tile_level0, stride_level0)
+        rows = convert_bags(bags, out, to, given, key=read_key(pseudonymise))
     except WsiError:
         raise
     except ValueError as error:

@@ -17,8 +17,8 @@ export = typer.Typer(
     name="export",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Write results for other programs: QuPath, CLAM, TRIDENT, STAMP, WSInfer, torchmil, AnnData, DICOM; "
-    "heatmaps as images.",
+    help="Write results for other programs: QuPath, CLAM, TRIDENT, STAMP, WSInfer, torchmil, AnnData, SpatialData, "
+    "DICOM; heatmaps as images.",
 )
 
 Results = Annotated[Path, typer.Argument(help="Results of wsi score, of many slides or of one.")]
@@ -64,7 +64,7 @@ def qupath(
         simplify_um=simplify,
         object_type="tile" if detections else "annotation",
         crop=crop,
-        key=_key(pseudonymise),
+        key=read_key(pseudonymise),
     )
     out = out or results / "qupath"
     with _writing(out):
@@ -166,9 +166,9 @@ def _rasters(kind: str, results: Path, out: Path, key: Path | None, as_json: boo
     from wsi.export.rasters import export_rasters
 
     with _writing(out):
-        rows = export_rasters(results, out, kind, version=version, key=_key(key))
+        rows = export_rasters(results, out, kind, version=version, key=read_key(key))
     _tell(rows, as_json)
-    say(f"{sum(row['size_px'] is not None for row in rows)} of {len(rows)} slides: {out}")
+    _counted(sum(row["size_px"] is not None for row in rows), len(rows), out)
 
 
 @export.command()
@@ -181,13 +181,23 @@ def anndata(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJso
     _bags("anndata", results, out, pseudonymise, as_json)
 
 
+@export.command()
+def spatialdata(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+    """Write SpatialData stores: features, scores, boxes of tiles, regions and heatmap. Needs wsi's extra anndata.
+
+    Example:
+      wsi export spatialdata results -o spatial
+    """
+    _bags("spatialdata", results, out, pseudonymise, as_json)
+
+
 def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool) -> None:
     from wsi.export.bags import export_bags
 
     with _writing(out):
-        rows = export_bags(results, out, layout, key=_key(key))
+        rows = export_bags(results, out, layout, key=read_key(key))
     _tell(rows, as_json)
-    say(f"{sum(row['tiles'] > 0 for row in rows)} of {len(rows)} slides: {out}")
+    _counted(sum(row["tiles"] > 0 for row in rows), len(rows), out)
 
 
 @export.command()
@@ -204,7 +214,7 @@ def dicom(results: Results, out: Out, as_json: AsJson = False) -> None:
     with _writing(out):
         rows = export_dicom(results, out)
     _tell(rows, as_json)
-    say(f"{sum(row['tiles'] > 0 for row in rows)} of {len(rows)} slides: {out}")
+    _counted(sum(row["tiles"] > 0 for row in rows), len(rows), out)
 
 
 @contextmanager
@@ -218,10 +228,11 @@ def _writing(out: Path) -> Iterator[None]:
         raise OutputError.of(error, out) from error
 
 
-def _key(path: Path | None) -> bytes | None:
-    from wsi.export.pseudonym import read_key
+def read_key(path: Path | None) -> bytes | None:
+    """Return the key in the file that --pseudonymise names."""
+    from wsi.export import pseudonym
 
-    return None if path is None else read_key(path)
+    return None if path is None else pseudonym.read_key(path)
 
 
 def _tell(rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -230,3 +241,9 @@ def _tell(rows: list[dict[str, Any]], as_json: bool) -> None:
     for row in rows:
         for warning in row.get("warnings", ()):
             say(f"wsi: {row['slide_id']}: {warning}")
+
+
+def _counted(done: int, of: int, out: Path) -> None:
+    say(f"{done} of {of} slides: {out}")
+    if not done:
+        raise typer.Exit(2)

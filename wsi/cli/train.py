@@ -226,6 +226,10 @@ def patches(
 def _of_images(places: list[Path], classes: list[str], label: str, patient_in: str | None) -> Labelled:
     from wsi.train.images import read_folder, read_table
 
+    for place in places:
+        if place.name == "store.zarr" or (place / "store.zarr").exists() or next(place.glob("*/store.zarr"), None):
+            what = "holds patch stores, and nothing says what their tiles show"
+            raise TrainError(place, what, "Give the folder of outlines with --annotations")
     if len(places) != 1:
         raise TrainError("patches", f"{len(places)} places are given", "Give one folder or CSV; stores: --annotations")
     if places[0].is_dir():

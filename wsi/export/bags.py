@@ -7,12 +7,13 @@
     stamp     <encoder>/<s>.h5: coordinates in microns
     torchmil  features/<s>.npy, coords/<s>.npy: positions on the lattice, so that neighbours are 1 apart
     anndata   <s>.h5ad: X features, obs scores, obsm["spatial"] centres in level-0 pixels (extra `anndata`)
+    spatialdata   <s>.zarr: that table, boxes of tiles, regions and heatmap (the same extra)
     wsinfer   model-outputs-csv/<s>.csv, model-outputs-geojson/<s>.geojson, patches/<s>.h5
 
 Corners are whole level-0 pixels, as these programs have them: a tile of ours may lie half a pixel beside. Features
 are written in blocks of about 1,024 rows; TRIDENT's own blocks of one row take many times as long to read. Tiles that
-the slide could not be read at are left out. ``wsi.train.bags`` reads all but the last back, ``wsi.export.convert`` goes
-from one to another.
+the slide could not be read at are left out. ``wsi.train.bags`` reads all but the last two back, ``wsi.export.convert``
+goes from one to another.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import io
 import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,71 +35,16 @@ from wsi.errors import ResultsError
 from wsi.export.objects import classes_of, measurements
 from wsi.export.pseudonym import pseudonym
 from wsi.export.qupath import write_tiles
+from wsi.export.scverse import write_anndata, write_spatialdata
+from wsi.export.table import TileTable
 from wsi.files import replacing
 from wsi.result import called
-from wsi.scored import ScoredSlide, ScoredTiles, scored_slides
+from wsi.scored import scored_slides
 from wsi.train.bags import write_pt
-from wsi.units import Mpp
 
 _BLOCK_ROWS = 1024
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class TileTable:
-    """A slide's tiles, as layouts need them; None is what nobody said.
-
-    Attributes
-    ----------
-    name : str
-        What the slide is called outside.
-    corners : float64 (n, 2)
-        Level-0 pixels, not rounded.
-    positions : int64 or float64 (n, 2)
-        Column and row on the lattice; fractional where tiles lie on no common one.
-    tile, stride : (float, float)
-        Level-0 pixels.
-    tile_px : int
-        Side of a tile in the pixels that it was cut with.
-    tile_mpp : float
-        Microns that one of these measures.
-    mpp : Mpp
-        Microns per level-0 pixel.
-    size : (int, int)
-        The slide's, in level-0 pixels.
-    encoder : str
-        Fit to be the name of a folder.
-    scored : (ScoredSlide, ScoredTiles)
-        Where the scores are.
-    """
-
-    name: str
-    features: npt.NDArray[Any] | None
-    corners: npt.NDArray[np.float64]
-    positions: npt.NDArray[Any]
-    tile: tuple[float, float]
-    stride: tuple[float, float] | None = None
-    tile_px: int | None = None
-    tile_mpp: float | None = None
-    mpp: Mpp | None = None
-    size: tuple[int, int] | None = None
-    encoder: str | None = None
-    scored: tuple[ScoredSlide, ScoredTiles] | None = None
-
-    @property
-    def corners_px(self) -> npt.NDArray[np.int64]:
-        return np.rint(self.corners).astype(np.int64)
-
-    @property
-    def side(self) -> int:
-        """A tile's side in whole level-0 pixels."""
-        return round(self.tile[0])
-
-    @property
-    def overlap_px(self) -> int:
-        assert self.stride is not None and self.tile_px is not None
-        return max(0, round(self.tile_px * (1 - self.stride[0] / self.tile[0])))
 
 
 def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = None) -> list[Json]:
@@ -111,7 +56,7 @@ def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = No
         What ``wsi score`` wrote.
     out : Path
         Made where it is not there; files of the same slides are replaced.
-    layout : {"clam", "trident", "stamp", "torchmil", "anndata", "wsinfer"}
+    layout : {"clam", "trident", "stamp", "torchmil", "anndata", "spatialdata", "wsinfer"}
     key : bytes, optional
         Slide ids are replaced by their pseudonyms.
 
@@ -269,56 +214,14 @@ def _wsinfer(out: Path, bag: TileTable) -> None:
     _coordinates(out / "patches" / f"{bag.name}.h5", bag, {"patch_spacing_um_px": bag.tile_mpp})
 
 
-def _anndata(out: Path, bag: TileTable) -> None:
-    try:
-        import anndata
-        import pandas as pd
-    except ImportError as error:
-        what = f"needs anndata ({error})"
-        raise ResultsError("wsi export anndata", what, "Install it: pip install 'wsi[anndata]'") from None
-    assert bag.features is not None
-    numbers = range(len(bag.corners)) if bag.scored is None else bag.scored[1].rows.tolist()
-    obs = pd.DataFrame(index=pd.Index([f"{bag.name}-{number}" for number in numbers], name="tile"))
-    if bag.scored is not None:
-        slide, tiles = bag.scored
-        obs = obs.assign(**measurements(slide, tiles))
-        classes = called(tiles.probabilities, slide.positive, float(slide.numbers["threshold"]))
-        obs["class"] = pd.Categorical.from_codes(classes, list(slide.class_names))
-    known = {
-        "slide_mpp": bag.mpp,
-        "slide_size_px": bag.size,
-        "tile_level0_px": bag.tile,
-        "stride_level0_px": bag.stride,
-        "tile_px": bag.tile_px,
-        "encoder": bag.encoder,
-    }
-    table = anndata.AnnData(
-        X=bag.features.astype(np.float32),
-        obs=obs,
-        obsm={"spatial": bag.corners + np.array(bag.tile) / 2},
-        uns={
-            "slide_id": bag.name,
-            "use": "research only",
-            **{name: list(v) if isinstance(v, tuple) else v for name, v in known.items() if v is not None},
-        },
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{bag.name}.h5ad"
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        table.write_h5ad(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 #: Who writes what.
 LAYOUTS: dict[str, Callable[[Path, TileTable], None]] = {
     "clam": _clam,
     "trident": _trident,
     "stamp": _stamp,
     "torchmil": _torchmil,
-    "anndata": _anndata,
+    "anndata": write_anndata,
+    "spatialdata": write_spatialdata,
     "wsinfer": _wsinfer,
 }
 

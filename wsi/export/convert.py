@@ -19,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi.errors import TrainError
-from wsi.export.bags import LAYOUTS, TileTable, folder_name
+from wsi.export.bags import LAYOUTS, folder_name
+from wsi.export.pseudonym import pseudonym
+from wsi.export.table import TileTable
 from wsi.result import read_result
 from wsi.train.bags import SCORING_MODEL, Bag, Said, find_bags, read_bag
 from wsi.units import Mpp
@@ -83,7 +85,9 @@ class Given:
                 raise ValueError(f"{name} must be positive, got {value:g}")
 
 
-def convert_bags(places: Sequence[Path], out: Path, layout: str, given: Given | None = None) -> list[Json]:
+def convert_bags(
+    places: Sequence[Path], out: Path, layout: str, given: Given | None = None, *, key: bytes | None = None
+) -> list[Json]:
     """Write bags in another program's layout: features as they are, coordinates to the pixel.
 
     Parameters
@@ -94,6 +98,8 @@ def convert_bags(places: Sequence[Path], out: Path, layout: str, given: Given | 
         Made; must not be there, or be empty. It is whole or not there.
     layout : {"clam", "trident", "stamp", "torchmil", "anndata"}
     given : Given, optional
+    key : bytes, optional
+        Slide ids are replaced by their pseudonyms.
 
     Returns
     -------
@@ -127,7 +133,8 @@ def convert_bags(places: Sequence[Path], out: Path, layout: str, given: Given | 
     rows: list[Json] = []
     alike: dict[str, tuple[Any, str]] = {}
     try:
-        for name, path in found.items():
+        for slide_id, path in found.items():
+            name = pseudonym(slide_id, key)
             table = _table(name, path, layout, given or Given())
             shown = table.features.shape[1] if table.features is not None else None
             for what, value in (("features of width", shown), ("features of encoder", table.encoder)):
@@ -252,25 +259,31 @@ def _table(name: str, path: Path, layout: str, given: Given) -> TileTable:
         _agreed(path, f"level-0 pixels a {what}", f"--{what}-level0", known, side and (side, side))
         for what, known, side in (("tile", said.tile, given.tile_level0), ("stride", said.stride, given.stride_level0))
     )
+    # What is missing is told at once, so one is put for it here: tiles on a lattice are so in any unit.
     if said.unit == "um":
-        boxes = boxes / np.tile(_needed(path, {"mpp": mpp}), 2)
+        boxes = boxes / np.tile(mpp or (1.0, 1.0), 2)
         tile = tile or (float(boxes[0, 2]), float(boxes[0, 3]))
     elif said.unit == "lattice":
         tile, stride = tile or stride, stride or tile
-        boxes = boxes * np.tile(_needed(path, {"tile": stride}), 2)
+        boxes = boxes * np.tile(stride or (1.0, 1.0), 2)
     table = TileTable(
         name=name,
         features=bag.features if bag.features.shape[1] else None,
         corners=boxes[:, :2],
         positions=boxes[:, :2],
-        tile=_needed(path, {"tile": tile}),
+        tile=tile or (float(boxes[0, 2]), float(boxes[0, 3])),
         tile_px=_agreed(path, "pixels a tile", "--tile-px", said.tile_px, given.tile_px),
         mpp=mpp,
         size=said.size,
         encoder=bag.encoder and folder_name(bag.encoder),
     )
     table = _laid(table, stride, fixed=given.stride_level0 is not None)
-    _needed(path, {w: getattr(table, w) for w in _NEEDS[layout] if w != "encoder" or table.features is not None})
+    needed = ("mpp", *_NEEDS[layout]) if said.unit == "um" else _NEEDS[layout]
+    _all_said(
+        path,
+        {"tile": tile}
+        | {what: getattr(table, what) for what in needed if what != "encoder" or table.features is not None},
+    )
     if layout == "stamp" and np.abs(bag.features).max() > np.finfo(np.float16).max:
         raise TrainError(path, "has features beyond 65,504, which STAMP's float16 cannot hold", "Use another layout")
     if mpp is None or table.tile_px is None:
@@ -311,12 +324,10 @@ def _laid(table: TileTable, stride: tuple[float, float] | None, *, fixed: bool) 
     return replace(table, positions=found[0].astype(np.int64) if whole else found[0], stride=found[1])
 
 
-def _needed(path: Path, values: dict[str, Any]) -> Any:
-    """The last of what is needed; all that is missing is told at once."""
+def _all_said(path: Path, values: dict[str, Any]) -> None:
     missing = [_MISSING[what] for what, value in values.items() if value is None]
     if missing:
         raise TrainError(path, ", ".join(what for what, _ in missing), ", ".join(do for _, do in missing).capitalize())
-    return next(reversed(values.values()), None)
 
 
 def _agreed(path: Path, what: str, option: str, said: Any, given: Any) -> Any:

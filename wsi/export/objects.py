@@ -62,7 +62,7 @@ def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArra
     found: dict[str, npt.NDArray[Any]] = {f"prob_{name}": p[:, i] for i, name in enumerate(slide.class_names)}
     if p.shape[1] > 1:
         entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(axis=1)
-        found["uncertainty"] = (entropy / np.log(p.shape[1])).clip(0, 1)
+        found["uncertainty"] = (entropy / np.log(p.shape[1])).clip(0, 1) + 0.0  # no -0
     if tiles.attention is not None:
         found["attention_percentile"] = percentile_rank(tiles.attention)
     return found

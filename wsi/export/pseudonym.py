@@ -23,9 +23,7 @@ def read_key(path: str | os.PathLike[str]) -> bytes:
     Raises
     ------
     OutputError
-        Fewer than 16 bytes, which could be guessed, or so many that it can be no key.
-    OSError
-        It cannot be read.
+        It cannot be read; fewer than 16 bytes, which could be guessed, or so many that it can be no key.
 
     Examples
     --------
@@ -33,11 +31,14 @@ def read_key(path: str | os.PathLike[str]) -> bytes:
     >>> read_key("key")
     b'correct horse battery staple'
     """
-    with Path(path).open("rb") as file:
-        key = file.read(_MAX_KEY_BYTES + 1).strip()
+    remedy = "Make one: openssl rand -hex 32 > key"
+    try:
+        with Path(path).open("rb") as file:
+            key = file.read(_MAX_KEY_BYTES + 1).strip()
+    except OSError as error:
+        raise OutputError(path, f"cannot be read ({error.strerror or error})", remedy) from error
     if not _MIN_KEY_BYTES <= len(key) <= _MAX_KEY_BYTES:
-        what = f"is no key of {_MIN_KEY_BYTES} to {_MAX_KEY_BYTES} bytes"
-        raise OutputError(path, what, "Make one: openssl rand -hex 32 > key")
+        raise OutputError(path, f"is no key of {_MIN_KEY_BYTES} to {_MAX_KEY_BYTES} bytes", remedy)
     return key
 
 

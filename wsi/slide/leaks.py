@@ -42,8 +42,7 @@ def leaks(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
     [('associated image', 'label'), ('property', 'aperio.Date'), ('TIFF field', 'ImageDescription')]
     """
     path = Path(path)
-    telling = re.search(r"\d{4,}|[A-Za-z]{3,}[ _^-][A-Za-z]{3,}", path.stem)
-    found = [("file name", path.name)] if telling else []
+    found = [("file name", path.name)] if telling_name(path.stem) else []
     try:
         with openslide.OpenSlide(path) as slide:
             found += [("associated image", name) for name in sorted(slide.associated_images)]
@@ -63,3 +62,14 @@ def leaks(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
     except (tifffile.TiffFileError, SlideError, ValueError, KeyError, IndexError, TypeError):
         pass  # no TIFF
     return found
+
+
+def telling_name(stem: str) -> bool:
+    """Return whether a file's name may be that of a case or a person: a long number, or two words.
+
+    Examples
+    --------
+    >>> telling_name("Doe_John"), telling_name("a12")
+    (True, False)
+    """
+    return re.search(r"\d{4,}|[A-Za-z]{3,}[ _^-][A-Za-z]{3,}", stem) is not None
