@@ -32,6 +32,7 @@ from wsi.sheet import Look, save_sheet
 from wsi.slide import Slide, absolute, open_slide
 from wsi.stain import FitConfig, StainTransform, fit
 from wsi.stain.pixels import density_of
+from wsi.stain.range import StainCheck, sample_tiles
 from wsi.stain.ruifrok import EOSIN, HAEMATOXYLIN
 from wsi.store import PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tissue import TissueMask, find_tissue, read_mask
@@ -105,6 +106,11 @@ def score_slide(
             if config.pixels == "verbatim":
                 stored_tiles(slide, grid)  # refuses a grid that is not the slide's own, before there is a store
             store = _store(folder / "store.zarr", grid, slide, stain, engine, config)
+        with clock.stage("stain"):
+            if engine.stain_range is None:
+                stained = StainCheck(undefined="the model does not say which stains it was trained on")
+            else:
+                stained = engine.stain_range.check(sample_tiles(slide, grid, stain))
         with clock.stage("tiles") as report:
             if config.pixels == "verbatim":
                 copy_tiles(slide, store, threads=engine.threads)
@@ -142,7 +148,7 @@ def score_slide(
             if engine.mil is not None and readable.any():
                 features = store.get("features")[readable]
                 slide_scores = engine.mil(features, grid.keep(readable).boxes())
-                doubts = engine.mil.doubts(slide_scores, features, unreadable=lost)
+                doubts = engine.mil.doubts(slide_scores, features, unreadable=lost, stain=stained.outside)
                 attention = np.full(len(store), np.nan, np.float32)
                 attention[readable] = slide_scores.attention
                 store.put("attention", attention)
@@ -168,6 +174,12 @@ def score_slide(
                     f"{unreadable.sum()} tiles, {lost:.2%} of the tissue, cannot be decoded and have no score: "
                     "`unreadable` in store.zarr marks them"
                 )
+            numbers["stain_distance"] = stained.distance
+            if stained.undefined:
+                numbers["reasons"]["stain_distance"] = stained.undefined
+            if stained.outside:
+                numbers["flags"].append("stain-outside")
+                numbers["warnings"].append(stained.outside)
             numbers["mpp_given"] = mpp
             numbers["mask"] = mask and absolute(mask)
             if doubts is not None:

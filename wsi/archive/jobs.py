@@ -88,6 +88,8 @@ class ScoreJob:
             check_maps(engine.model)
         numbers = asdict(config)
         numbers.pop("max_unreadable")  # decides no number
+        if engine.stain_range is not None:
+            numbers["stain_range"] = engine.stain_range.sha256[:12]
         if engine.model.config.context is not None:
             numbers["context"] = asdict(engine.model.config.context)
         return Ready(

@@ -14,6 +14,7 @@
 |---|---|
 | `patches` | `PatchStore`: the group, and which shards are missing |
 | `pixels` | the array of patches: encoded, written a shard at a time, read in any order |
+| `origin` | the slide that patches were cut from |
 | `verbatim` | the slide's own JPEG tiles, copied |
 | `shards` | shard files: offsets, lengths, checksum |
 | `codec` | `wsi.jpeg`, the codec by which Zarr reads JPEG patches |
@@ -21,8 +22,9 @@
 
 from __future__ import annotations
 
+from wsi.store.origin import slide_of
 from wsi.store.patches import PatchStore
 from wsi.store.pixels import KINDS, SHARD_TILES, pixel_bytes
 from wsi.store.verbatim import copy_tiles, stored_tiles
 
-__all__ = ["KINDS", "SHARD_TILES", "PatchStore", "copy_tiles", "pixel_bytes", "stored_tiles"]
+__all__ = ["KINDS", "SHARD_TILES", "PatchStore", "copy_tiles", "pixel_bytes", "slide_of", "stored_tiles"]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import dask.array as da
 import numpy as np
 
-from wsi.errors import StoreError
 from wsi.grid import TileGrid
+from wsi.store.origin import slide_of
 from wsi.store.pixels import U8
 from wsi.units import Box
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def lazy_patches(store: PatchStore, slide: Slide | None = None) -> da.Array:
     """See ``PatchStore.dask``."""
     side = store.grid.tile_px
-    load = store.read if store.pixels != "none" else _cutter(slide or _slide_of(store), store.grid)
+    load = store.read if store.pixels != "none" else _cutter(slide or _closed(slide_of(store)), store.grid)
 
     def chunk(block_info: Any = None) -> U8:
         return load(range(*block_info[None]["array-location"][0]))
@@ -48,12 +48,7 @@ def _cutter(slide: Slide, grid: TileGrid) -> Callable[[range], U8]:
     return cut
 
 
-def _slide_of(store: PatchStore) -> Slide:
-    from wsi.slide import open_slide
-
-    path = store.attributes.get("slide_path")
-    if path is None:
-        raise StoreError(store.path, "keeps no pixels and names no slide", "Give the slide")
-    facts = store.attributes["slide"]
-    with open_slide(path, facts["reader"], mpp=facts["mpp"][0], decode=facts["decode"]) as slide:
+def _closed(slide: Slide) -> Slide:
+    """Close a slide: what opens it again is all that is wanted of it."""
+    with slide:
         return slide
