@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,35 @@ def test_in_blocks_it_is_the_same_to_1e5_and_so_is_its_gradient(name: str, reque
         found.append([*(part for part in scores if part is not None), loss.detach(), *gradients])
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in ALL), ("dsmil", torch.bfloat16), ("dtfd", torch.bfloat16)]
+)
+def test_blocks_computed_again_give_the_gradient_of_torchs_own_graph(
+    name: str, dtype: torch.dtype, in_small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, which must fall on the same values again; under autocast, which must be as it was."""
+
+    def kept(blocks: Any, n: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = [blocks.part(span, tensors[:n]) for span in blocks.spans]
+        return tuple(torch.cat(of) for of in zip(*parts, strict=True))
+
+    found = []
+    for apply in (net._Streamed.apply, kept):
+        monkeypatch.setattr(net._Streamed, "apply", apply)
+        model = a_net(name, dropout=0.5).train()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model.loss([TrainingBag(*a_bag(40))], Targets(torch.tensor([1])), Head("softmax", 3).loss)
+        torch.randn(3)  # chance goes on between the passes,
+        before = torch.get_rng_state()
+        loss.backward()
+        assert torch.equal(torch.get_rng_state(), before)  # and after them as if there had been one
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 2
+    for streamed, own in zip(*found, strict=True):
+        torch.testing.assert_close(streamed, own, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)
