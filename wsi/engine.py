@@ -46,8 +46,8 @@ class ScoreConfig:
         Share of the tissue that may be undecodable: those tiles have no score; a slide with more fails.
     tissue : TissueConfig
     explain : bool
-        Show in tiles.png where in the top tiles the patch model looked (Grad-CAM); without a MIL head, in the tiles
-        of the highest probability. Decides no number.
+        Show in explained.png where in the top tiles the patch model looked (Grad-CAM); without a MIL head, in the
+        tiles of the highest probability. Decides no number.
     """
 
     positive: tuple[str, ...] = ()

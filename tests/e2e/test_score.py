@@ -220,6 +220,29 @@ class TestResults:
 
 
 class TestResume:
+    def test_an_explanation_is_added_to_what_is_scored(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, later = tmp_path / "first", tmp_path / "later"
+        words = ("-m", model, "-q", "--stain", "macenko")
+        assert wsi("score", slides, *words, "-o", first, "--explain")[0] == 0
+        assert wsi("score", slides, *words, "-o", later)[0] == 0
+        plain, seconds = digest(later), (later / "a/seconds.json").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "score_tiles", None)  # would fail
+            assert wsi("score", slides, *words, "-o", later, "--explain")[0] == 0
+            assert (later / "a/seconds.json").read_bytes() == seconds
+        explained = digest(later)
+        assert explained == digest(first) and {"a/explained.png", "b/explained.png"} == set(explained) - set(plain)
+        assert {name: explained[name] for name in plain} == plain
+        (later / "b/explained.png").unlink()
+        (slides / "b.svs").rename(tmp_path / "away.svs")
+        try:  # what cannot be explained stays scored, and is a failure of this run
+            code, _, _ = wsi("score", slides / "a.svs", slides / "b.svs", *words, "-o", later, "--explain")
+        finally:
+            (tmp_path / "away.svs").rename(slides / "b.svs")
+        assert code in (2, 3) and digest(later) == {k: v for k, v in explained.items() if k != "b/explained.png"}
+
     def test_the_same_again_does_nothing(
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -161,6 +161,24 @@ def test_boxes_of_another_number_are_refused() -> None:
         a_net("mean")(torch.zeros(3, 6), torch.zeros(2, 4))
 
 
+def test_half_precision_features_are_never_copied_as_a_whole() -> None:
+    code = """
+import resource, torch
+from wsi.nn.mil import make_net
+torch.set_num_threads(1)
+features = torch.ones(400_000, 256, dtype=torch.float16)  # 195 MiB, as float32 390
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+net = make_net("gated-attention", in_features=256, hidden=8).eval()
+with torch.inference_mode():
+    net(features[:9000])
+    before = peak()
+    net(features)
+assert peak() - before < 100, peak() - before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_half_a_million_tiles_are_graded_within_bounded_memory() -> None:
     """In a process of its own, since peaks only rise; every network's numbers and its share of the peak."""
     code = """
