@@ -157,7 +157,8 @@ def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]
     row: dict[str, Any] = {"slide_id": folder.resolve().name, "slide": store.attributes.get("slide_path")}
     if not readable.any():
         return row | {"grade": None, "reason": "no tile that can be read"}
-    grade = mil(features[readable], store.grid.keep(readable).boxes())
+    features = features if readable.all() else features[readable]  # no copy where none is needed
+    grade = mil(features, store.grid.keep(readable).boxes())
     known, stained = StainRange.read(mil.config.folder), StainCheck()
     if known is not None:
         try:
@@ -165,7 +166,7 @@ def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]
         except (StoreError, SlideError) as error:
             stained = StainCheck(undefined=f"no pixels to measure its stain by: {error}")
     doubts = mil.doubts(
-        grade, features[readable], unreadable=1 - float(readable.mean()), stain=stained.outside
+        grade, features, unreadable=1 - float(readable.mean()), stain=stained.outside
     ).as_json()
     row["grade"] = mil.grade(grade.probabilities)
     row |= {f"prob_{k}": rounded(float(p)) for k, p in zip(mil.config.class_names, grade.probabilities, strict=True)}

@@ -147,7 +147,8 @@ def score_slide(
         with clock.stage("grade"):
             slide_scores, doubts = None, None
             if engine.mil is not None and readable.any():
-                features = store.get("features")[readable]
+                features = store.get("features")
+                features = features if readable.all() else features[readable]  # no copy where none is needed
                 slide_scores = engine.mil(features, grid.keep(readable).boxes())
                 doubts = engine.mil.doubts(slide_scores, features, unreadable=lost, stain=stained.outside)
                 attention = np.full(len(store), np.nan, np.float32)

@@ -20,6 +20,7 @@ from wsi.nn.checkpoint import (
     weights_sha256,
 )
 from wsi.nn.mil import MIL_NETS, MilNet, make_net
+from wsi.nn.mil.net import BLOCK
 from wsi.nn.patch import PatchModel
 from wsi.nn.uncertainty import Uncertainty, prediction_set, uncertainty
 from wsi.result import called
@@ -193,7 +194,10 @@ class Doubts(NamedTuple):
 @torch.inference_mode()
 def feature_shift(net: MilNet, features: torch.Tensor) -> float:
     """Return how far a slide's mean features lie from the training tiles' mean: root mean square, in deviations."""
-    mean = torch.stack([block.double().sum(0) for block in features.split(16_384)]).sum(0) / len(features)
+    mean = torch.zeros(features.shape[1], dtype=torch.float64)
+    for block in features.split(BLOCK):
+        mean += block.double().sum(0)
+    mean /= len(features)
     return float((((mean - net.mean) / net.std) ** 2).mean().sqrt())
 
 

@@ -171,7 +171,10 @@ class MilNet(nn.Module):
             raise ValueError(f"MIL bag: {len(features)} tiles and boxes of shape {tuple(boxes.shape)}; pass (n, 4)")
         # One number that is not finite makes the sum so; tile by tile takes ten times as long, and the sum of all at once
         # a copy of all where features are float16.
-        if bool(torch.stack([block.sum(dtype=torch.float32) for block in features.split(BLOCK)]).sum().isfinite()):
+        total = features.new_zeros((), dtype=torch.float32)
+        for block in features.split(BLOCK):
+            total += block.sum(dtype=torch.float32)
+        if bool(total.isfinite()):
             return
         bad = torch.cat([~torch.isfinite(block).all(dim=1) for block in features.split(BLOCK)])
         if bool(bad.any()):
