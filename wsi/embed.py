@@ -165,9 +165,7 @@ def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]
             stained = known.check(sample_store(store))
         except (StoreError, SlideError) as error:
             stained = StainCheck(undefined=f"no pixels to measure its stain by: {error}")
-    doubts = mil.doubts(
-        grade, features, unreadable=1 - float(readable.mean()), stain=stained.outside
-    ).as_json()
+    doubts = mil.doubts(grade, features, unreadable=1 - float(readable.mean()), stain=stained.outside).as_json()
     row["grade"] = mil.grade(grade.probabilities)
     row |= {f"prob_{k}": rounded(float(p)) for k, p in zip(mil.config.class_names, grade.probabilities, strict=True)}
     chosen = doubts.pop("prediction_set")

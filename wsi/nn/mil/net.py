@@ -169,8 +169,8 @@ class MilNet(nn.Module):
             )
         if boxes is not None and tuple(boxes.shape) != (len(features), 4):
             raise ValueError(f"MIL bag: {len(features)} tiles and boxes of shape {tuple(boxes.shape)}; pass (n, 4)")
-        # One number that is not finite makes the sum so; tile by tile takes ten times as long, and the sum of all at once
-        # a copy of all where features are float16.
+        # One number that is not finite makes the sum so; tile by tile takes ten times as long, and the sum of all at
+        # once a copy of all where features are float16.
         total = features.new_zeros((), dtype=torch.float32)
         for block in features.split(BLOCK):
             total += block.sum(dtype=torch.float32)
