@@ -103,6 +103,12 @@ def test_blocks_computed_again_give_the_gradient_of_torchs_own_graph(
         torch.testing.assert_close(streamed, own, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-4)
 
 
+def test_a_gradient_reaches_the_features_too(in_small_blocks: None) -> None:
+    features = a_bag(40)[0].requires_grad_()
+    a_net("gated-attention")(features).logits.sum().backward()
+    assert features.grad is not None and bool((features.grad.abs().sum(1) > 0).all())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_weight_learns(name: str) -> None:
     model = a_net(name)

@@ -147,7 +147,7 @@ class MilNet(nn.Module):
             What `of` reads besides this network's weights, where a gradient is to reach it.
         """
         n = len(features) if rows is None else len(rows)
-        if n <= BLOCK:
+        if n <= BLOCK or features.requires_grad:  # whoever wants the features' own gradient has memory for it
             return of(features if rows is None else features[rows], *carried)
         blocks = _Blocks(of, features, rows, n, self.training)
         if not torch.is_grad_enabled():
