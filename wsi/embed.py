@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi import __version__
-from wsi.errors import ModelError, StoreError
+from wsi.errors import ModelError, SlideError, StoreError
 from wsi.nn.grade import MilModel
 from wsi.nn.patch import PatchModel, pass_size
 from wsi.result import Clock, Progress, SlideResult, rounded
+from wsi.stain.range import StainCheck, StainRange, sample_store
 from wsi.store import PatchStore, slide_of
 from wsi.tiling import stream
 
@@ -134,8 +135,8 @@ def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]
     Returns
     -------
     dict
-        grade, prob_<class>, entropy, mutual_information, prediction_set, abstain; None and `reason` of a slide without
-        a readable tile.
+        grade, prob_<class>, entropy, mutual_information, prediction_set, abstain, stain_distance; None and `reason` of
+        a slide without a readable tile, or whose stain cannot be measured.
 
     Raises
     ------
@@ -156,12 +157,20 @@ def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]
     row: dict[str, Any] = {"slide_id": folder.resolve().name, "slide": store.attributes.get("slide_path")}
     if not readable.any():
         return row | {"grade": None, "reason": "no tile that can be read"}
-    grade = mil(features[readable], store.grid.keep(readable).boxes())
-    doubts = mil.doubts(grade, features[readable], unreadable=1 - float(readable.mean())).as_json()
+    features = features if readable.all() else features[readable]  # no copy where none is needed
+    grade = mil(features, store.grid.keep(readable).boxes())
+    known, stained = StainRange.read(mil.config.folder), StainCheck()
+    if known is not None:
+        try:
+            stained = known.check(sample_store(store))
+        except (StoreError, SlideError) as error:
+            stained = StainCheck(undefined=f"no pixels to measure its stain by: {error}")
+    doubts = mil.doubts(grade, features, unreadable=1 - float(readable.mean()), stain=stained.outside).as_json()
     row["grade"] = mil.grade(grade.probabilities)
     row |= {f"prob_{k}": rounded(float(p)) for k, p in zip(mil.config.class_names, grade.probabilities, strict=True)}
     chosen = doubts.pop("prediction_set")
-    return row | doubts | {"prediction_set": None if chosen is None else " or ".join(chosen), "reason": None}
+    row |= doubts | {"prediction_set": None if chosen is None else " or ".join(chosen)}
+    return row | {"stain_distance": stained.distance, "reason": stained.undefined}
 
 
 _Batches = Iterator[tuple[range, npt.NDArray[np.uint8], npt.NDArray[np.bool_]]]

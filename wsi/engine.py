@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi.errors import GridError, ModelError, SlideError, StainError, StoreError
 from wsi.slide import DECODES, READERS
 from wsi.stain import METHODS, TARGETS
+from wsi.stain.range import StainRange
 from wsi.store import KINDS
 from wsi.tissue import TissueConfig
 
@@ -44,8 +46,8 @@ class ScoreConfig:
         Share of the tissue that may be undecodable: those tiles have no score; a slide with more fails.
     tissue : TissueConfig
     explain : bool
-        Show in tiles.png where in the top tiles the patch model looked (Grad-CAM); without a MIL head, in the tiles
-        of the highest probability. Decides no number.
+        Show in explained.png where in the top tiles the patch model looked (Grad-CAM); without a MIL head, in the
+        tiles of the highest probability. Decides no number.
     """
 
     positive: tuple[str, ...] = ()
@@ -100,6 +102,12 @@ class Engine:
     batch_size: int = 64
     threads: int = 4
 
+    @cached_property
+    def stain_range(self) -> StainRange | None:
+        """Stains of the slides that the MIL head was trained on, or else the patch model; None where neither says."""
+        of_head = None if self.mil is None else StainRange.read(self.mil.config.folder)
+        return of_head or StainRange.read(self.model.config.folder)
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -139,7 +147,7 @@ class EngineConfig:
         Raises
         ------
         ModelError
-            There is no such model, it is damaged, or the head is of another one.
+            There is no such model, it or its range of stains is damaged, or the head is of another one.
         """
         from wsi.nn.grade import load_mil_model
         from wsi.nn.patch import load_patch_model
@@ -148,4 +156,6 @@ class EngineConfig:
         inside = model.config.folder / "mil"
         mil = str(inside) if self.mil is None and (inside / "config.json").is_file() else self.mil
         head = None if mil in (None, "none") else load_mil_model(str(mil), model)
-        return Engine(model, head, batch_size=self.batch_size, threads=self.threads)
+        engine = Engine(model, head, batch_size=self.batch_size, threads=self.threads)
+        _ = engine.stain_range  # damaged, it is refused before a slide is begun
+        return engine

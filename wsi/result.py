@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from wsi.files import write_json
 
+#: The picture that ``wsi score --explain`` adds to a slide's folder.
+EXPLAINED = "explained.png"
 #: Called with the stage, and how much of it is done out of how much.
 Progress = Callable[[str, int, int], None]
 

@@ -25,13 +25,15 @@ from wsi.grid import TileGrid
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.gradcam import grad_cam
+from wsi.nn.grade import SlideGrade
 from wsi.nn.patch import PatchModel
 from wsi.outputs import write_outputs
-from wsi.result import Clock, Progress, SlideResult, rounded, write_result
+from wsi.result import EXPLAINED, Clock, Progress, SlideResult, rounded, write_result
 from wsi.sheet import Look, save_sheet
 from wsi.slide import Slide, absolute, open_slide
 from wsi.stain import FitConfig, StainTransform, fit
 from wsi.stain.pixels import density_of
+from wsi.stain.range import StainCheck, sample_tiles
 from wsi.stain.ruifrok import EOSIN, HAEMATOXYLIN
 from wsi.store import PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tissue import TissueMask, find_tissue, read_mask
@@ -63,8 +65,8 @@ def score_slide(
     path : str
         The slide.
     folder : Path
-        Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, with a MIL head (or `explain`)
-        tiles.png, and last result.json.
+        Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, with a MIL head tiles.png, with
+        `explain` explained.png, and last result.json.
     engine : Engine
     config : ScoreConfig, optional
     mpp : float, optional
@@ -105,6 +107,11 @@ def score_slide(
             if config.pixels == "verbatim":
                 stored_tiles(slide, grid)  # refuses a grid that is not the slide's own, before there is a store
             store = _store(folder / "store.zarr", grid, slide, stain, engine, config)
+        with clock.stage("stain"):
+            if engine.stain_range is None:
+                stained = StainCheck(undefined="the model does not say which stains it was trained on")
+            else:
+                stained = engine.stain_range.check(sample_tiles(slide, grid, stain))
         with clock.stage("tiles") as report:
             if config.pixels == "verbatim":
                 copy_tiles(slide, store, threads=engine.threads)
@@ -140,9 +147,10 @@ def score_slide(
         with clock.stage("grade"):
             slide_scores, doubts = None, None
             if engine.mil is not None and readable.any():
-                features = store.get("features")[readable]
+                features = store.get("features")
+                features = features if readable.all() else features[readable]  # no copy where none is needed
                 slide_scores = engine.mil(features, grid.keep(readable).boxes())
-                doubts = engine.mil.doubts(slide_scores, features, unreadable=lost)
+                doubts = engine.mil.doubts(slide_scores, features, unreadable=lost, stain=stained.outside)
                 attention = np.full(len(store), np.nan, np.float32)
                 attention[readable] = slide_scores.attention
                 store.put("attention", attention)
@@ -151,16 +159,10 @@ def score_slide(
             numbers = write_outputs(
                 folder, slide, slide_id, tissue, scored, probabilities, slide_scores, engine, config
             )
-            evidence: dict[str, npt.NDArray[Any]] = {}
             if engine.mil is not None and slide_scores is not None:
-                evidence = engine.mil.evidence(slide_scores)
-            elif config.explain and len(scored):
-                names = engine.model.config.class_names
-                shown = config.positive or engine.model.config.positive_classes or names
-                evidence = {name: probabilities[:, names.index(name)] for name in shown}
-            if evidence:
-                look = _look(engine.model, config, stain) if config.explain else None
-                save_sheet(folder / "tiles.png", slide, scored, evidence, look=look)
+                save_sheet(folder / "tiles.png", slide, scored, engine.mil.evidence(slide_scores))
+            if config.explain and len(scored):
+                _explain(folder, slide, scored, probabilities, slide_scores, engine, config, stain)
             numbers |= {"n_unreadable": int(unreadable.sum()), "unreadable_tissue": rounded(lost)}
             if unreadable.any():
                 numbers["flags"].append("unreadable-tiles")
@@ -168,6 +170,12 @@ def score_slide(
                     f"{unreadable.sum()} tiles, {lost:.2%} of the tissue, cannot be decoded and have no score: "
                     "`unreadable` in store.zarr marks them"
                 )
+            numbers["stain_distance"] = stained.distance
+            if stained.undefined:
+                numbers["reasons"]["stain_distance"] = stained.undefined
+            if stained.outside:
+                numbers["flags"].append("stain-outside")
+                numbers["warnings"].append(stained.outside)
             numbers["mpp_given"] = mpp
             numbers["mask"] = mask and absolute(mask)
             if doubts is not None:
@@ -184,6 +192,48 @@ def score_slide(
     progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)
     return result
+
+
+def explain_slide(
+    path: str, folder: str | os.PathLike[str], engine: Engine, config: ScoreConfig, *, mpp: float | None = None,
+    local: str | None = None, progress: Progress = lambda stage, done, total: None,
+) -> None:  # fmt: skip
+    """Add explained.png to what ``score_slide`` left, with the same engine and configuration; nothing else changes.
+
+    Raises
+    ------
+    SlideError, ModelError, StoreError
+        One line each that says what to do.
+    """
+    folder = Path(folder)
+    store = PatchStore.open(folder / "store.zarr")
+    readable = ~store.get("unreadable")
+    grid, said = store.grid.keep(readable), store.attributes.get("stain")
+    stain = None if said is None else StainTransform.from_json(json.dumps(said))
+    progress("explain", 0, 0)
+    grade = engine.mil(store.get("features")[readable], grid.boxes()) if engine.mil is not None else None
+    with open_slide(path, config.reader, mpp=mpp, decode=config.decode, local=local) as slide:
+        _explain(folder, slide, grid, store.get("probabilities")[readable], grade, engine, config, stain)
+
+
+def _explain(
+    folder: Path,
+    slide: Slide,
+    grid: TileGrid,
+    probabilities: npt.NDArray[Any],
+    grade: SlideGrade | None,
+    engine: Engine,
+    config: ScoreConfig,
+    stain: StainTransform | None,
+) -> None:
+    """Write explained.png, of the tiles that spoke most for a class, or without a head of those likeliest of it."""
+    if engine.mil is not None and grade is not None:
+        evidence = engine.mil.evidence(grade)
+    else:
+        names = engine.model.config.class_names
+        shown = config.positive or engine.model.config.positive_classes or names
+        evidence = {name: probabilities[:, names.index(name)] for name in shown}
+    save_sheet(folder / EXPLAINED, slide, grid, evidence, look=_look(engine.model, config, stain))
 
 
 def estimate_bytes(

@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from wsi.nn.patch import load_patch_model
 from wsi.result import SlideResult
 from wsi.slide import open_slide
 from wsi.stain import StainTransform
+from wsi.stain.range import StainRange, measure, point_of, sample_store
 from wsi.store import PatchStore
 from wsi.units import Box
 
@@ -163,8 +165,63 @@ class TestResults:
         for words in ("cannot be told apart", "outside the range of the training slides"):
             assert words in doubt["uncertainty"]["abstain"] and any(words in line for line in doubt["warnings"])
 
+    def test_a_stain_outside_the_training_range_is_a_reason_to_abstain(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path
+    ) -> None:
+        assert wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "plain", "-q")[0] == 0
+        own = point_of(measure(sample_store(PatchStore.open(tmp_path / "plain/a/store.zarr"))))
+        for name, vectors in (("here", own[:6]), ("elsewhere", (*own[3:6], 0.1, 0.3, 0.95))):
+            folder = shutil.copytree(model, tmp_path / name)
+            points = [(*vectors, own[6] * s, own[7] * s) for s in np.geomspace(0.3, 3, 40).tolist()]
+            StainRange.of(points, range(40)).write(folder)
+        results = {}
+        for name in ("here", "elsewhere"):
+            assert wsi("score", slides / "a.svs", "-m", tmp_path / name, "-o", tmp_path / f"r-{name}", "-q")[0] == 0
+            results[name] = json.loads((tmp_path / f"r-{name}/a/result.json").read_text())
+        inside, outside = results["here"], results["elsewhere"]
+        assert inside["uncertainty"]["abstain"] is None and inside["flags"] == [] and inside["stain_distance"] < 2
+        assert outside["flags"] == ["stain-outside", "abstain"] and outside["stain_distance"] > 20
+        assert "stain outside the training range: haematoxylin" in outside["uncertainty"]["abstain"]
+        assert "40 training patients" in outside["warnings"][0] and outside["grade"] == inside["grade"]
+        # the tile model's own range warns where there is no head, too; and another range is another configuration
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", tmp_path / "elsewhere", "-o", tmp_path / "r-here", "-q")
+        assert code == 2 and "stain_range was" in stderr
+        words = ("--mil", "none", "-o", tmp_path / "bare", "-q")
+        assert wsi("score", slides / "a.svs", "-m", tmp_path / "elsewhere", *words)[0] == 0
+        assert json.loads((tmp_path / "bare/a/result.json").read_text())["flags"] == ["stain-outside"]
+        (tmp_path / "here" / "stain.json").write_text("{}")
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", tmp_path / "here", "-o", tmp_path / "no", "-q")
+        assert code == 2 and "stain.json: is damaged" in stderr
+
+    def test_a_model_without_a_range_says_so(self, whole: Path) -> None:
+        result = json.loads((whole / "b/result.json").read_text())
+        assert result["stain_distance"] is None and "does not say which stains" in result["reasons"]["stain_distance"]
+
 
 class TestResume:
+    def test_an_explanation_is_added_to_what_is_scored(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, later = tmp_path / "first", tmp_path / "later"
+        words = ("-m", model, "-q", "--stain", "macenko")
+        assert wsi("score", slides, *words, "-o", first, "--explain")[0] == 0
+        assert wsi("score", slides, *words, "-o", later)[0] == 0
+        plain, seconds = digest(later), (later / "a/seconds.json").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "score_tiles", None)  # would fail
+            assert wsi("score", slides, *words, "-o", later, "--explain")[0] == 0
+            assert (later / "a/seconds.json").read_bytes() == seconds
+        explained = digest(later)
+        assert explained == digest(first) and {"a/explained.png", "b/explained.png"} == set(explained) - set(plain)
+        assert {name: explained[name] for name in plain} == plain
+        (later / "b/explained.png").unlink()
+        (slides / "b.svs").rename(tmp_path / "away.svs")
+        try:  # what cannot be explained stays scored, and is a failure of this run
+            code, _, _ = wsi("score", slides / "a.svs", slides / "b.svs", *words, "-o", later, "--explain")
+        finally:
+            (tmp_path / "away.svs").rename(slides / "b.svs")
+        assert code in (2, 3) and digest(later) == {k: v for k, v in explained.items() if k != "b/explained.png"}
+
     def test_the_same_again_does_nothing(
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

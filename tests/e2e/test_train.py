@@ -73,9 +73,9 @@ def test_explaining_changes_a_picture_and_no_number(wsi: Run, outlined: Path, tm
     assert wsi(*words, "-o", tmp_path / "plain")[0] == 0
     assert wsi(*words, "-o", tmp_path / "explained", "--explain")[0] == 0
     plain, explained = digest(tmp_path / "plain"), digest(tmp_path / "explained")
-    assert set(explained) - set(plain) == {"s5/tiles.png"}
+    assert set(explained) - set(plain) == {"s5/explained.png"}
     assert {name: sha for name, sha in explained.items() if name in plain} == plain
-    with Image.open(tmp_path / "explained/s5/tiles.png") as sheet:
+    with Image.open(tmp_path / "explained/s5/explained.png") as sheet:
         assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 1000
 
 

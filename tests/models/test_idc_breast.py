@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score  # noqa: E402
 from wsi.nn.checkpoint import read_config  # noqa: E402
 from wsi.nn.mil.attention import AttentionMil  # noqa: E402
 from wsi.nn.p4m import P4MNet  # noqa: E402
+from wsi.stain.range import StainRange  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "models" / "idc-breast"
@@ -35,9 +36,9 @@ def load(folder: Path) -> "torch.nn.Module":
     return net.eval()
 
 
-def training_of(folder: Path, name: str):
-    """Import a folder's train.py, which holds the split and the reading of the data."""
-    spec = importlib.util.spec_from_file_location(name, folder / "train.py")
+def training_of(folder: Path, name: str, file: str = "train.py"):
+    """Import a folder's train.py, which holds the split and the reading of the data, or another program of it."""
+    spec = importlib.util.spec_from_file_location(name, folder / file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -108,3 +109,24 @@ def test_auroc_on_the_patients_kept_back_is_the_one_stated(held_back, bf16):
     stated = read(MODEL, "figures.json")
     assert roc_auc_score(labels, alone) == pytest.approx(stated["test_alone"]["auroc"], abs=0.002)
     assert roc_auc_score(labels, together) == pytest.approx(stated["test"]["auroc"], abs=0.002)
+
+
+@pytest.mark.skipif(
+    not (DATA / "patches" / "idc_breast_dev_a.zip").is_file(), reason="needs the patches in shared/data"
+)
+def test_the_range_of_stains_is_that_of_the_training_patients():
+    program = training_of(MODEL, "idc_stain", "stain.py")
+    known, unlike = program.fit_range(DATA)
+    shipped = StainRange.read(MODEL)
+    assert shipped == StainRange.read(MODEL / "mil") and shipped.patients == 142
+    assert shipped.limit == pytest.approx(known.limit, abs=0.01)  # processors may differ in the last bits
+    assert [found["outside"] / found["slides"] < 0.1 for found in unlike.values()] == [True, True]
+    card = (MODEL / "CARD.md").read_text(encoding="utf-8")
+    assert f"lie within {shipped.limit:.3g}" in card
+    assert f"{unlike['validation']['outside']} of\n{unlike['validation']['slides']} validation patients" in card
+    assert f"{unlike['test']['outside']} of {unlike['test']['slides']} test patients" in card
+    centres = program.load_program(MODEL / "shift.py").load_centres(DATA)
+    outside = {name for name, tiles in centres.items() if known.check(tiles).outside}
+    assert outside == {"1", "2", "4"}
+    slide = program.check_slide(known, DATA / program.SLIDES[0])
+    assert slide.outside is None and slide.distance < known.limit

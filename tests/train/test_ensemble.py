@@ -56,6 +56,12 @@ def test_the_folder_is_a_model_with_its_papers(trained: Path, bags: Bags) -> Non
     assert sorted(path.name for path in (trained / "splits").iterdir()) == [f"splits_{k}.csv" for k in range(3)]
 
 
+def test_without_slides_the_stains_are_not_known_and_the_folder_says_why(trained: Path) -> None:
+    said = json.loads((trained / "stain.json").read_text())
+    assert said["limit"] is None and "names no slide" in said["reason"]
+    assert "names no slide" in (trained / "CARD.md").read_text()
+
+
 def test_predictions_are_those_of_members_that_never_saw_the_slide(trained: Path, bags: Bags) -> None:
     with (trained / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))

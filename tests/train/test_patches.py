@@ -21,6 +21,7 @@ from tests.train.make import write_patches
 from wsi.cli import app
 from wsi.errors import ConfigMismatch, ModelError, TrainError, WsiError
 from wsi.nn.patch import load_patch_model
+from wsi.stain.range import StainRange
 from wsi.train.classifier import PatchConfig
 from wsi.train.cohort import Split, k_fold
 from wsi.train.images import Labelled, Patches, read_folder
@@ -67,6 +68,31 @@ def test_it_learns_what_was_planted_and_writes_a_model(trained: Path, found: Lab
     assert (trained / "log.png").read_bytes().startswith(b"\x89PNG")
     log = rows_of(trained / "log.csv")
     assert float(log[-1]["train_loss"]) < float(log[0]["train_loss"])
+
+
+def test_the_stains_of_the_training_patients_are_kept(
+    trained: Path, found: Labelled, patches: Patches, tmp_path: Path
+) -> None:
+    said = json.loads((trained / "stain.json").read_text())
+    assert said["limit"] is None and "of 6 training patients; 19 or more" in said["reason"]  # twelve in four folds
+    alone = {i: case._replace(patient=i) for i, case in found.cohort.cases.items()}
+    train_patches(
+        replace(found.cohort, cases=alone), patches, k_fold(found.cohort, 4, 0)[0], tmp_path, replace(CONFIG, epochs=1),
+        mpp=2.0,
+    )  # fmt: skip
+    assert "whose the patches are is not known" in json.loads((tmp_path / "stain.json").read_text())["reason"]
+    many = read_folder(write_patches(tmp_path / "many", 176, patients=44), patient_in=r"p\d+")
+    own = Patches(many.places)
+    figures = train_patches(
+        many.cohort, own, k_fold(many.cohort, 4, 0)[0], tmp_path / "out", replace(CONFIG, epochs=1), mpp=2.0
+    )
+    known = StainRange.read(tmp_path / "out")
+    assert known is not None and known.limit is not None and known.patients == len(known.slides) >= 19
+    assert figures["outside_stains"]["test"]["slides"] > 0
+    split = k_fold(many.cohort, 4, 0)[0]
+    who = many.cohort.cases[split.train[0]].patient
+    rgb = own.read([i for i, case in many.cohort.cases.items() if case.patient == who])
+    assert known.check(rgb).distance == 0.0
 
 
 def test_it_learns_in_bfloat16_too(found: Labelled, patches: Patches, tmp_path: Path) -> None:

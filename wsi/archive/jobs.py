@@ -17,7 +17,7 @@ from wsi.archive.folder import Row
 from wsi.archive.slides import SlideRef
 from wsi.engine import EngineConfig, ScoreConfig
 from wsi.errors import OutputError, WsiError, is_output_error
-from wsi.result import Progress, SlideResult
+from wsi.result import EXPLAINED, Progress, SlideResult, read_result
 from wsi.slide import absolute
 from wsi.tile import TileConfig, estimate_tiled_bytes, tile_slide
 from wsi.tissue import TissueConfig
@@ -49,7 +49,7 @@ class Ready:
         What does not.
     """
 
-    work: Callable[[SlideRef, Path, Progress], SlideResult]
+    work: Callable[[SlideRef, Path, Progress], object]
     answers: Mapping[str, Callable[[SlideRef], float]]
     configuration: dict[str, Any]
     execution: dict[str, Any]
@@ -77,24 +77,39 @@ class ScoreJob:
         "mpp", "mpp_source", "flags",
     )  # fmt: skip
 
+    def finished(self, own: Path) -> SlideResult | None:
+        """Return what a slide's folder says, or None where something is still to do."""
+        result = read_result(own)
+        explained = not self.config.explain or (own / EXPLAINED).is_file()
+        return result if explained or result is None or not result.numbers["n_tiles"] else None
+
     def load(self) -> Ready:
         """Load the models; errors are those of ``load_patch_model``, ``ScoreConfig.check`` and ``check_maps``."""
         from wsi.nn.gradcam import check_maps
-        from wsi.run import estimate_bytes, score_slide, triage  # torch, which patch stores do without
+        from wsi.run import estimate_bytes, explain_slide, score_slide, triage  # torch, which patch stores do without
 
         engine, config = self.engine.load(), self.config
         config.check(engine.model.config)
         if config.explain:
             check_maps(engine.model)
         numbers = asdict(config)
-        numbers.pop("max_unreadable")  # decides no number
+        unbound = {name: numbers.pop(name) for name in ("max_unreadable", "explain")}  # which decide no number
+        if engine.stain_range is not None:
+            numbers["stain_range"] = engine.stain_range.sha256[:12]
         if engine.model.config.context is not None:
             numbers["context"] = asdict(engine.model.config.context)
-        return Ready(
-            work=lambda ref, own, progress: score_slide(
+
+        def work(ref: SlideRef, own: Path, progress: Progress) -> None:
+            if read_result(own) is not None:  # all that is missing is its explanation
+                explain_slide(ref.path, own, engine, config, mpp=ref.mpp, local=ref.local, progress=progress)
+                return
+            score_slide(
                 ref.path, own, engine, config,
                 mpp=ref.mpp, mpp_source=ref.mpp_source, mask=ref.mask, local=ref.local, progress=progress,
-            ),
+            )  # fmt: skip
+
+        return Ready(
+            work=work,
             answers={
                 "bytes": lambda ref: estimate_bytes(ref.path, engine, config, mpp=ref.mpp, mask=ref.mask),
                 "triage": lambda ref: triage(ref.path, engine, config, mpp=ref.mpp, mask=ref.mask),
@@ -108,7 +123,7 @@ class ScoreJob:
                 **numbers,
             },
             execution={
-                "max_unreadable": config.max_unreadable,
+                **unbound,
                 "device": engine.model.device,
                 "batch_size": engine.batch_size,
                 "threads": engine.threads,
@@ -126,6 +141,10 @@ class TileJob:
     columns: ClassVar[tuple[str, ...]] = (
         "n_tiles", "n_unreadable", "tile_px", "tile_mpp", "pixels", "tissue_mm2", "mpp", "mpp_source", "flags",
     )  # fmt: skip
+
+    def finished(self, own: Path) -> SlideResult | None:
+        """Return what a slide's folder says, or None where it is still to do."""
+        return read_result(own)
 
     def load(self) -> Ready:
         """Check the configuration."""

@@ -29,7 +29,6 @@ from wsi.archive.jobs import Job, Task
 from wsi.archive.slides import SlideRef
 from wsi.archive.workers import Event, Staff, Tell
 from wsi.errors import OutputError, WsiError
-from wsi.result import read_result
 from wsi.slide import is_url
 
 #: Ways to order slides.
@@ -81,7 +80,7 @@ def run(
                 sweep_books(folder)
                 bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
             try:
-                work = _Run(folder, dict(zip(ids, refs, strict=True)), staff, claims, tables, cache, tell)
+                work = _Run(folder, dict(zip(ids, refs, strict=True)), job, staff, claims, tables, cache, tell)
                 work.sort(order)
                 work.weigh()
                 rows = work.go()
@@ -115,13 +114,14 @@ class _Run:
         self,
         folder: Path,
         refs: dict[str, SlideRef],
+        job: Job,
         staff: Staff,
         claims: Claims,
         tables: Tables,
         cache: Cache | None,
         tell: Tell,
     ) -> None:
-        self._folder, self._refs, self._staff, self._claims = folder, refs, staff, claims
+        self._folder, self._refs, self._job, self._staff, self._claims = folder, refs, job, staff, claims
         self._tables, self._cache, self._tell = tables, cache, tell
         self._to_do = deque(refs)
         self._coming: dict[str, Future[str | None]] = {}  # claimed, and being copied
@@ -240,7 +240,7 @@ class _Run:
     def _is_finished(self, slide_id: str) -> bool:
         """Whether there is a result, or another run has failed on it since this one began."""
         own = self._folder / slide_id
-        if (result := read_result(own)) is not None:
+        if (result := self._job.finished(own)) is not None:
             self._note("done", slide_id, self._tables.row(result))
         elif (failure := read_failure(own, since=self._claims.began)) is not None:
             self._note("failed", slide_id, failure)

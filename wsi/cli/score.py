@@ -65,7 +65,10 @@ def score(
         str, typer.Option(help="What stains are made to look like: veta, another packaged name, or an image file.")
     ] = "veta",
     explain: Annotated[
-        bool, typer.Option(help="Show in tiles.png where in the top tiles the patch model looked (Grad-CAM).")
+        bool,
+        typer.Option(
+            help="Show in explained.png where in the top tiles the patch model looked (Grad-CAM), of scored slides too."
+        ),
     ] = False,
     reader: Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")] = "auto",
     decode: Annotated[

@@ -4,6 +4,7 @@ A model is a folder::
 
     config.json           architecture, classes, tile_px, mpp, mean and std: WSInfer's keys and a few of ours
     weights.safetensors   or model.safetensors, pytorch_model.bin (weights only), torchscript_model.pt (on request)
+    stain.json            optional: the stains of the training slides (wsi.stain.range)
     CARD.md, train.py     data, split, figures, limits; the program that made the weights
     mil/                  optional: the MIL head trained on this model's features, a model folder itself
 """
@@ -363,7 +364,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
 
     try:
-        folder = fetch("config.json", "*.safetensors", TORCHSCRIPT, "mil/*")
+        folder = fetch("config.json", "stain.json", "*.safetensors", TORCHSCRIPT, "mil/*")
         if not any((folder / weights).is_file() for weights in (*_SAFE_WEIGHTS, TORCHSCRIPT)):
             folder = fetch("pytorch_model.bin")  # often the same weights again, gigabytes
         return folder

@@ -20,6 +20,7 @@ from wsi.nn.checkpoint import (
     weights_sha256,
 )
 from wsi.nn.mil import MIL_NETS, MilNet, make_net
+from wsi.nn.mil.net import BLOCK
 from wsi.nn.patch import PatchModel
 from wsi.nn.uncertainty import Uncertainty, prediction_set, uncertainty
 from wsi.result import called
@@ -124,7 +125,9 @@ class MilModel:
         over = parts - parts.mean(1, keepdims=True)
         return {name: over[:, i] for i, name in enumerate(names)}
 
-    def doubts(self, grade: SlideGrade, features: npt.NDArray[Any], *, unreadable: float = 0.0) -> Doubts:
+    def doubts(
+        self, grade: SlideGrade, features: npt.NDArray[Any], *, unreadable: float = 0.0, stain: str | None = None
+    ) -> Doubts:
         """Say how sure a grade is, and whether to abstain from it.
 
         Parameters
@@ -134,12 +137,16 @@ class MilModel:
             What it was made of.
         unreadable : float
             Share of the slide's tissue that could not be read.
+        stain : str, optional
+            Why the slide's stain lies outside the training slides' (``wsi.stain.range``).
         """
         config = self.config
         names = config.class_names
         reasons = []
         if unreadable > MOST_UNREADABLE:
             reasons.append(f"{unreadable:.0%} of tissue unreadable")
+        if stain is not None:
+            reasons.append(stain)
         chosen: tuple[str, ...] | None = None
         if config.conformal_threshold is not None:
             chosen = tuple(names[i] for i in prediction_set(grade.probabilities, config.conformal_threshold))
@@ -150,7 +157,7 @@ class MilModel:
             shift = feature_shift(self._nets[0], torch.from_numpy(np.require(features, requirements=["C", "W"])))
             if shift > config.largest_shift:
                 reasons.append(
-                    "features lie outside the range of the training slides (stain, scanner or tissue unlike theirs): "
+                    "features lie outside the range of the training slides (scanner or tissue unlike theirs): "
                     f"{shift / config.largest_shift:.2g} times the farthest of them"
                 )
         return Doubts(uncertainty(grade.members), chosen, "; ".join(reasons) or None)
@@ -187,7 +194,10 @@ class Doubts(NamedTuple):
 @torch.inference_mode()
 def feature_shift(net: MilNet, features: torch.Tensor) -> float:
     """Return how far a slide's mean features lie from the training tiles' mean: root mean square, in deviations."""
-    mean = torch.stack([block.double().sum(0) for block in features.split(16_384)]).sum(0) / len(features)
+    mean = torch.zeros(features.shape[1], dtype=torch.float64)
+    for block in features.split(BLOCK):
+        mean += block.double().sum(0)
+    mean /= len(features)
     return float((((mean - net.mean) / net.std) ** 2).mean().sqrt())
 
 

@@ -73,11 +73,27 @@ def sample_slide(slide: Slide, config: FitConfig, tissue: TissueMask | None = No
     rows = rows if rows.size else np.flatnonzero(fraction > 0)
     if rows.size == 0:
         raise Unmeasurable("blank", slide.path)
-    rows = rows[np.linspace(0, len(rows) - 1, min(config.n_tiles, len(rows))).round().astype(int)]
-    tiles = np.empty((len(rows), tile_px, tile_px, 3), np.uint8)
+    return read_tiles(slide, grid, rows[evenly(len(rows), config.n_tiles)])
+
+
+def evenly(n: int, at_most: int) -> npt.NDArray[np.int64]:
+    """Which of n tiles to look at, so that they lie evenly among all.
+
+    Examples
+    --------
+    >>> evenly(10, 4).tolist(), evenly(2, 4).tolist()
+    ([0, 3, 6, 9], [0, 1])
+    """
+    return np.linspace(0, n - 1, min(n, at_most)).round().astype(np.int64)
+
+
+def read_tiles(slide: Slide, grid: TileGrid, rows: npt.NDArray[np.int64]) -> U8:
+    """Read some tiles of a grid, uint8 (m, tile_px, tile_px, 3), by threads; what is damaged is white."""
+    side = grid.tile_px
+    tiles = np.empty((len(rows), side, side, 3), np.uint8)
 
     def read(tile: U8, row: int) -> None:
-        slide.read(grid.box(row), (tile_px, tile_px), out=tile, damage=[])
+        slide.read(grid.box(row), (side, side), out=tile, damage=[])
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="wsi-stain") as pool:  # reading takes most of a fit's time
         for _ in pool.map(read, tiles, rows.tolist()):

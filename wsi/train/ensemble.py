@@ -4,6 +4,7 @@
 
     OUT/
       config.json, weights.safetensors    the ensemble: `wsi score --mil OUT`
+      stain.json                          the stains of the training slides, and how far from them is too far
       CARD.md, figures.json               what it was trained on, and how good it is on slides that a member never saw
       predictions.csv                     a row a slide and fold: part, label, probabilities
       log.csv, log.png                    loss and figures of each epoch
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from wsi.train.cohort import Case, Cohort, Split, check_split, write_splits
 from wsi.train.figures import best_threshold
 from wsi.train.loop import bind, write_log
 from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, train_member
+from wsi.train.stains import learn_stains, stains_line
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
@@ -118,12 +121,15 @@ def train_mil(
     heads = [member.head for member in members.values()]
     nets = [member.net for member in members.values()]
     shift = max(_shift_of(nets[0], bags.stats[i].sum / bags.stats[i].tiles) for s in splits for i in s.train)
+    tiles = {i: partial(bags.tiles, i) for i in cohort.cases}
+    stains, unlike = learn_stains(tiles, {i: case.patient for i, case in cohort.cases.items()}, splits)
     state = (nets[0] if len(nets) == 1 else torch.nn.ModuleList(nets)).state_dict()
     weights = save({name: value.contiguous() for name, value in state.items()})
     sha256 = hashlib.sha256(weights).hexdigest()
     figures = _figures(cohort, rows, heads[0], calibration, len(splits)) | {
         "epochs": {f"{k}-{seed}": member.best_epoch for (k, seed), member in members.items()},
         "weights_sha256": sha256,
+        "outside_stains": unlike,
     }
     with replacing(out / "weights.safetensors") as file:
         file.write(weights)
@@ -148,8 +154,10 @@ def train_mil(
     }
     _write_tables(out, cohort, rows, members)
     write_json(out / "figures.json", figures)
+    stains.write(out)
+    stained = stains_line(stains, unlike)
     with replacing(out / "CARD.md") as file:
-        file.write(_card(out.resolve().name, cohort, bags, splits, seeds, written, figures).encode())
+        file.write(_card(out.resolve().name, cohort, bags, splits, seeds, written, figures, stained).encode())
     write_json(out / "config.json", written)  # last: a folder with it is a model
     return figures
 
@@ -296,6 +304,7 @@ def _card(
     seeds: int,
     config: dict[str, Any],
     figures: dict[str, Any],
+    stained: str,
 ) -> str:
     patients = {case.patient for case in cohort.cases.values()}
     counts = np.bincount([case.label for case in cohort.cases.values()], minlength=len(cohort.class_names))
@@ -315,6 +324,7 @@ def _card(
         + ", ".join(f"{c} {n}" for c, n in zip(cohort.class_names, counts, strict=True))
         + " |",
         f"| Chosen on validation | {chosen} |",
+        stained,
         f"| sha256 | `{config['weights_sha256']}` |",
         "",
         "## Figures",

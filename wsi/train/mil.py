@@ -17,6 +17,9 @@ from wsi.nn.mil import MIL_NETS, Head, MilNet, Targets, TrainingBag, make_net
 from wsi.nn.mil.heads import KINDS, Kind, breslow
 from wsi.nn.mil.net import BLOCK
 from wsi.nn.patch import pick_device
+from wsi.slide.base import U8
+from wsi.stain.range import sample_store
+from wsi.store import PatchStore
 from wsi.train import figures
 from wsi.train.bags import read_bag
 from wsi.train.cohort import Case, Cohort, Split
@@ -143,6 +146,21 @@ class Bags:
             return self._kept[slide_id]
         bag = read_bag(self._paths[slide_id], self._which)
         return self._keep(slide_id, bag.features, bag.boxes)
+
+    def tiles(self, slide_id: str) -> U8:
+        """Return some tiles of a slide, as the encoder saw them: uint8 (m, tile_px, tile_px, 3).
+
+        Raises
+        ------
+        TrainError
+            The bag is features alone.
+        StoreError, SlideError
+            The store keeps no pixels, and the slide is not where it was.
+        """
+        path = self._paths[slide_id]
+        if path.name != "store.zarr":
+            raise TrainError(path, "is a file of features, without pixels")
+        return sample_store(PatchStore.open(path))
 
     def _keep(self, slide_id: str, features: Array, boxes: Array | None) -> TrainingBag:
         bag = TrainingBag(torch.from_numpy(features), None if boxes is None else torch.from_numpy(boxes))

@@ -4,6 +4,7 @@
 
     OUT/
       config.json, weights.safetensors    the model: `wsi score --model OUT`
+      stain.json                          the stains of the training patients, and how far from them is too far
       CARD.md, figures.json               what it was trained on, and how good it is on patients kept back
       predictions.csv                     a row a patch of validation and test: label, probabilities
       split.csv                           a row a patch: path, patient, label, split
@@ -18,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,19 @@ from wsi.errors import ModelError, OutputError
 from wsi.files import replacing, write_csv, write_json
 from wsi.nn.mil import Head
 from wsi.nn.patch import PatchModel
+from wsi.slide.base import U8
+from wsi.stain.pixels import evenly
+from wsi.stain.range import StainRange
 from wsi.train.classifier import PatchConfig, PatchTraining, begin
 from wsi.train.cohort import Cohort, Split, check_split
 from wsi.train.figures import best_threshold
 from wsi.train.images import Patches
 from wsi.train.loop import bind, write_log
 from wsi.train.mil import measure
+from wsi.train.stains import learn_stains, stains_line
+
+#: Patches of a patient that its stains are measured on, at most.
+_STAINED = 256
 
 
 def train_patches(
@@ -104,15 +113,18 @@ def train_patches(
     figures: dict[str, Any] = {
         part: _figures(cohort, getattr(split, part), said.get(part)) for part in ("validation", "test")
     }
-    figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256}
+    stains, unlike = _stains(cohort, patches, split)
+    figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256, "outside_stains": unlike}
     with replacing(out / "weights.safetensors") as file:
         file.write(weights)
     write_log(out, [({}, run.history, run.best_epoch)])
     _write_tables(out, cohort, split, said)
     write_json(out / "figures.json", figures)
+    stains.write(out)
+    stained = stains_line(stains, unlike)
     written = _config_json(model, threshold, positive, sha256)
     with replacing(out / "CARD.md") as file:
-        file.write(_card(out.resolve().name, cohort, split, config, written, figures).encode())
+        file.write(_card(out.resolve().name, cohort, split, config, written, figures, stained).encode())
     write_json(out / "config.json", written)  # last: a folder with it is a model
     return figures
 
@@ -146,6 +158,23 @@ def _bind(
         "patches, labels or split": digest.hexdigest(),
     }
     bind(out, identity)
+
+
+def _stains(cohort: Cohort, patches: Patches, split: Split) -> tuple[StainRange, dict[str, Any]]:
+    """Find the range of the training patients' stains, each measured on its patches or an even part of them."""
+    if all(case.patient == case.slide_id for case in cohort.cases.values()):
+        return StainRange(reason="whose the patches are is not known, and one alone says little of a slide"), {}
+    of: dict[str, list[str]] = {}
+    for i, case in cohort.cases.items():
+        of.setdefault(case.patient, []).append(i)
+
+    def tiles(own: list[str]) -> U8:
+        return patches.read([own[k] for k in evenly(len(own), _STAINED)])
+
+    parts = (tuple(dict.fromkeys(cohort.cases[i].patient for i in part)) for part in split)
+    return learn_stains(
+        {who: partial(tiles, own) for who, own in of.items()}, {who: who for who in of}, [Split(*parts)]
+    )
 
 
 def _figures(cohort: Cohort, ids: Sequence[str], said: npt.NDArray[np.float64] | None) -> dict[str, Any] | None:
@@ -197,6 +226,7 @@ def _card(
     config: PatchConfig,
     written: Mapping[str, Any],
     figures: Mapping[str, Any],
+    stained: str,
 ) -> str:
     counts = np.bincount([case.label for case in cohort.cases.values()], minlength=len(cohort.class_names))
     patients = {case.patient for case in cohort.cases.values()}
@@ -220,6 +250,7 @@ def _card(
         f"| Data | {len(cohort.cases)} patches of {len(patients)} patients: "
         + ", ".join(f"{c} {n}" for c, n in zip(cohort.class_names, counts, strict=True))
         + " |",
+        stained,
         f"| Chosen on validation | epoch {figures['best_epoch']}, threshold {written['threshold']:g} |",
         f"| sha256 | `{written['weights_sha256']}` |",
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,41 @@ def test_in_blocks_it_is_the_same_to_1e5_and_so_is_its_gradient(name: str, reque
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in ALL), ("dsmil", torch.bfloat16), ("dtfd", torch.bfloat16)]
+)
+def test_blocks_computed_again_give_the_gradient_of_torchs_own_graph(
+    name: str, dtype: torch.dtype, in_small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, which must fall on the same values again; under autocast, which must be as it was."""
+
+    def kept(blocks: Any, n: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = [blocks.part(span, tensors[:n]) for span in blocks.spans]
+        return tuple(torch.cat(of) for of in zip(*parts, strict=True))
+
+    found = []
+    for apply in (net._Streamed.apply, kept):
+        monkeypatch.setattr(net._Streamed, "apply", apply)
+        model = a_net(name, dropout=0.5).train()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model.loss([TrainingBag(*a_bag(40))], Targets(torch.tensor([1])), Head("softmax", 3).loss)
+        torch.randn(3)  # chance goes on between the passes,
+        before = torch.get_rng_state()
+        loss.backward()
+        assert torch.equal(torch.get_rng_state(), before)  # and after them as if there had been one
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 2
+    for streamed, own in zip(*found, strict=True):
+        torch.testing.assert_close(streamed, own, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-4)
+
+
+def test_a_gradient_reaches_the_features_too(in_small_blocks: None) -> None:
+    features = a_bag(40)[0].requires_grad_()
+    a_net("gated-attention")(features).logits.sum().backward()
+    assert features.grad is not None and bool((features.grad.abs().sum(1) > 0).all())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_weight_learns(name: str) -> None:
     model = a_net(name)
@@ -129,6 +165,24 @@ def test_bags_that_cannot_be_graded_are_refused_with_the_reason(features: torch.
 def test_boxes_of_another_number_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(n, 4\)"):
         a_net("mean")(torch.zeros(3, 6), torch.zeros(2, 4))
+
+
+def test_half_precision_features_are_never_copied_as_a_whole() -> None:
+    code = """
+import resource, torch
+from wsi.nn.mil import make_net
+torch.set_num_threads(1)
+features = torch.ones(400_000, 256, dtype=torch.float16)  # 195 MiB, as float32 390
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+net = make_net("gated-attention", in_features=256, hidden=8).eval()
+with torch.inference_mode():
+    net(features[:9000])
+    before = peak()
+    net(features)
+assert peak() - before < 100, peak() - before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_half_a_million_tiles_are_graded_within_bounded_memory() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from wsi.nn.mil.net import BagScores, MilNet, Pooled, softmax_pool, weighted_by_class
+from wsi.nn.mil.net import BagScores, MilNet, Parts, Pooled, block_of_pool, softmax_pool, weighted_by_class
 
 
 class AttentionMil(MilNet):
@@ -97,12 +97,11 @@ class AttentionMil(MilNet):
     def pool(self, features: Tensor, rows: Tensor | None = None) -> Pooled:
         """Pool the tiles of `rows` (default: all), in blocks."""
 
-        def of(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def of(block: Tensor) -> Parts:
             h = self.embed(block)
-            scores = self.scores_of(h)
-            return scores, torch.exp(scores - scores.amax(0)).T @ h.float(), self.votes_of(h)
+            return block_of_pool(self.scores_of(h), h.float(), self.votes_of(h))
 
-        return softmax_pool(self.by_block(of, features, rows))
+        return softmax_pool(*self.by_block(of, features, rows))
 
 
 class AdditiveMil(AttentionMil):

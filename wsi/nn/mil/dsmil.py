@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wsi.nn.mil.net import BLOCK, BagScores, LossOf, MilNet, TrainingBag, softmax_pool, weighted_by_class
+from wsi.nn.mil.net import (
+    BLOCK,
+    BagScores,
+    LossOf,
+    MilNet,
+    Parts,
+    TrainingBag,
+    block_of_pool,
+    softmax_pool,
+    weighted_by_class,
+)
 
 
 class DsMil(MilNet):
@@ -64,14 +74,14 @@ class DsMil(MilNet):
         towards = self.q(critical).float()
         k = self.num_classes
 
-        def of(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def of(block: Tensor, towards: Tensor) -> Parts:
             h = self.embed(block)
             scores = self.q(h).float() @ towards.T / towards.shape[1] ** 0.5  # (b, k)
             # votes[n, c, j]: what tile n says for logit j through the attention of class c
             votes = torch.einsum("nd,jcd->ncj", h.float(), self.classifier.weight.view(k, k, -1))
-            return scores, torch.exp(scores - scores.amax(0)).T @ h.float(), votes
+            return block_of_pool(scores, h.float(), votes)
 
-        pooled = softmax_pool(self.by_block(of, features))
+        pooled = softmax_pool(*self.by_block(of, features, carried=(towards,)))
         logits = self.classifier(pooled.sums.flatten()).float()
         attention = weighted_by_class(pooled.weights, logits)
         contributions = torch.einsum("nc,ncj->nj", pooled.weights, pooled.votes)
@@ -81,8 +91,11 @@ class DsMil(MilNet):
     @torch.no_grad()
     def _critical(self, features: Tensor) -> Tensor:
         """Return the tile of each class's largest logit (k,)."""
-        parts = [self.tiles(self.embed(block)).float().max(0) for block in features.split(BLOCK)]
-        values = torch.stack([part.values for part in parts])  # (blocks, k)
+
+        def of(block: Tensor) -> Parts:
+            best = self.tiles(self.embed(block)).float().max(0)
+            return best.values[None], best.indices[None]
+
+        values, inside = self.by_block(of, features)  # (blocks, k)
         block = values.argmax(0)
-        inside = torch.stack([part.indices for part in parts]).gather(0, block[None])[0]
-        return block * BLOCK + inside
+        return block * BLOCK + inside.gather(0, block[None])[0]

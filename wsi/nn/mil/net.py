@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 #: Tiles worked on at a time. Beyond its features, what a bag needs in memory is a block and a few numbers a tile; small
 #: blocks, which stay in the processor's cache, are faster too.
 BLOCK = 4096
 
+#: What a block says, or all of them.
+Parts = tuple[Tensor, ...]
 #: (logits (b, k), targets) -> scalar; see ``wsi.nn.mil.heads``.
 LossOf = Callable[[Tensor, Any], Tensor]
 
@@ -123,24 +126,35 @@ class MilNet(nn.Module):
 
     def embed(self, features: Tensor) -> Tensor:
         """Tile features (b, d) to embedded features (b, width), float32."""
-        embedded: Tensor = self.embedding((features.float() - self.mean) / self.std)
+        embedded: Tensor = self.embedding((features.float() - self.mean).div_(self.std))
         return embedded
 
-    def by_block(self, of: Callable[[Tensor], Any], features: Tensor, rows: Tensor | None = None) -> Iterator[Any]:
-        """Give ``of(block of features)`` block after block, over all tiles or over those of `rows`.
+    def by_block(
+        self, of: Callable[..., Parts], features: Tensor, rows: Tensor | None = None, carried: Parts = ()
+    ) -> Parts:
+        """Give what `of` says of block after block of features, over all tiles or over those of `rows`, concatenated.
 
         While training, what a block computed on its way is computed again for the gradient instead of being
         kept, so that the memory of a bag does not grow with the network's width either.
+
+        Parameters
+        ----------
+        of : callable
+            From a block (b, d), and `carried`, to tensors of b rows, or of one row a block.
+        features : float Tensor (n, d)
+        rows : int64 Tensor (m,), optional
+        carried : tuple of Tensor
+            What `of` reads besides this network's weights, where a gradient is to reach it.
         """
         n = len(features) if rows is None else len(rows)
-        for start in range(0, n, BLOCK):
-            block = slice(start, start + BLOCK)
-            which = block if rows is None else rows[block]
-
-            def part(which: Any = which) -> Any:  # picked inside: what is picked by rows would be kept as a copy
-                return of(features[which])
-
-            yield checkpoint(part, use_reentrant=False) if torch.is_grad_enabled() and n > BLOCK else part()
+        if n <= BLOCK or features.requires_grad:  # whoever wants the features' own gradient has memory for it
+            return of(features if rows is None else features[rows], *carried)
+        blocks = _Blocks(of, features, rows, n, self.training)
+        if not torch.is_grad_enabled():
+            return blocks.go(carried)
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        parts: Parts = _Streamed.apply(blocks, len(carried), *carried, *weights)  # type: ignore[no-untyped-call]
+        return parts
 
     def _check(self, features: Tensor, boxes: Tensor | None) -> None:
         if features.ndim != 2 or features.shape[1] != self.in_features:
@@ -155,8 +169,13 @@ class MilNet(nn.Module):
             )
         if boxes is not None and tuple(boxes.shape) != (len(features), 4):
             raise ValueError(f"MIL bag: {len(features)} tiles and boxes of shape {tuple(boxes.shape)}; pass (n, 4)")
-        if bool(features.sum(dtype=torch.float32).isfinite()):
-            return  # one number that is not finite would make the sum so; tile by tile takes ten times as long
+        # One number that is not finite makes the sum so; tile by tile takes ten times as long, and the sum of all at
+        # once a copy of all where features are float16.
+        total = features.new_zeros((), dtype=torch.float32)
+        for block in features.split(BLOCK):
+            total += block.sum(dtype=torch.float32)
+        if bool(total.isfinite()):
+            return
         bad = torch.cat([~torch.isfinite(block).all(dim=1) for block in features.split(BLOCK)])
         if bool(bad.any()):
             first = int(bad.nonzero()[0, 0])
@@ -164,6 +183,85 @@ class MilNet(nn.Module):
                 f"MIL bag: {int(bad.sum())} of {len(features)} tiles have features that are not finite "
                 f"(the first is tile {first}); compute them again or leave those tiles out"
             )
+
+
+class _Blocks:
+    """A bag block by block, and what is needed to compute a block again: chance and autocast as they were.
+
+    Results go into memory that is taken once: small tensors that stay, each between two blocks' large ones that go,
+    would keep the allocator from using the large ones' memory again.
+    """
+
+    def __init__(
+        self, of: Callable[..., Parts], features: Tensor, rows: Tensor | None, n: int, by_chance: bool
+    ) -> None:
+        self._of, self._features, self._rows, self.by_chance = of, features, rows, by_chance
+        self.spans = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+        self._chance: list[tuple[Tensor, Any]] = []
+        self._device = features.device.type
+        self._autocast = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
+
+    def part(self, span: slice, carried: Parts) -> Parts:
+        return self._of(self._features[span if self._rows is None else self._rows[span]], *carried)
+
+    def go(self, carried: Parts) -> Parts:
+        whole: list[Tensor] = []
+        for i, span in enumerate(self.spans):
+            if self.by_chance:
+                self._chance.append((torch.get_rng_state(), get_device_states(self._features)))
+            parts = self.part(span, carried)
+            if not whole:  # of one row a block, or a row a tile
+                sizes = [len(self.spans) if len(x) == 1 else self.spans[-1].stop for x in parts]
+                whole = [x.new_empty((size, *x.shape[1:])) for size, x in zip(sizes, parts, strict=True)]
+            for x, into in zip(parts, whole, strict=True):
+                into[self._place(into, i)] = x
+        return tuple(whole)
+
+    def again(self, i: int, carried: Parts, gradients: Sequence[Tensor]) -> tuple[Parts, list[Tensor]]:
+        """Compute a block again, with its graph; and its share of the gradients."""
+        enabled, dtype = self._autocast
+        with torch.enable_grad(), torch.autocast(self._device, dtype, enabled=enabled):
+            if self.by_chance:
+                cpu, (devices, states) = self._chance[i]
+                torch.set_rng_state(cpu)
+                set_device_states(devices, states)
+            parts = self.part(self.spans[i], carried)
+        return parts, [gradient[self._place(gradient, i)] for gradient in gradients]
+
+    def _place(self, whole: Tensor, i: int) -> slice:
+        return slice(i, i + 1) if len(whole) == len(self.spans) else self.spans[i]
+
+
+class _Streamed(torch.autograd.Function):
+    """Blocks without their graphs; backwards, one block's graph at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: _Blocks, n_carried: int, *tensors: Tensor) -> Parts:
+        ctx.blocks, ctx.n_carried = blocks, n_carried
+        ctx.save_for_backward(*tensors)
+        whole = blocks.go(tensors[:n_carried])
+        ctx.mark_non_differentiable(*(x for x in whole if not x.is_floating_point()))
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        blocks, tensors = ctx.blocks, ctx.saved_tensors
+        carried = tuple(x.detach().requires_grad_(x.requires_grad) for x in tensors[: ctx.n_carried])
+        leaves = [*carried, *tensors[ctx.n_carried :]]
+        wanted = [i for i, x in enumerate(leaves) if x.requires_grad]
+        totals: list[Tensor | None] = [None] * len(leaves)
+        with torch.random.fork_rng(enabled=blocks.by_chance):
+            for i in range(len(blocks.spans)):
+                parts, shares = blocks.again(i, carried, gradients)
+                those = [(x, share) for x, share in zip(parts, shares, strict=True) if x.requires_grad]
+                said, share = zip(*those, strict=True)
+                found = torch.autograd.grad(said, [leaves[j] for j in wanted], share, allow_unused=True)
+                for j, gradient in zip(wanted, found, strict=True):
+                    if gradient is not None:
+                        total = totals[j]
+                        totals[j] = gradient.clone() if total is None else total.add_(gradient)
+        return (None, None, *totals)
 
 
 class Pooled(NamedTuple):
@@ -184,26 +282,36 @@ class Pooled(NamedTuple):
     votes: Tensor
 
 
-def softmax_pool(parts: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Pooled:
+def softmax_pool(scores: Tensor, tops: Tensor, sums: Tensor, votes: Tensor) -> Pooled:
     """Merge blocks into one softmax over all tiles and its weighted sum, exactly, in one pass.
 
     Parameters
     ----------
-    parts : iterator of (scores (b, r), sums (r, width), votes (b, k))
-        Of each block: its scores, ``exp(scores - scores.amax(0)).T @ values``, and what else is kept a tile.
+    scores : (n, r)
+        Of each tile.
+    tops : (blocks, r)
+        Of each block ``scores.amax(0)``.
+    sums : (blocks, r, width)
+        Of each block ``exp(scores - scores.amax(0)).T @ values``.
+    votes : (n, k)
+        What else is kept a tile.
 
     References
     ----------
     Milakov & Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867.
     """
-    blocks = list(parts)
-    scores = torch.cat([block[0] for block in blocks])
     top = scores.amax(0)  # (r,)
     exponent = torch.exp(scores - top)
     total = exponent.sum(0)
     # Each block's sum was taken relative to its own maximum.
-    sums = torch.stack([torch.exp(s.amax(0) - top)[:, None] * part for s, part, _ in blocks]).sum(0)
-    return Pooled(exponent / total, sums / total[:, None], torch.cat([block[2] for block in blocks]))
+    merged = (torch.exp(tops - top)[:, :, None] * sums).sum(0)
+    return Pooled(exponent / total, merged / total[:, None], votes)
+
+
+def block_of_pool(scores: Tensor, values: Tensor, votes: Tensor) -> Parts:
+    """What ``softmax_pool`` wants of a block: scores (b, r), values (b, width), votes (b, k)."""
+    top = scores.amax(0)
+    return scores, top[None], (torch.exp(scores - top).T @ values)[None], votes
 
 
 def weighted_by_class(rows: Tensor, logits: Tensor) -> Tensor:

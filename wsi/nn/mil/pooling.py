@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi.nn.mil.net import BLOCK, BagScores, MilNet, weighted_by_class
+from wsi.nn.mil.net import BLOCK, BagScores, MilNet, Parts, weighted_by_class
 
 
 class MeanMil(MilNet):
@@ -22,13 +22,13 @@ class MeanMil(MilNet):
         """See ``MilNet.forward``; attention is the same for all tiles."""
         n = len(features)
 
-        def of(block: Tensor) -> tuple[Tensor, Tensor]:
+        def of(block: Tensor) -> Parts:
             h = self.embed(block)
-            return h.float().sum(0), self.classifier(h).float()
+            return h.float().sum(0)[None], self.classifier(h).float()
 
-        sums, votes = zip(*self.by_block(of, features), strict=True)
-        logits = self.classifier(torch.stack(sums).sum(0) / n).float()
-        return BagScores(logits, torch.full((n,), 1 / n, device=logits.device), torch.cat(votes) / n)
+        sums, votes = self.by_block(of, features)
+        logits = self.classifier(sums.sum(0) / n).float()
+        return BagScores(logits, torch.full((n,), 1 / n, device=logits.device), votes / n)
 
 
 class MaxMil(MilNet):
@@ -43,10 +43,15 @@ class MaxMil(MilNet):
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
         """See ``MilNet.forward``."""
-        parts = list(self.by_block(lambda block: self.embed(block).float().max(0), features))
-        starts = torch.arange(len(parts), device=features.device) * BLOCK
-        values, which = torch.stack([part.values for part in parts]).max(0)  # of the blocks' largest
-        winner = (torch.stack([part.indices for part in parts]) + starts[:, None]).gather(0, which[None])[0]
+
+        def of(block: Tensor) -> Parts:
+            best = self.embed(block).float().max(0)
+            return best.values[None], best.indices[None]
+
+        largest, inside = self.by_block(of, features)  # (blocks, width)
+        starts = torch.arange(len(largest), device=features.device) * BLOCK
+        values, which = largest.max(0)
+        winner = (inside + starts[:, None]).gather(0, which[None])[0]
         logits = self.classifier(values).float()
         attention = torch.zeros(len(features), device=logits.device)
         attention.index_add_(0, winner, torch.full((self.width,), 1 / self.width, device=logits.device))
@@ -73,7 +78,7 @@ class TopKMil(MilNet):
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
         """See ``MilNet.forward``; attention is shared by the tiles taken."""
-        votes = torch.cat(list(self.by_block(lambda block: self.classifier(self.embed(block)).float(), features)))
+        (votes,) = self.by_block(lambda block: (self.classifier(self.embed(block)).float(),), features)
         best = votes.topk(min(self.top, len(votes)), dim=0)  # (top, k)
         logits = best.values.mean(0)
         taken = torch.zeros_like(votes).scatter(0, best.indices, 1 / len(best.indices))
@@ -101,7 +106,7 @@ class NoisyOrMil(MilNet):
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
         """See ``MilNet.forward``."""
-        votes = torch.cat(list(self.by_block(lambda block: self.classifier(self.embed(block)).float(), features)))
+        (votes,) = self.by_block(lambda block: (self.classifier(self.embed(block)).float(),), features)
         # log(-log(1 - p_n)), whose softmax is the share; softplus(v) is exp(v) for small v, and would underflow
         evidence = torch.where(votes < -15, votes, functional.softplus(votes.clamp(min=-15)).log())
         log_total = evidence.logsumexp(0)

@@ -90,7 +90,7 @@ class TransMil(MilNet):
         """See ``MilNet.forward``; with positions "slide", `boxes` are needed."""
         layout = self._layout(len(features), boxes)
         order = torch.from_numpy(layout.order).to(features.device)
-        x = torch.cat([self.cls, *self.by_block(lambda block: self.embed(block).float(), features, order)])
+        x = torch.cat([self.cls, *self.by_block(lambda block: (self.embed(block).float(),), features, order)])
         y, back = self.first(x)
         token, row = self.last.class_token(torch.cat([y[:1], self.ppeg(y[1:], layout)]))
         logits = self.classifier(self.norm(token)).float()

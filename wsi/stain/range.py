@@ -1,0 +1,238 @@
+"""The range of stain that a model was trained on, and whether a slide lies outside it.
+
+A slide's stain is a point: the directions of haematoxylin and eosin in optical density and their full strengths, by
+Macenko's method on tiles as the model sees them. Two slides are apart by the root of the sum of four squares: the
+angles between their two stains, in degrees, and ten times the binary logarithm of the two ratios of strength, so that
+twice as strong counts as 10 degrees. The metric is fixed, not fitted.
+
+A slide lies outside where it is farther from the nearest training slide than `limit`. Of n training patients each has
+the distance of its slide that fits worst to the nearest slide of another patient; `limit` is the ``ceil((n + 1) c)``-th
+smallest of these, c being the coverage. Then of new patients from where the training patients came from at most a share
+``1 - c`` is expected outside, whatever the distribution. Proof: of n + 1 exchangeable patients, each measured to the
+nearest slide of all others, the new one has any rank with equal probability, and so is with probability c or more at
+most the ``ceil((n + 1) c)``-th smallest of the others; without the new patient's slides these can only be larger.
+This says nothing of how many slides from elsewhere are found.
+
+References
+----------
+Vovk, Gammerman & Shafer, "Algorithmic Learning in a Random World", 2005 (the argument of exchangeability); Laxhammar &
+Falkman, Annals of Mathematics and Artificial Intelligence 74 (2015) 67-94 (anomalies by distance to the nearest).
+Macenko et al., ISBI 2009.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wsi.errors import ModelError
+from wsi.files import write_json
+from wsi.grid import TileGrid
+from wsi.slide.base import U8, Slide
+from wsi.stain import macenko
+from wsi.stain.config import FitConfig
+from wsi.stain.pixels import evenly, read_tiles
+from wsi.stain.statistics import F64, Stains, Unmeasurable
+from wsi.stain.transform import StainTransform
+from wsi.store import PatchStore, slide_of
+
+FILE = "stain.json"
+COVERAGE = 0.95
+#: What twice the strength counts as.
+DOUBLING_DEG = 10.0
+#: Tiles that a slide's stain is measured on, at most.
+N_TILES = 64
+
+Point = tuple[float, ...]
+
+
+class StainCheck(NamedTuple):
+    """How a slide's stain lies to the training slides'.
+
+    Attributes
+    ----------
+    distance : float, optional
+        To the nearest training slide, in degrees.
+    outside : str, optional
+        Why the model should not be trusted on this slide; None where nothing speaks against it.
+    undefined : str, optional
+        Why there is no distance.
+    """
+
+    distance: float | None = None
+    outside: str | None = None
+    undefined: str | None = None
+
+
+@dataclass(frozen=True)
+class StainRange:
+    """Stains of a model's training slides.
+
+    Attributes
+    ----------
+    slides : tuple of 8 floats each
+        Unit vector of haematoxylin (3), of eosin (3), and both strengths.
+    patients : int
+        Whose slides they are.
+    limit : float, optional
+        Distance in degrees beyond which a slide is outside; None where it could not be told.
+    coverage : float
+        Least share of new patients, from where the training patients came from, that are inside.
+    reason : str, optional
+        Why there is no limit.
+
+    Examples
+    --------
+    >>> train = [Stains(((0.65, 0.70, 0.29), (0.07, 0.99, 0.1 + i / 200)), (1.0, 1.0)) for i in range(20)]
+    >>> known = StainRange.of([point_of(stains) for stains in train], list(range(20)))
+    >>> known.check(known.slides[3])
+    StainCheck(distance=0.0, outside=None, undefined=None)
+    >>> StainRange.of([], []).reason
+    'of 0 training patients; 19 or more are needed to tell what 95% of them are like'
+    """
+
+    slides: tuple[Point, ...] = ()
+    patients: int = 0
+    limit: float | None = None
+    coverage: float = COVERAGE
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, points: Sequence[Point], patients: Sequence[Any], coverage: float = COVERAGE) -> StainRange:
+        """Find the limit of points, one a slide, of `patients`; see the top of this file."""
+        table = np.array(points, np.float64).reshape(-1, 8)
+        owner = np.unique(np.array(patients, str), return_inverse=True)[1]
+        n = int(owner.max()) + 1 if len(owner) else 0
+        rank = math.ceil((n + 1) * coverage - 1e-9)
+        if rank > n:
+            needed = math.ceil(coverage / (1 - coverage) - 1e-9)
+            what = f"of {n} training patients; {needed} or more are needed to tell what {coverage:.0%} of them are like"
+            return cls(coverage=coverage, patients=n, reason=what)
+        alone = [_distances(table[owner == k], table[owner != k]).min(1).max() for k in range(n)]
+        return cls(tuple(points), n, float(f"{np.sort(alone)[rank - 1]:.6g}"), coverage)
+
+    def check(self, seen: Point | U8) -> StainCheck:
+        """Say whether a slide lies outside, by its point or by pixels of it, uint8 (..., 3)."""
+        if self.limit is None:
+            return StainCheck(undefined=f"no range of training stains: {self.reason}")
+        try:
+            point = seen if isinstance(seen, tuple) else point_of(measure(seen))
+        except Unmeasurable as error:
+            return StainCheck(undefined=f"the slide's stains could not be measured: {error.what}")
+        known, own = np.array(self.slides), np.array([point])
+        nearest = int((apart := _distances(own, known)[0]).argmin())
+        distance = float(f"{apart[nearest]:.6g}")
+        if distance <= self.limit:
+            return StainCheck(distance)
+        h, e = (float(_angles(own[:, i : i + 3], known[nearest, None, i : i + 3])[0, 0]) for i in (0, 3))
+        times_h, times_e = own[0, 6:] / known[nearest, 6:]
+        return StainCheck(
+            distance,
+            f"stain outside the training range: haematoxylin {h:.0f} and eosin {e:.0f} degrees from the nearest "
+            f"training slide's, {times_h:.2g} and {times_e:.2g} times as strong; together {distance:.3g}, and "
+            f"{self.coverage:.0%} of {self.patients} training patients lie within {self.limit:.3g} of another",
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as a model folder's stain.json holds it: a line a slide."""
+        return asdict(self) | {"slides": [" ".join(f"{value:g}" for value in row) for row in self.slides]}
+
+    @property
+    def sha256(self) -> str:
+        """Of its content."""
+        return hashlib.sha256(json.dumps(self.as_json()).encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write it into a model folder."""
+        write_json(folder / FILE, self.as_json())
+
+    @classmethod
+    def read(cls, folder: Path) -> StainRange | None:
+        """Read it from a model folder, of a head without its own (``mil/``) from its model's; None where there is none.
+
+        Raises
+        ------
+        ModelError
+            It is damaged.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return cls.read(folder.parent) if folder.name == "mil" else None
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            rows = tuple(tuple(map(float, row.split())) for row in raw["slides"])
+            limit, patients, coverage = raw["limit"], int(raw["patients"]), float(raw["coverage"])
+            if limit is not None:
+                limit, table = float(limit), np.array(rows, np.float64).reshape(-1, 8)
+                sizes = [
+                    *np.linalg.norm(table[:, :3], axis=1),
+                    *np.linalg.norm(table[:, 3:6], axis=1),
+                    *table[:, 6:].flat,
+                ]
+                if not rows or not np.isfinite(table).all() or not limit >= 0 or min(sizes) <= 0:
+                    raise ValueError("rows of eight numbers, no vector or strength 0, and a limit are needed")
+            return cls(rows, patients, limit, coverage, raw["reason"])
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(path, f"is damaged ({error})", "Fetch the model again") from error
+
+
+def measure(rgb: U8) -> Stains:
+    """Measure the stains of pooled pixels, uint8 (..., 3).
+
+    Raises
+    ------
+    Unmeasurable
+        See ``wsi.stain.FALLBACKS``.
+    """
+    return macenko.measure(rgb, FitConfig())
+
+
+def point_of(stains: Stains) -> Point:
+    """Stains as a range holds them, to five decimals."""
+    vectors = np.array(stains.vectors)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return tuple(np.round([*vectors.ravel(), *stains.max_amounts], 5).tolist())
+
+
+def sample_tiles(slide: Slide, grid: TileGrid, stain: StainTransform | None = None) -> U8:
+    """Read tiles that lie evenly among a grid's, as a model sees them: uint8 (m, tile_px, tile_px, 3)."""
+    tiles = read_tiles(slide, grid, evenly(len(grid), N_TILES))
+    return tiles if stain is None or not len(tiles) else stain.apply(tiles)
+
+
+def sample_store(store: PatchStore) -> U8:
+    """Do the same for a store, from the pixels that it keeps or from its slide.
+
+    Raises
+    ------
+    StoreError, SlideError
+        It keeps none, and its slide is not where it was.
+    """
+    said = store.attributes.get("stain")
+    stain = None if said is None else StainTransform.from_json(json.dumps(said))
+    if store.pixels == "none":
+        with slide_of(store) as slide:
+            return sample_tiles(slide, store.grid, stain)
+    tiles = store.read(evenly(len(store), N_TILES))
+    return tiles if stain is None or not len(tiles) else stain.apply(tiles)
+
+
+def _angles(a: F64, b: F64) -> F64:
+    """Degrees between vectors (m, 3) and (n, 3); by the chord, which is exact for small angles too."""
+    a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
+    chord = np.linalg.norm(a[:, None] - b[None], axis=2)
+    return np.asarray(np.degrees(2 * np.arcsin(np.minimum(chord / 2, 1))))
+
+
+def _distances(a: F64, b: F64) -> F64:
+    """Distances between points (m, 8) and (n, 8)."""
+    strength = DOUBLING_DEG * np.log2(a[:, None, 6:] / b[None, :, 6:])
+    squares = _angles(a[:, :3], b[:, :3]) ** 2 + _angles(a[:, 3:6], b[:, 3:6]) ** 2 + (strength**2).sum(2)
+    return np.asarray(np.sqrt(squares))
