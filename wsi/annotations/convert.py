@@ -18,10 +18,10 @@ from wsi.units import Box
 
 #: QuPath's own classes keep its colours; others get one of these by the order in which they come.
 _KNOWN_RGB = {"tumor": (200, 0, 0), "stroma": (150, 200, 150), "necrosis": (50, 50, 50), "other": (255, 200, 0)}
+_RGB = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (90, 90, 90))
 #: Groups that say where not to look, as QuPath, ASAP and CAMELYON call them; any other says where to.
 EXCLUDED = ("exclusion", "exclude", "ignore", "ignore*", "_2")
 _MAX_MASK_PX = 50_000_000
-_RGB = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (90, 90, 90))
 
 
 def write_annotations(

@@ -79,10 +79,12 @@ def import_annotations(
                     row["annotations"] = write_annotations(
                         row["geojson"], found, bounds=bounds, slide_id=stem, classes=renamed
                     )
+            except WsiError:
+                raise
             except ValueError as error:
                 raise AnnotationError(file, f"cannot be written ({error})", "Rename it with --class") from error
             except OSError as error:
-                raise error if isinstance(error, WsiError) else OutputError.of(error, out) from error
+                raise OutputError.of(error, out) from error
         groups = Counter(renamed.get(each.group, each.group) or "(none)" for each in found)
         rows.append(row | {"groups": dict(groups)})
         if row["annotations"] < len(found):
