@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,24 +17,27 @@ from wsi.export.rasters import slide_raster
 from wsi.scored import scored_slides
 
 
-def results_of(slide: Path, folder: Path) -> None:
-    """Results of a marked slide that claim to be of `slide`."""
+def results_of(slide: Path, folder: Path, *, coarser: float = 2, **grid: int) -> None:
+    """Results of a marked slide that claim to be of `slide`, at `coarser` times its microns per pixel."""
     from wsi.slide import open_slide
 
     with open_slide(str(slide)) as opened:
         size, mpp = opened.size, opened.mpp.x
-    marked_results(folder, size=size, mpp=mpp, tile_mpp=mpp * 2, tile_px=50)
+    marked_results(folder, size=size, mpp=mpp, tile_mpp=mpp * coarser, **({"tile_px": 50} | grid))
     numbers = json.loads((folder / "a/result.json").read_text())
     (folder / "a/result.json").write_text(json.dumps(numbers | {"slide": str(slide)}))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_highdicom_reads_every_tile_where_it_was(tmp_path: Path, data_dir: Path):
+@pytest.mark.parametrize(
+    "grid", [{"coarser": 2}, {"coarser": 1, "tile_px": 64, "stride_px": 48}, {"coarser": 3.7, "stride_px": 29}]
+)
+def test_highdicom_reads_every_tile_where_it_was(tmp_path: Path, data_dir: Path, grid: dict[str, Any]):
     import highdicom
     import pydicom
 
     slide = max((data_dir / "wsi/dicom_cmu1_small_region").glob("*.dcm"), key=lambda path: path.stat().st_size)
-    results_of(slide, tmp_path / "r")
+    results_of(slide, tmp_path / "r", **grid)
     (row,) = export_dicom(tmp_path / "r", tmp_path / "out")
     again = export_dicom(tmp_path / "r", tmp_path / "again")
     assert row["tiles"] == again[0]["tiles"] > 10

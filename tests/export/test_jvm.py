@@ -26,8 +26,10 @@ from wsi.export.rules import problems
 from wsi.units import Box
 
 JVM = Path(__file__).with_name("jvm")
-#: Where Debian's libgoogle-gson-java and libjts-java are.
-JARS = [Path("/usr/share/java") / name for name in ("gson.jar", "jts-core.jar")]
+#: Debian's libgoogle-gson-java and libjts-java, in the tree that its Java is of.
+JARS = [
+    Path(shutil.which("java") or "bin/java").parents[1] / "share/java" / name for name in ("gson.jar", "jts-core.jar")
+]
 
 
 @pytest.fixture(scope="module")
