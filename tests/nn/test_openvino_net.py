@@ -1,0 +1,84 @@
+"""Networks run by OpenVINO against the same networks run by torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.nn.make import write_model
+from tests.nn.test_encoder import write_timm
+from wsi.errors import ModelError
+from wsi.nn.encoder import load_encoder
+from wsi.nn.openvino_net import compiled
+from wsi.nn.patch import PatchModel, load_patch_model, pass_size
+from wsi.train.mil import prepare
+
+# Found, not imported: imported by another door than ours, it would tell others of it.
+needed = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason="openvino is not installed (pip install 'wsi[openvino]')"
+)
+
+NORMALISE = {"name": "Normalize", "arguments": {"mean": [0.7, 0.5, 0.6], "std": [0.2, 0.25, 0.2]}}
+RESIZE = {"name": "Resize", "arguments": {"size": 64}}
+SHIPPED = ("phantom", "idc-breast")
+
+
+def load(folder: Path, what: str, device: str, precision: str = "float32") -> PatchModel:
+    """Load a shipped model, or one of random weights, written once."""
+    if what == "encoder":
+        name = folder / what if (folder / what).exists() else write_timm(folder / what)
+        return load_encoder(str(name), device=device, precision=precision)
+    if what not in SHIPPED and not (folder / what).exists():
+        if what == "resized":
+            write_model(folder / what, transform=[RESIZE, {"name": "ToTensor"}, NORMALISE])
+        else:
+            write_model(folder / what, network=what, patch_size_pixels=160 if what == "test_vit" else 64)
+    return load_patch_model(what if what in SHIPPED else str(folder / what), device=device, precision=precision)
+
+
+def patches(model: PatchModel, n: int, seed: int = 0) -> np.ndarray:
+    """Draw blurred colours: noise averages to the same for every patch."""
+    side = model.config.tile_px
+    coarse = np.random.default_rng(seed).integers(0, 256, (n, 3, 4, 4)).astype(np.float32)
+    fine = torch.nn.functional.interpolate(torch.from_numpy(coarse), (side, side), mode="bilinear")
+    return fine.permute(0, 2, 3, 1).round().byte().numpy()
+
+
+@needed
+@pytest.mark.parametrize(
+    "what", [*SHIPPED, "test_resnet", "test_efficientnet", "test_vit", "encoder", "resized"]
+)
+def test_numbers_are_those_of_torch(tmp_path: Path, what: str) -> None:
+    model = load(tmp_path, what, "cpu")
+    rgb = patches(model, 5)
+    wanted = model(rgb)
+    for precision, far in (("float32", 2e-5), ("bfloat16", 2e-2)):
+        found = load(tmp_path, what, "openvino", precision)(rgb)
+        np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=far)
+        np.testing.assert_allclose(found.features, wanted.features, atol=far * np.abs(wanted.features).max())
+        assert found.features.dtype == found.probabilities.dtype == np.float32
+
+
+@needed
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("what", ["phantom", "test_vit"])
+def test_the_same_bytes_whatever_came_before_or_lies_beside(tmp_path: Path, what: str, precision: str) -> None:
+    model = load(tmp_path, what, "openvino", precision)
+    rgb = patches(model, 8)
+    sizes = [pass_size(n, 8) for n in (8, 1, 3, 5, 2)]
+    first = {size: model(rgb[:size]) for size in sizes}
+    again = {size: load(tmp_path, what, "openvino", precision)(rgb[:size]) for size in sizes[::-1]}  # each by a fresh one
+    for size in sizes[::-1]:
+        beside = patches(model, size, seed=1)
+        beside[-1] = rgb[0]  # elsewhere in another batch of the same size
+        then = model(beside)
+        for before, after, moved in zip(first[size], again[size], then, strict=True):
+            assert before.tobytes() == after.tobytes()
+            assert before[0].tobytes() == moved[-1].tobytes()
