@@ -6,13 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.nn.make import write_model
+from tests.nn.make import TILE_PX, write_model
 from tests.nn.test_encoder import write_timm
 from wsi.errors import ModelError
 from wsi.nn.encoder import load_encoder
@@ -82,3 +83,69 @@ def test_the_same_bytes_whatever_came_before_or_lies_beside(tmp_path: Path, what
         for before, after, moved in zip(first[size], again[size], then, strict=True):
             assert before.tobytes() == after.tobytes()
             assert before[0].tobytes() == moved[-1].tobytes()
+
+
+@needed
+def test_a_torchscript_model_shows_no_features(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    net = load_patch_model(str(folder), device="cpu", precision="float32").net
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; the zoo is made of it
+        torch.jit.trace(net, torch.zeros(2, 3, TILE_PX, TILE_PX)).save(str(folder / "torchscript_model.pt"))
+        by_torch, by_openvino = (
+            load_patch_model(str(folder), device=device, torchscript=True) for device in ("cpu", "openvino")
+        )
+    rgb = patches(by_torch, 4)
+    assert by_openvino(rgb).features.shape == (4, 0)
+    np.testing.assert_allclose(by_openvino(rgb).probabilities, by_torch(rgb).probabilities, atol=2e-5)
+
+
+class ByBatch(torch.nn.Module):
+    """A network whose answer hangs on how many images it is given: traced, it forgets that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) * (2.0 if len(x) == 2 else 1.0)
+
+
+class Bessel(torch.nn.Module):
+    """A function that OpenVINO does not know."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x).mean((2, 3))
+
+
+@needed
+@pytest.mark.parametrize(("net", "says"), [(ByBatch(), "another network"), (Bessel(), "cannot run this network")])
+def test_what_it_cannot_do_is_refused_with_the_remedy(net: torch.nn.Module, says: str) -> None:
+    with pytest.raises(ModelError, match=f"{says}.*--device cpu"):
+        compiled(net, "forward", 8, "float32")
+
+
+@needed
+def test_it_tells_nobody(tmp_path: Path) -> None:
+    code = (
+        "import sys, socket\n"
+        "def refuse(*_): raise AssertionError('a connection')\n"
+        "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+        "from wsi.nn.patch import load_patch_model\n"
+        "load_patch_model('phantom', device='openvino')\n"
+        "assert 'openvino.tools.ovc' in sys.modules and sys.modules['openvino_telemetry'] is None\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not (tmp_path / "intel").exists()  # where the number would lie by which it tells people apart
+
+
+def test_without_the_package_an_error_tells_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ModelError, match=r"pip install 'wsi\[openvino\]'; or use --device cpu"):
+        load_patch_model("phantom", device="openvino")
+
+
+def test_nothing_learns_by_it() -> None:
+    with pytest.raises(ModelError, match="does not learn"):
+        prepare("openvino", torch.get_num_threads())

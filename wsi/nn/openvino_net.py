@@ -83,6 +83,7 @@ def compiled(net: torch.nn.Module, method: str, side: int, precision: str) -> Ca
         hints = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+            "ENABLE_CPU_PINNING": False,  # of several processes all would take the same cores
         }
         run = ov.Core().compile_model(about.build(), "CPU", hints)
 
