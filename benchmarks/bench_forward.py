@@ -50,7 +50,7 @@ def multiply_adds(model: PatchModel) -> float:
 
 
 def main() -> None:
-    """Print a row a network and precision."""
+    """Print a row for each network and precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--precision", action="append", choices=("float32", "bfloat16"))

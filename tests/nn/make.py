@@ -21,7 +21,7 @@ def write_model(
     network: str = "test_resnet",
     **changes: Any,
 ) -> Path:
-    """Write a patch model folder of timm's smallest ResNet, or of another network; `changes` go over its config.json."""
+    """Write a patch model folder of timm's smallest ResNet or another `network`; `changes` go over its config.json."""
     from wsi.nn.backbone import TimmNet
 
     torch.manual_seed(0)

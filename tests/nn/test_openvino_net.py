@@ -53,9 +53,7 @@ def patches(model: PatchModel, n: int, seed: int = 0) -> np.ndarray:
 
 
 @needed
-@pytest.mark.parametrize(
-    "what", [*SHIPPED, "test_resnet", "test_efficientnet", "test_vit", "encoder", "resized"]
-)
+@pytest.mark.parametrize("what", [*SHIPPED, "test_resnet", "test_efficientnet", "test_vit", "encoder", "resized"])
 def test_numbers_are_those_of_torch(tmp_path: Path, what: str) -> None:
     model = load(tmp_path, what, "cpu")
     rgb = patches(model, 5)
@@ -75,7 +73,9 @@ def test_the_same_bytes_whatever_came_before_or_lies_beside(tmp_path: Path, what
     rgb = patches(model, 8)
     sizes = [pass_size(n, 8) for n in (8, 1, 3, 5, 2)]
     first = {size: model(rgb[:size]) for size in sizes}
-    again = {size: load(tmp_path, what, "openvino", precision)(rgb[:size]) for size in sizes[::-1]}  # each by a fresh one
+    again = {
+        size: load(tmp_path, what, "openvino", precision)(rgb[:size]) for size in sizes[::-1]
+    }  # each by a fresh one
     for size in sizes[::-1]:
         beside = patches(model, size, seed=1)
         beside[-1] = rgb[0]  # elsewhere in another batch of the same size
