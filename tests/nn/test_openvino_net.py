@@ -146,6 +146,13 @@ def test_without_the_package_an_error_tells_how_to_get_it(monkeypatch: pytest.Mo
         load_patch_model("phantom", device="openvino")
 
 
-def test_nothing_learns_by_it() -> None:
+def test_a_training_on_it_is_refused_before_it_begins() -> None:
     with pytest.raises(ModelError, match="does not learn"):
         prepare("openvino", torch.get_num_threads())
+
+
+@needed
+def test_it_gives_no_numbers_where_gradients_are_on() -> None:
+    model = load_patch_model("phantom", device="openvino")
+    with pytest.raises(ModelError, match="does not learn"):
+        model.forward(model.normalised(patches(model, 1)))

@@ -65,7 +65,7 @@ def compiled(net: torch.nn.Module, method: str, side: int, precision: str) -> Ca
     Returns
     -------
     callable
-        float (b, 3, side, side), best channels-last, to float32 (b, d).
+        float (b, 3, side, side), best channels-last, to float32 (b, d). Where gradients are on, it raises ModelError.
 
     Raises
     ------
@@ -90,17 +90,21 @@ def compiled(net: torch.nn.Module, method: str, side: int, precision: str) -> Ca
         run = ov.Core().compile_model(about.build(), "CPU", hints)
 
         def compute(x: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():  # a network that learnt would go on as it was compiled
+                raise ModelError("device=openvino", "it does not learn", "Use auto, cpu or cuda")
             array = x.permute(0, 2, 3, 1).contiguous().numpy()
             return torch.from_numpy(run(array, share_inputs=True)[0])
 
-        found = compute(images)
+        with torch.inference_mode():
+            found, wanted = compute(images), half(images)
     except Exception as error:  # whatever it is that its converter or compiler does not know
         what = f"OpenVINO cannot run this network ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         raise ModelError("device=openvino", what, "Use --device cpu") from error
-    with torch.inference_mode():
-        wanted = half(images)
-    far = (found - wanted).abs().max() / wanted.abs().max() if found.shape == wanted.shape else torch.tensor(torch.inf)
-    if not far <= _TOLERANCE[precision]:
-        what = f"OpenVINO makes another network of this one: its numbers lie {far:.1g} of the largest from torch's"
+    far = float((found - wanted).abs().max()) if found.shape == wanted.shape else float("inf")
+    largest = float(wanted.abs().max())
+    if not far <= _TOLERANCE[precision] * largest:
+        what = (
+            f"OpenVINO makes another network of this one: its numbers, up to {largest:.3g}, lie {far:.3g} from torch's"
+        )
         raise ModelError("device=openvino", what, "Use --device cpu, or --precision float32")
     return compute

@@ -107,12 +107,12 @@ class PatchModel:
         self.precision = precision
         self._torch_device = torch.device("cuda" if device == "cuda" else "cpu")
         self.net: Any = net.eval().to(self._torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        first = "embed" if num_features else "forward"
-        self._first: Callable[[torch.Tensor], torch.Tensor] = getattr(self.net, first)
+        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         if device == "openvino":
             from wsi.nn.openvino_net import compiled
 
-            self._first = compiled(self.net, first, config.resize_px or config.tile_px, precision)
+            side, method = config.resize_px or config.tile_px, "embed" if num_features else "forward"
+            self._compiled = compiled(self.net, method, side, precision)
         self._levels = self.upload(native.levels(config.mean, config.std, self.input_dtype).copy())
 
     @torch.inference_mode()
@@ -141,8 +141,11 @@ class PatchModel:
         """Return features (b, d) and logits (b, k) of normalised patches; gradients pass, for those who learn."""
         x = self.resized(x)
         with self._autocast():
-            found = self._first(x)  # features, or the logits of a network that does not show them
-            return (found, self.net.classify(found)) if self.num_features else (found[:, :0], found)
+            if not self.num_features:
+                logits = (self._compiled or self.net)(x)
+                return logits[:, :0], logits
+            features = (self._compiled or self.net.embed)(x)
+            return features, self.net.classify(features)
 
     def of_size(self, tile_px: int) -> PatchModel:
         """Return this model for patches of another side, which it resizes to its own."""
