@@ -14,19 +14,24 @@ TILE_PX = 32
 
 
 def write_model(
-    folder: Path, *, mpp: float = 1.0, classes: tuple[str, ...] = ("other", "tumour"), **changes: Any
+    folder: Path,
+    *,
+    mpp: float = 1.0,
+    classes: tuple[str, ...] = ("other", "tumour"),
+    network: str = "test_resnet",
+    **changes: Any,
 ) -> Path:
-    """Write a patch model folder of timm's smallest ResNet; `changes` go over its config.json."""
+    """Write a patch model folder of timm's smallest ResNet or another `network`; `changes` go over its config.json."""
     from wsi.nn.backbone import TimmNet
 
     torch.manual_seed(0)
-    net = TimmNet("test_resnet", num_classes=len(classes))
+    net = TimmNet(network, num_classes=len(classes))
     folder.mkdir(parents=True)
     save_file(net.state_dict(), folder / "weights.safetensors")
     config: dict[str, Any] = {
         "spec_version": "1.0",
         "task": "patch",
-        "architecture": "test_resnet",
+        "architecture": network,
         "num_classes": len(classes),
         "class_names": list(classes),
         "patch_size_pixels": TILE_PX,

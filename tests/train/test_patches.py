@@ -164,7 +164,7 @@ class TestStart:
         config = PatchConfig(start=str(base), frozen=True, epochs=8, lr=0.05, precision="float32")
         split = k_fold(found.cohort, 4, 0)[0]
         train_patches(found.cohort, patches, split, tmp_path / "probe", config, mpp=1.0)
-        before, after = (load_patch_model(str(folder), device="cpu", precision="float32") for folder in
+        before, after = (load_patch_model(str(folder), device="cpu", precision="float32", fold=False) for folder in
                          (base, tmp_path / "probe"))  # fmt: skip
         rgb = patches.read(split.test)
         np.testing.assert_array_equal(before(rgb).features, after(rgb).features)
@@ -183,7 +183,9 @@ class TestStart:
         base = write_model(tmp_path / "base", classes=("a", "b"))
         config = PatchConfig(start=str(base), epochs=1, lr=1e-12, weight_decay=0, precision="float32")
         train_patches(found.cohort, patches, k_fold(found.cohort, 4, 0)[0], tmp_path / "tuned", config, mpp=1.0)
-        before, after = (load_patch_model(str(folder), device="cpu") for folder in (base, tmp_path / "tuned"))
+        before, after = (
+            load_patch_model(str(folder), device="cpu", fold=False) for folder in (base, tmp_path / "tuned")
+        )
         for name, weight in before.net.named_parameters():
             torch.testing.assert_close(weight, after.net.get_parameter(name), rtol=0, atol=1e-6)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from wsi.nn.fold import fold_norms
 #: Architectures of ours; every other name is timm's.
 OUR_NETS = {"wsi-p4m": ("wsi.nn.p4m", "P4MNet"), "wsi-encoder": ("wsi.nn.backbone", "EncoderNet")}
 
+DEVICES = ("auto", "cpu", "cuda", "openvino")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -76,7 +78,7 @@ class PatchModel:
     num_features : int
         d; 0 where the network does not show its features.
     device, precision : str
-        Where and how it runs: "cpu" or "cuda"; "float32" or "bfloat16" (autocast).
+        Where and how it runs: "cpu", "cuda", or "openvino" (``score`` alone, on the CPU); "float32" or "bfloat16".
 
     Examples
     --------
@@ -103,7 +105,14 @@ class PatchModel:
         self.num_features = num_features
         self.device = device
         self.precision = precision
-        self.net: Any = net.eval().to(torch.device(device)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._torch_device = torch.device("cuda" if device == "cuda" else "cpu")
+        self.net: Any = net.eval().to(self._torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if device == "openvino":
+            from wsi.nn.openvino_net import compiled
+
+            side, method = config.resize_px or config.tile_px, "embed" if num_features else "forward"
+            self._compiled = compiled(self.net, method, side, precision)
         self._levels = self.upload(native.levels(config.mean, config.std, self.input_dtype).copy())
 
     @torch.inference_mode()
@@ -133,9 +142,9 @@ class PatchModel:
         x = self.resized(x)
         with self._autocast():
             if not self.num_features:
-                logits = self.net(x)
+                logits = (self._compiled or self.net)(x)
                 return logits[:, :0], logits
-            features = self.net.embed(x)
+            features = (self._compiled or self.net.embed)(x)
             return features, self.net.classify(features)
 
     def of_size(self, tile_px: int) -> PatchModel:
@@ -147,9 +156,10 @@ class PatchModel:
 
     @property
     def input_dtype(self) -> str:
-        """What ``score`` takes: "bfloat16" where the network computes in it from the first layer on, else "float32"."""
+        """What ``score`` takes: "bfloat16" where torch computes in it from the first layer on, else "float32"."""
         resized = self.config.resize_px not in (None, self.config.tile_px)
-        return "bfloat16" if self.precision == "bfloat16" and not resized else "float32"
+        half = self.precision == "bfloat16" and self.device != "openvino" and not resized
+        return "bfloat16" if half else "float32"
 
     def empty_input(self, n: int, device: str) -> Any:
         """Make room for the input of n patches, (n, 3, tile_px, tile_px) of ``input_dtype``, channels-last.
@@ -168,7 +178,7 @@ class PatchModel:
 
     def upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """Bring an array to where the model runs."""
-        tensor = torch.from_numpy(array).to(self.device)
+        tensor = torch.from_numpy(array).to(self._torch_device)
         return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
     def stream(self) -> int:
@@ -217,7 +227,7 @@ class PatchModel:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "bfloat16":
-            return torch.autocast(self.device, torch.bfloat16)
+            return torch.autocast(self._torch_device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
 
@@ -228,8 +238,8 @@ def load_patch_model(
 
     Parameters
     ----------
-    device : {"auto", "cpu", "cuda"}
-        "auto" is CUDA where there is a GPU.
+    device : {"auto", "cpu", "cuda", "openvino"}
+        "auto" is CUDA where there is a GPU, else the CPU by torch; "openvino" is the CPU by OpenVINO, where installed.
     precision : {"auto", "float32", "bfloat16"}
         "auto" is bfloat16 autocast on hardware that computes in it natively, float32 elsewhere.
     torchscript : bool
@@ -266,8 +276,8 @@ def pick_device(device: str) -> str:
     """Resolve "auto", and refuse a GPU that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ModelError(f"device={device!r}", "no such device", "Use auto, cpu or cuda")
+    if device not in DEVICES:
+        raise ModelError(f"device={device!r}", "no such device", f"Use {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device=cuda", "torch sees no CUDA GPU here", "Use --device cpu, or see `wsi doctor`")
     return device

@@ -1,0 +1,101 @@
+"""Patch networks on this CPU: tiles a second by torch and by OpenVINO, and how near each comes to what the CPU can do.
+
+    python benchmarks/bench_forward.py resnet18 idc-breast --precision float32
+
+Both take turns on the same batch in one process (``PatchModel.score``); the best of the rounds counts. The limit is
+``torch.matmul`` of two square matrices, timed between them: its multiply-adds a second are 1.00 in the last columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from wsi.nn.checkpoint import ModelConfig, known_models
+from wsi.nn.fold import fold_norms
+from wsi.nn.patch import PatchModel, load_patch_model, make_net
+
+NAMES = ("resnet18", "mobilenetv3_small_050", "efficientnet_b0", "vit_tiny_patch16_224", "idc-breast", "phantom")
+MATRIX = 3072
+
+
+def load(name: str, device: str, precision: str) -> PatchModel:
+    """Load a model of ours, or make a network of timm's with random weights, as it would be loaded to infer."""
+    if name in known_models():
+        return load_patch_model(name, device=device, precision=precision)
+    config = ModelConfig(Path(name), "patch", name, ("a", "b"), 2, tile_px=224, mpp=0.5)
+    torch.manual_seed(0)
+    net = make_net(config)
+    fold_norms(net.eval())
+    return PatchModel(
+        config, net, name=name, num_features=net.num_features, sha256="", device=device, precision=precision
+    )
+
+
+def multiply_adds(model: PatchModel) -> float:
+    """Count the multiply-adds of one tile, in convolutions and matrix products."""
+    side = model.config.tile_px
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.net.classify(model.net.embed(torch.zeros(1, 3, side, side)))
+    return counter.get_total_flops() / 2
+
+
+def main() -> None:
+    """Print a row for each network and precision."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--precision", action="append", choices=("float32", "bfloat16"))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    asked = parser.parse_args()
+    precisions = asked.precision or ["float32", "bfloat16"]
+    rows: list[dict[str, Any]] = []
+    for name in asked.names:
+        for precision in precisions:
+            rows.append(measure(name, precision, asked.batch, asked.rounds))
+            if not asked.json:
+                print("| " + " | ".join(str(value) for value in rows[-1].values()) + " |", flush=True)
+    if asked.json:
+        print(json.dumps(rows, indent=2))
+
+
+def measure(name: str, precision: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Time one network: a row of the table in RESULTS.md."""
+    models = {"torch": load(name, "cpu", precision), "openvino": load(name, "openvino", precision)}
+    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    square = torch.rand(MATRIX, MATRIX).to(kind)
+    jobs: dict[str, Callable[[], Any]] = {"matmul": lambda: square @ square}
+    rng = np.random.default_rng(0)
+    for device, model in models.items():
+        x = model.normalised(rng.integers(0, 256, (batch, *(model.config.tile_px,) * 2, 3), np.uint8))
+        jobs[device] = lambda model=model, x=x: model.score(x)
+    best = dict.fromkeys(jobs, float("inf"))
+    for _ in range(rounds + 1):  # the first one touches the memory
+        for job, work in jobs.items():
+            begun = time.perf_counter()
+            work()
+            best[job] = min(best[job], time.perf_counter() - begun)
+    limit = MATRIX**3 / best["matmul"]
+    each = multiply_adds(models["torch"])
+    speed = {device: batch / best[device] for device in models}
+    return {
+        "network": name,
+        "precision": precision,
+        **{f"{device} tiles/s": round(value, 1) for device, value in speed.items()},
+        "ratio": round(speed["openvino"] / speed["torch"], 2),
+        "matmul G/s": round(limit / 1e9),
+        **{f"{device} of matmul": round(value * each / limit, 2) for device, value in speed.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
