@@ -111,7 +111,7 @@ def test_a_file_system_that_remembers_what_was_missing(
         return make(dir=dir)
 
     make = tempfile.TemporaryFile
-    monkeypatch.setattr("wsi.archive.walk.read_result", remembering)
+    monkeypatch.setattr("wsi.archive.jobs.read_result", remembering)
     monkeypatch.setattr(tempfile, "TemporaryFile", made)
     assert len(tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0).done) == 2
     assert digest(tmp_path / "r") == digest(whole)
