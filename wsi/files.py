@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -70,6 +71,19 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         told = f"{size / 2**20:,.0f} MiB" if size else f"more than {most_bytes / 2**20:,.0f} MiB unpacked"
         raise ValueError(f"it is {told}, and at most {most_bytes / 2**20:,.0f} are read")
     return raw
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the hexadecimal SHA-256 of a file.
+
+    Examples
+    --------
+    >>> _ = Path("empty").write_bytes(b"")
+    >>> sha256_of("empty")[:8]
+    'e3b0c442'
+    """
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

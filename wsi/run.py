@@ -20,7 +20,8 @@ from skimage.filters import threshold_otsu
 from wsi import __version__
 from wsi.context import in_context
 from wsi.engine import Engine, ScoreConfig
-from wsi.errors import ModelError, SlideUnreadable
+from wsi.errors import ModelError, SlideUnreadable, StoreError
+from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
@@ -178,6 +179,7 @@ def score_slide(
                 numbers["warnings"].append(stained.outside)
             numbers["mpp_given"] = mpp
             numbers["mask"] = mask and absolute(mask)
+            numbers["mask_sha256"] = mask and sha256_of(mask)
             if doubts is not None:
                 numbers["uncertainty"] = doubts.as_json()
                 if doubts.abstain:
@@ -213,6 +215,9 @@ def explain_slide(
     progress("explain", 0, 0)
     grade = engine.mil(store.get("features")[readable], grid.boxes()) if engine.mil is not None else None
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode, local=local) as slide:
+        if list(slide.size) != store.attributes["slide"]["size"]:
+            what = f"is of a slide of {store.attributes['slide']['size']}, and {path} has {list(slide.size)}"
+            raise StoreError(folder, what, "Give the slide that was scored, or score this one into another folder")
         _explain(folder, slide, grid, store.get("probabilities")[readable], grade, engine, config, stain)
 
 

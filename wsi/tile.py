@@ -14,6 +14,7 @@ import numpy as np
 
 from wsi import __version__
 from wsi.errors import GridError, SlideError, StoreError
+from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
 from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
@@ -154,6 +155,7 @@ def tile_slide(
             clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
         numbers = _numbers(slide, slide_id or folder.name, tissue, store, mpp)
         numbers["mask"] = mask and absolute(mask)
+        numbers["mask_sha256"] = mask and sha256_of(mask)
     result = SlideResult(numbers, clock.seconds)
     progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)

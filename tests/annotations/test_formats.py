@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shapely
+from PIL import Image
 
 from tests.annotations.make import asap_xml
 from tests.array_slide import ArraySlide
@@ -21,6 +22,7 @@ from wsi.annotations import base as base_module
 from wsi.annotations.convert import write_annotations, write_mask
 from wsi.errors import AnnotationError
 from wsi.export import geojson as geojson_module
+from wsi.slide import open_slide
 from wsi.store import PatchStore
 from wsi.tissue import find_tissue, read_mask
 from wsi.units import Box, Mpp
@@ -270,7 +272,10 @@ def test_every_real_file_is_imported_and_comes_back(data_dir: Path, tmp_path: Pa
             with pytest.raises(AnnotationError, match=NOT_ANNOTATIONS[path.name]):
                 read_annotations(path, frame=FRAME)
             continue
-        found = read_annotations(path, frame=FRAME)
+        if path.suffix == ".png":  # of a part of a slide, which is not the slide's place
+            with pytest.raises(AnnotationError, match="Give a mask of this slide"):
+                read_annotations(path, frame=FRAME)
+        found = read_annotations(path, frame=Frame() if path.suffix == ".png" else FRAME)
         assert found, path
         target, bounds = tmp_path / "a.geojson", Box(1000, 500, 10, 10)
         sizes = shapely.area([a.geometry for a in found])
@@ -397,3 +402,47 @@ def test_import_says_where_to_score(tmp_path: Path, wsi: Run):
     asap_xml(tmp_path / "a.xml", [(shapely.box(0, 0, 900, 700), "Exclusion")])
     _, _, err = wsi("import", tmp_path / "a.xml", "--slide", tmp_path / "slides/a.tif", "--mask", "-o", tmp_path / "n")
     assert "no tissue is left" in err
+
+
+def test_import_writes_over_nothing_of_the_users(tmp_path: Path, wsi: Run):
+    for name in ("a", "b"):
+        write_pyramid(tmp_path / f"{name}.tif", [section()], 4.0)
+        asap_xml(tmp_path / f"{name}.xml", [(shapely.box(100, 100, 500, 500), "bed")])
+    masks = ("--mask", "-o", tmp_path / "m")
+    for name in ("a", "b"):  # one by one: the manifest names both
+        assert wsi("import", tmp_path / f"{name}.xml", "--slide", tmp_path / f"{name}.tif", *masks)[0] == 0
+    listed = (tmp_path / "m/slides.csv").read_text()
+    assert [line.split(",")[1] for line in listed.splitlines()] == ["mask", "a.png", "b.png"]
+    code, _, err = wsi("import", tmp_path / "m/a.png", "--slide", tmp_path / "a.tif", *masks)
+    assert code == 2 and "would be written over" in err
+    code, _, err = wsi("import", tmp_path / "a.xml", tmp_path / "b.xml", "--slide", tmp_path / "a.tif", *masks)
+    assert code == 2 and "same slide" in err
+    (tmp_path / "m/slides.csv").write_text("slide,label\na.tif,1\n")
+    code, _, err = wsi("import", tmp_path / "a.xml", "--slide", tmp_path / "a.tif", *masks)
+    assert code == 2 and "slides.csv: is there already" in err
+    assert (tmp_path / "m/slides.csv").read_text() == "slide,label\na.tif,1\n"
+
+
+def test_a_mask_smaller_than_its_slide_lies_where_it_did(tmp_path: Path, wsi: Run):
+    write_pyramid(tmp_path / "a.tif", [section()], 4.0)
+    box = shapely.box(100, 100, 500, 500)
+    asap_xml(tmp_path / "a.xml", [(box, "bed")])
+    said = ("--slide", tmp_path / "a.tif", "--mask")
+    assert wsi("import", tmp_path / "a.xml", *said, "-o", tmp_path / "m")[0] == 0
+    with open_slide(str(tmp_path / "a.tif")) as slide:
+        Image.open(tmp_path / "m/a.png").resize((slide.size[0] // 4, slide.size[1] // 4), 0).save(tmp_path / "a.png")
+        found = read_annotations(tmp_path / "a.png", frame=Frame.of(slide))
+    where = shapely.union_all([each.geometry for each in found])
+    assert where.area > 0 and where.difference(box.buffer(8)).area == 0
+
+
+def test_a_mask_that_has_changed_is_another_configuration(tmp_path: Path, wsi: Run):
+    write_pyramid(tmp_path / "a.tif", [section()], 4.0)
+    tile = ("tile", tmp_path / "m/slides.csv", "--mpp", 4, "--tile", 20, "--pixels", "none", "-o", tmp_path / "s")
+    for right, code in ((500, 0), (500, 0), (300, 2)):
+        asap_xml(tmp_path / "a.xml", [(shapely.box(100, 100, right, 500), "bed")])
+        words = ("import", tmp_path / "a.xml", "--slide", tmp_path / "a.tif", "--mask", "-o", tmp_path / "m")
+        assert wsi(*words)[0] == 0
+        found, _, err = wsi(*tile)
+        assert found == code, err
+    assert "it has changed" in err

@@ -217,13 +217,29 @@ class TestResume:
         explained = digest(later)
         assert explained == digest(first) and {"a/explained.png", "b/explained.png"} == set(explained) - set(plain)
         assert {name: explained[name] for name in plain} == plain
-        (later / "b/explained.png").unlink()
-        (slides / "b.svs").rename(tmp_path / "away.svs")
-        try:  # what cannot be explained stays scored, and is a failure of this run
-            code, _, _ = wsi("score", slides / "a.svs", slides / "b.svs", *words, "-o", later, "--explain")
+        for name in "ab":
+            (later / name / "explained.png").unlink()
+        whole = (slides / "a.svs").read_bytes()
+        (slides / "a.svs").write_bytes(whole[: len(whole) // 3])
+        try:  # what cannot be explained stays scored, is a failure of this run, and holds nobody up
+            assert wsi("score", slides, *words, "-o", later, "--explain")[0] == 3
+            assert [(row["slide_id"], row["stage"]) for row in rows(later / "failures.csv")] == [("a", "explain")]
+            assert [row["slide_id"] for row in rows(later / "slides.csv")] == ["a", "b"]
+            assert {k: v for k, v in digest(later).items() if "failure" not in k} == {
+                k: v for k, v in explained.items() if k != "a/explained.png"
+            }
         finally:
-            (tmp_path / "away.svs").rename(slides / "b.svs")
-        assert code in (2, 3) and digest(later) == {k: v for k, v in explained.items() if k != "b/explained.png"}
+            (slides / "a.svs").write_bytes(whole)
+        assert wsi("score", slides, *words, "-o", later, "--explain")[0] == 0
+        assert digest(later) == explained
+        write_phantom(tmp_path / "other.svs", PhantomConfig(size=(1500, 1100), seed=9, tumours=0))
+        (slides / "a.svs").write_bytes((tmp_path / "other.svs").read_bytes())
+        (later / "a/explained.png").unlink()
+        try:  # another slide under the name of one that was scored
+            assert wsi("score", slides, *words, "-o", later, "--explain")[0] == 3
+            assert "is of a slide of" in rows(later / "failures.csv")[0]["error"]
+        finally:
+            (slides / "a.svs").write_bytes(whole)
 
     def test_the_same_again_does_nothing(
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -131,3 +131,26 @@ def test_an_encoder_is_folded_too():
 def test_a_network_that_does_not_end_in_a_linear_layer_is_refused():
     with pytest.raises(ModelError, match="no linear layer"):
         TimmNet("resnetv2_50x1_bit", num_classes=2)
+
+
+class Aliased(nn.Module):
+    """Modules under two names, in a network that cannot be traced as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        conv, norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.first, self.second = nn.Sequential(conv, norm), nn.Sequential(conv, nn.BatchNorm2d(3))
+        self.a = self.b = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        return self.b(self.second(self.first(x))) if x.sum() > 0 else x
+
+
+def test_what_has_two_names_stays():
+    torch.manual_seed(0)
+    net = lively(Aliased())
+    x = torch.rand(1, 3, 8, 8)
+    with torch.inference_mode():
+        before = net(x)
+        fold_norms(net)
+        torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-5)

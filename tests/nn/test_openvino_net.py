@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +157,14 @@ def test_it_gives_no_numbers_where_gradients_are_on() -> None:
     model = load_patch_model("phantom", device="openvino")
     with pytest.raises(ModelError, match="does not learn"):
         model.forward(model.normalised(patches(model, 1)))
+
+
+@needed
+def test_threads_and_empty_batches(tmp_path: Path) -> None:
+    model = load(tmp_path, "phantom", "openvino")
+    batches = [patches(model, 4, seed) for seed in range(12)]
+    alone = [model(rgb).probabilities for rgb in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda rgb: model(rgb).probabilities, batches * 4))
+    assert all(np.array_equal(a, b) for a, b in zip(alone * 4, together, strict=True))
+    assert model(batches[0][:0]).probabilities.shape == (0, 2)

@@ -30,16 +30,32 @@ _PADDING_PX = 512
 def read(path: Path, frame: Frame) -> list[Annotation]:
     """Read a mask as outlines, one annotation a connected piece; see ``read_annotations``. Its group is the value.
 
-    Outlines follow the pixels of the finest level of at most 16 Mpx, so they are as coarse as that.
+    Outlines follow the pixels of the finest level of at most 16 Mpx, so they are as coarse as that. A mask smaller than
+    the slide, where that is known, is one of all of it.
     """
     levels = _levels(path)
+    scale = _scale(path, levels[1], frame.size or levels[1])
     finest = next((d for d, (w, h) in levels.items() if w * h <= 16_000_000), max(levels))
     values = read_mask(path, downsample=finest)
     return [
-        Annotation(shapely.transform(outline, lambda xy: xy * finest), str(value))
+        Annotation(shapely.transform(outline, lambda xy: xy * finest * scale), str(value))
         for value in np.unique(values[values > 0]).tolist()
         for outline in mask_polygons(values == value)
     ]
+
+
+def _scale(path: Path, of_mask: tuple[int, int], of_slide: tuple[int, int]) -> npt.NDArray[np.float64]:
+    """Level-0 pixels a pixel of a mask's first level, across and down."""
+    exact = np.array(of_slide) / of_mask
+    if all(abs(a - b) <= _PADDING_PX for a, b in zip(of_mask, of_slide, strict=True)):
+        return np.ones(2)
+    if abs(exact[0] / exact[1] - 1) > 0.05 or exact[0] < 1:
+        what = f"is {of_mask[0]} x {of_mask[1]} px, the slide {of_slide[0]} x {of_slide[1]}"
+        raise AnnotationError(path, what, "Give a mask of this slide, as large as it or smaller")
+    whole = exact.round()
+    beyond = whole * of_mask - np.array(of_slide)
+    is_padded = ((beyond >= 0) & ((beyond < whole) | (np.array(of_mask) % 16 == 0))).all()  # to whole tiles
+    return whole if is_padded else exact
 
 
 def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None = None) -> U8:

@@ -52,8 +52,12 @@ def read_table(path: Path, frame: Frame) -> list[Annotation]:
         text = read_unpacked(path, MAX_BYTES).decode("utf-8-sig")
     except ValueError as error:
         raise AnnotationError(path, f"is no table in UTF-8 ({error})", "Export it again") from error
-    csv.field_size_limit(MAX_BYTES)
-    for line, row in enumerate(csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text[:4096] else ","), 2):
+    limit = csv.field_size_limit(MAX_BYTES)  # of the whole process
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text[:4096] else ","))
+    finally:
+        csv.field_size_limit(limit)
+    for line, row in enumerate(rows, 2):
         where = f"{path}, row {line}"
         try:
             xs, ys = ((row[axis] or "").split(",") for axis in ("coords_x", "coords_y"))

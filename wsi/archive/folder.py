@@ -32,7 +32,7 @@ from typing import Any
 
 from wsi.archive.slides import SlideRef
 from wsi.errors import ConfigMismatch, OutputError
-from wsi.files import replacing, write_csv, write_json
+from wsi.files import replacing, sha256_of, write_csv, write_json
 from wsi.result import SlideResult, read_result
 from wsi.slide import absolute
 
@@ -126,6 +126,8 @@ def bind(
         elif result is not None and result.numbers.get("mask") != (masked := ref.mask and absolute(ref.mask)):
             given = [value or "none" for value in (result.numbers.get("mask"), masked)]
             raise ConfigMismatch(own, f"was made with the mask {given[0]}, now {given[1]} is asked for", remedy)
+        elif result is not None and ref.mask and result.numbers.get("mask_sha256") not in (None, sha256_of(ref.mask)):
+            raise ConfigMismatch(own, f"was made with the mask {masked} as it was then; it has changed", remedy)
     about = {"configuration": identity, "command": list(command), "execution": execution, "versions": _versions()}
     write_json(path, {"use": "research only", **about})
 
@@ -168,13 +170,13 @@ def write_failure(own: Path, failure: Row) -> None:
 
 
 def read_failure(own: Path, *, since: float = 0.0) -> Row | None:
-    """Return why a slide has no result, if it was written at `since` (in the file system's time) or later."""
+    """Return why a slide has no result, or no explanation, if written at `since` (the file system's time) or later."""
     try:
         if (own / _FAILURE).stat().st_mtime < since:
             return None
     except OSError:
         return None
-    found = _earlier(own)
+    found = _failure(own)
     return found if found is not None and "remedy" in found else None
 
 
@@ -228,7 +230,7 @@ class Tables:
             result = read_result(self._folder / name)
             if result is not None:
                 self.row(result)
-            elif (failure := read_failure(self._folder / name)) is not None:
+            if (failure := read_failure(self._folder / name)) is not None:
                 failures.append(failure)
         rows = [self._rows[name] for name in sorted(self._rows)]
         columns = self._all_columns(rows)
@@ -264,8 +266,10 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> N
 def _earlier(folder: Path) -> Row | None:
     """Return what a slide folder says of its slide: of a finished one, or of one that failed."""
     result = read_result(folder)
-    if result is not None:
-        return result.numbers
+    return _failure(folder) if result is None else result.numbers
+
+
+def _failure(folder: Path) -> Row | None:
     try:
         found = json.loads((folder / _FAILURE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -76,9 +76,9 @@ def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRe
             refs = [SlideRef(str(slide), mpp) for slide in _in_folder(path)]
             if not refs:
                 raise SlideNotFound(name, "holds no slides", f"Searched for {' '.join(SUFFIXES)}")
-        elif path.suffix.lower() == ".csv" and path.exists():
+        elif path.suffix.lower() == ".csv" and _is_there(path):
             refs = _in_manifest(path, mpp)
-        elif path.exists():
+        elif _is_there(path):
             refs = [SlideRef(name, mpp)]
         else:
             refs = [SlideRef(slide, mpp) for slide in sorted(glob.glob(name, recursive=True)) if Path(slide).is_file()]  # noqa: PTH207
@@ -156,6 +156,13 @@ def _in_row(where: str, folder: Path, row: dict[str, str | None], mpp: float | N
     for kind in ("slide", "mask"):
         name = said[kind]
         paths[kind] = name if not name or is_url(name) else str(folder / name)
-        if name and not is_url(name) and not Path(paths[kind]).exists():
+        if name and not is_url(name) and not _is_there(Path(paths[kind])):
             raise ManifestError(where, f"there is no {kind} {paths[kind]}", "Paths are relative to the manifest")
     return SlideRef(paths["slide"], *own, mask=paths["mask"] or None, label=said["label"], patient=said["patient"])
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long to be one
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from contextlib import nullcontext
@@ -13,6 +14,9 @@ import typer
 
 from wsi.cli.display import say
 from wsi.errors import AnnotationError, OutputError, WsiError
+
+#: Columns of the slides.csv that --mask writes, the last where it was said.
+_MANIFEST = ("slide", "mask", "mpp")
 
 
 def import_annotations(
@@ -53,13 +57,18 @@ def import_annotations(
     if mask and slide is None:
         raise AnnotationError("--mask", "needs the slides", "Name the slide, or the folder of slides, with --slide")
     rows: list[dict[str, Any]] = []
-    slides = []
     stems = [_stem(file) for file in files]
     twice = [stem for stem, n in Counter(stems).items() if n > 1]
     if twice:
         raise AnnotationError(twice[0], "is the name of two of these files", "Import them one by one")
-    for file, stem in zip(files, stems, strict=True):
-        belongs = slide if slide is None or not slide.is_dir() else _slide_of(slide, stem)
+    of = [slide if slide is None or not slide.is_dir() else _slide_of(slide, stem) for stem in stems]
+    if mask and len(set(of)) < len(of):
+        raise AnnotationError(files[-1], "is of the same slide as another", "Join what is said of a slide in one file")
+    listed = _listed(out / "slides.csv") if mask else {}
+    for file, stem, belongs in zip(files, stems, of, strict=True):
+        target = out / f"{stem}{'.png' if mask else '.geojson'}"
+        if target.exists() and target.samefile(file):
+            raise OutputError(target, "is read, and would be written over", "Choose another folder with -o")
         with open_slide(str(belongs), mpp=mpp) if belongs else nullcontext() as opened:
             try:
                 found = read_annotations(file, frame=Frame.of(opened) if opened else Frame())
@@ -70,12 +79,13 @@ def import_annotations(
                 out.mkdir(parents=True, exist_ok=True)
                 if mask and belongs and opened:
                     named = [replace(each, group=renamed.get(each.group, each.group)) for each in found]
-                    row |= {"mask": str(out / f"{stem}.png"), "annotations": len(found)}
-                    row["mm2"] = round(write_mask(row["mask"], named, opened), 6)
-                    slides.append({"slide": belongs.absolute(), "mask": f"{stem}.png"} | ({"mpp": mpp} if mpp else {}))
+                    row |= {"mask": str(target), "annotations": len(found)}
+                    row["mm2"] = round(write_mask(target, named, opened), 6)
+                    name = str(belongs.absolute())
+                    listed[name] = {"slide": name, "mask": target.name, "mpp": "" if mpp is None else f"{mpp:g}"}
                 else:
                     bounds = opened.bounds if opened else None
-                    row["geojson"] = str(out / f"{stem}.geojson")
+                    row["geojson"] = str(target)
                     row["annotations"] = write_annotations(
                         row["geojson"], found, bounds=bounds, slide_id=stem, classes=renamed
                     )
@@ -91,8 +101,9 @@ def import_annotations(
             say(f"wsi: {file}: {len(found) - row['annotations']} outlines are smaller than a pixel, and left out")
         if row.get("mm2") == 0:
             say(f"wsi: {file}: no tissue is left to look at")
-    if slides:
-        write_csv(out / "slides.csv", ("slide", "mask", *(["mpp"] if mpp else [])), slides)
+    if mask:
+        columns = _MANIFEST if any(each["mpp"] for each in listed.values()) else _MANIFEST[:2]
+        write_csv(out / "slides.csv", columns, [{name: each[name] for name in columns} for each in listed.values()])
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -100,6 +111,20 @@ def import_annotations(
         groups_text = ", ".join(f"{name} {n}" for name, n in row["groups"].items()) or "nothing"
         left = f", {row['mm2']:g} mm2 of tissue" if "mm2" in row else ""
         print(f"{row.get('mask') or row['geojson']}: {row['annotations']} annotations ({groups_text}){left}")
+
+
+def _listed(path: Path) -> dict[str, dict[str, str]]:
+    """What an earlier import said of other slides, by slide; refuse a manifest that says more, which is the user's."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, csv.Error):
+        rows = [{}]
+    if any(not {"slide", "mask"} <= set(row) <= set(_MANIFEST) for row in rows):
+        raise OutputError(path, "is there already, and not as this command writes it", "Choose another folder with -o")
+    return {row["slide"]: {"mpp": ""} | row for row in rows}
 
 
 def _pair(text: str) -> tuple[str, str]:

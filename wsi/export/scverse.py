@@ -64,7 +64,9 @@ def write_spatialdata(out: Path, bag: TileTable) -> None:
     if path.exists() and "spatialdata_attrs" not in _attributes(path):
         raise OutputError(path, "is there already, and no SpatialData store", "Choose another folder with -o")
     draft = path.with_name(f".{path.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    old = path.with_name(f".{path.name}.old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         about = {"slide_id": bag.name, "made_by": f"wsi {__version__}", "use": "research only"}
         _group(draft, about | {"spatialdata_attrs": {"version": "0.2"}})
@@ -91,8 +93,10 @@ def write_spatialdata(out: Path, bag: TileTable) -> None:
         ome = _attributes(heatmap)["ome"] | {"version": "0.5-dev-spatialdata"}
         ome["multiscales"][0]["coordinateTransformations"] = _frames("cyx", bag, raster.step)
         _group(heatmap, {"ome": ome, "spatialdata_attrs": {"version": "0.3"}})
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
         draft.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

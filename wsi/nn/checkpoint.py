@@ -11,7 +11,6 @@ A model is a folder::
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from wsi.errors import ModelError, ModelNotFound
+from wsi.files import sha256_of
 from wsi.nn.mil.heads import KINDS, Head
 
 HUB_PREFIX = "hf-hub:"
@@ -272,12 +272,6 @@ def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: Mo
     if bad:
         raise ModelError(config.folder, f"its weights are not finite: {', '.join(bad[:3])}", "Fetch the model again")
     net.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()})
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(config: ModelConfig) -> str:

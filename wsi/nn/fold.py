@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class _Tracer(fx.Tracer):
 
 
 @torch.no_grad()
-def fold_norms(net: nn.Module) -> int:
+def fold_norms(net: nn.Module, shared: frozenset[int] = frozenset()) -> int:
     """Fold each batch norm that alone follows a convolution into its weights, in place; return how many.
 
     In evaluation a batch norm is a scale and an offset a channel, which a convolution can do with other weights (Jacob
@@ -34,6 +35,8 @@ def fold_norms(net: nn.Module) -> int:
     ----------
     net : Module
         In evaluation mode, on the CPU, in float32.
+    shared : set of int
+        Identities of modules that are reached in several ways, which stay; those inside `net` are found here.
 
     Examples
     --------
@@ -42,11 +45,13 @@ def fold_norms(net: nn.Module) -> int:
     (1, Identity())
     """
     modules = dict(net.named_modules())
+    seen = Counter(id(module) for _, module in net.named_modules(remove_duplicate=False))
+    shared |= {identity for identity, n in seen.items() if n > 1}
     try:
         nodes = list(_Tracer().trace(net).nodes)
     except (fx.proxy.TraceError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError):
         # It branches, asserts or computes by what only real pixels can answer.
-        return sum(fold_norms(part) for part in net.children())
+        return sum(fold_norms(part, shared) for part in net.children())
     called = [node.target for node in nodes if node.op == "call_module"]
     folded = 0
     for node in nodes:
@@ -55,6 +60,8 @@ def fold_norms(net: nn.Module) -> int:
             continue
         conv, norm = modules[str(before.target)], modules[str(node.target)]
         if type(conv).__name__ not in _CONVOLUTIONS or type(norm).__name__ not in _NORMS:
+            continue
+        if {id(conv), id(norm)} & shared:
             continue
         if called.count(node.target) > 1 or called.count(before.target) > 1 or norm.running_mean is None:
             continue

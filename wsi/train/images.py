@@ -31,6 +31,9 @@ Place = Path | tuple[PatchStore, int]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _MOST_PX = 2048
+
+#: Pillow's modes that are 8-bit RGB, or can be made so.
+_KINDS = ("RGB", "RGBA", "L", "P", "CMYK")
 #: From this share of a tile's area on, it is of the class that was drawn; ``wsi evaluate patches`` says so too.
 _MOST = 0.5
 
@@ -244,15 +247,15 @@ def read_stores(
 def _read_image(path: Path) -> U8:
     try:
         with opened_image(path) as image:
-            if max(image.size) > _MOST_PX:
-                raise TrainError(path, f"is {image.width} x {image.height} px", "Cut slides into patches: wsi tile")
-            if image.mode not in ("RGB", "RGBA", "L", "P", "CMYK"):
-                raise TrainError(path, f"holds pixels of the kind {image.mode}", "Save it as 8-bit RGB")
-            return np.array(image.convert("RGB"))
-    except TrainError:
-        raise
+            (w, h), kind = image.size, image.mode
+            rgb = np.array(image.convert("RGB")) if max(w, h) <= _MOST_PX and kind in _KINDS else None
     except (OSError, ValueError) as error:
         raise TrainError(path, f"cannot be read as an image ({error})", "Fetch it again, or leave it out") from error
+    if max(w, h) > _MOST_PX:
+        raise TrainError(path, f"is {w} x {h} px", "Cut slides into patches: wsi tile")
+    if rgb is None:
+        raise TrainError(path, f"holds pixels of the kind {kind}", "Save it as 8-bit RGB")
+    return rgb
 
 
 def _share(store: PatchStore, area: shapely.Geometry) -> npt.NDArray[np.float64]:
