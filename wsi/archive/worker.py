@@ -21,6 +21,7 @@ from typing import Any
 from wsi.archive.claims import ClaimLost
 from wsi.archive.jobs import END_S, Task, from_json, perform
 from wsi.errors import WsiError
+from wsi.memory import keep_freed_memory
 
 #: Seconds between two reports of how far a slide is.
 REPORT_S = 0.1
@@ -31,6 +32,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started us decides
     signal.signal(signal.SIGTERM, _stop)
     faulthandler.enable()
+    keep_freed_memory()
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # as in the command line
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

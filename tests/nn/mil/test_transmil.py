@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.nn.mil.make import a_bag, a_net, embedded, softmax, weights_of
+from wsi.nn.mil import transmil
 from wsi.nn.mil.transmil import TransMil, _cells, pseudo_inverse
 
 
@@ -106,14 +107,15 @@ def test_with_fewer_landmarks_it_is_nystroms_formula() -> None:
     padded = np.pad(v, ((0, 0), (16, 16), (0, 0)))
     mixed += sum(p["residual.weight"][:, 0, j][:, None, None] * padded[:, j : j + 23] for j in range(33))
     told = mixed.transpose(1, 0, 2).reshape(23, 8) @ p["out.0.weight"].T + p["out.0.bias"]
-    np.testing.assert_allclose(layer(x)[0][1:].numpy(), (x.numpy() + told)[1:], atol=1e-4)
+    tokens, lead_back = layer(x)
+    np.testing.assert_allclose(tokens[1:].numpy(), (x.numpy() + told)[1:], atol=1e-4)
     exact, weights = attention_layer(x.double().numpy(), p, "", 2)  # of the class token, which is not approximated
-    np.testing.assert_allclose(layer(x)[0][0].numpy(), exact[0], atol=1e-4)
+    np.testing.assert_allclose(tokens[:1].numpy(), exact[:1], atol=1e-4)
     # and weights of what comes out lead back through the same rows
     rows = softmax(q @ kl.transpose(0, 2, 1), 2) @ inverse @ softmax(ql @ k.transpose(0, 2, 1), 2)
     rows = np.concatenate([weights[:1], rows.mean(0)[1:]])
     given = np.random.default_rng(0).random(23)
-    back = layer(x)[1](torch.from_numpy(given).float())
+    back = lead_back(torch.from_numpy(given).float())
     np.testing.assert_allclose(back.numpy(), given @ rows, atol=1e-4)
 
 
@@ -136,6 +138,26 @@ def test_moving_a_slide_changes_nothing_and_moving_a_tile_does() -> None:
     torch.testing.assert_close(net(features, moved).logits, net(features, boxes).logits)
     boxes[19, 0] += 100.7 * 4
     assert not torch.allclose(net(features, boxes).logits, net(features, moved).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["slide", "bag"])
+def test_tiles_are_embedded_block_by_block_and_graded_as_where_all_are_kept(
+    positions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transmil, "_TOKENS", 16)
+    net, (features, boxes) = a_net("transmil", landmarks=8, positions=positions), a_bag(900, columns=9)
+    chosen = torch.randperm(900, generator=torch.Generator().manual_seed(4))[:500]  # a slide with holes
+    features, boxes = features[chosen], boxes[chosen]
+    embedded: list[int] = []
+    embed = net.embed
+    monkeypatch.setattr(net, "embed", lambda block: embedded.append(len(block)) or embed(block))
+    with torch.no_grad():
+        scores = net(features, boxes)
+    assert max(embedded) < 200 and sum(embedded) < 8 * 529  # a block and rows around it; every layer's passes
+    kept = net(features, boxes)
+    assert embedded[-1] >= 500
+    torch.testing.assert_close(scores.logits, kept.logits.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.attention, kept.attention, atol=1e-6, rtol=0)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -54,7 +54,8 @@ class TransMil(MilNet):
     The published program fills sequences up with zeros that the landmarks then average over; here landmarks are means
     of real tokens only, as many as there are tokens in a small bag, where the approximation becomes softmax attention.
 
-    Memory beyond the features is a few arrays (n, hidden).
+    Grading, tokens are computed from the features anew each time a layer reads them, so that memory beyond the features
+    is a block of tokens, some rows of tiles and a few numbers a tile. Training keeps a few arrays (n, hidden).
 
     Examples
     --------
@@ -90,9 +91,19 @@ class TransMil(MilNet):
         """See ``MilNet.forward``; with positions "slide", `boxes` are needed."""
         layout = self._layout(len(features), boxes)
         order = torch.from_numpy(layout.order).to(features.device)
-        x = torch.cat([self.cls, *self.by_block(lambda block: (self.embed(block).float(),), features, order)])
+
+        def embedded(block: Tensor) -> tuple[Tensor]:
+            return (self.embed(block).float(),)
+
+        def tokens(lo: int, hi: int) -> Tensor:
+            told = embedded(features[order[max(lo - 1, 0) : hi - 1]])[0]
+            return told if lo else torch.cat([self.cls, told])
+
+        x: Tokens = Computed(1 + len(order), tokens)
+        if torch.is_grad_enabled():
+            x = torch.cat([self.cls, *self.by_block(embedded, features, order)])
         y, back = self.first(x)
-        token, row = self.last.class_token(torch.cat([y[:1], self.ppeg(y[1:], layout)]))
+        token, row = self.last.class_token(self.ppeg(y, layout))
         logits = self.classifier(self.norm(token)).float()
         with torch.no_grad():
             row = row / 2
@@ -133,6 +144,41 @@ def _cells(start: npt.NDArray[np.float64], side: npt.NDArray[np.float64]) -> npt
     return np.concatenate([[0], np.minimum(np.diff(seen), _REACH + 1).cumsum()]).astype(np.int64)[inverse]
 
 
+class Computed:
+    """Tokens (t, width) that are computed when they are read, from start to stop, instead of being kept.
+
+    The block read last is kept: one that overlaps with it, or follows it, is computed from its end on.
+    """
+
+    def __init__(self, n: int, of: Callable[[int, int], Tensor]) -> None:
+        self._n, self._of = n, of
+        self._start, self._block = 0, of(0, 1)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, span: slice) -> Tensor:
+        start, stop, _ = span.indices(self._n)
+        end = self._start + len(self._block)
+        if not self._start <= start <= end:
+            self._start, self._block = start, self._of(start, stop)
+        elif stop > end:
+            more = self._of(end, stop)
+            self._start, self._block = start, torch.cat([self._block[start - self._start :], more])
+        return self._block[start - self._start : stop - self._start]
+
+
+#: Tokens (t, width), read in blocks.
+Tokens = Tensor | Computed
+
+
+def _kept(n: int, of: Callable[[int, int], Tensor]) -> Tokens:
+    """Tokens that `of` computes from start to stop: all of them where a gradient will come, else when they are read."""
+    if not torch.is_grad_enabled():
+        return Computed(n, of)
+    return torch.cat([of(start, min(n, start + _TOKENS)) for start in range(0, n, _TOKENS)])
+
+
 class Ppeg(nn.Module):
     """Pyramid position encoding: depthwise convolutions 7 x 7, 5 x 5, 3 x 3 over the tiles' places, added to them."""
 
@@ -142,26 +188,40 @@ class Ppeg(nn.Module):
             nn.Conv2d(width, width, side, padding=side // 2, groups=width) for side in (7, 5, 3)
         )
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Tokens (t, width) to tokens (t, width), strip of rows by strip of rows; where no tile is, is 0."""
+    def forward(self, x: Tokens, layout: Layout) -> Tokens:
+        """Tokens (1 + t, width) to such tokens, strip of rows by strip of rows; where no tile is, is 0."""
         # One convolution: the smaller kernels stand in the middle of the largest.
         seven, five, three = (conv.weight for conv in self._three())
         weight = seven + functional.pad(five, [1] * 4) + functional.pad(three, [2] * 4)
         bias = torch.stack([conv.bias for conv in self._three() if conv.bias is not None]).sum(0)
-        columns, rows, width = int(layout.columns.max()) + 1, int(layout.rows[-1]) + 1, x.shape[1]
-        height = min(max(1, _TOKENS // columns), rows)
-        out = []
-        for top in range(0, rows, height):
+        columns, width = int(layout.columns.max()) + 1, weight.shape[0]
+        height = min(max(1, _TOKENS // columns), int(layout.rows[-1]) + 1)
+
+        def strip(top: int, first: int, last: int) -> Tensor | None:
+            """Tiles first to last, as far as they stand in the rows from top on."""
             lo, start, stop, hi = np.searchsorted(layout.rows, [top - _REACH, top, top + height, top + height + _REACH])
-            if start == stop:
-                continue
-            cells = torch.from_numpy((layout.rows[lo:hi] - top + _REACH) * columns + layout.columns[lo:hi]).to(x.device)
-            canvas = torch.zeros((height + 2 * _REACH) * columns, width, device=x.device).index_add(0, cells, x[lo:hi])
-            image = canvas.T.reshape(1, width, -1, columns)
+            start, stop = max(start, first), min(stop, last)
+            if start >= stop:
+                return None
+            tiles = x[1 + lo : 1 + hi]
+            cells = torch.from_numpy((layout.rows[lo:hi] - top + _REACH) * columns + layout.columns[lo:hi])
+            cells = cells.to(tiles.device)
+            canvas = torch.zeros((height + 2 * _REACH) * columns, width, device=tiles.device)
+            image = canvas.index_add(0, cells, tiles).T.reshape(1, width, -1, columns)
             seen = functional.conv2d(image, weight, bias, padding=(0, _REACH), groups=width)
             own = cells[start - lo : stop - lo] - _REACH * columns
-            out.append(x[start:stop] + seen[0].flatten(1).T[own])
-        return torch.cat(out)
+            return tiles[start - lo : stop - lo] + seen[0].flatten(1).T[own]
+
+        def placed(lo: int, hi: int) -> Tensor:
+            token = [] if lo else [x[:1]]
+            first, last = max(lo - 1, 0), hi - 1
+            if first == last:
+                return token[0]
+            tops = range(int(layout.rows[first]), int(layout.rows[last - 1]) + 1, height)
+            strips = (strip(top, first, last) for top in tops)
+            return torch.cat([*token, *(tiles for tiles in strips if tiles is not None)])
+
+        return _kept(len(x), placed)
 
     def _three(self) -> list[nn.Conv2d]:
         return [conv for conv in self.convolutions if isinstance(conv, nn.Conv2d)]
@@ -178,7 +238,7 @@ class SelfAttention(nn.Module):
         self.residual = nn.Conv1d(heads, heads, 33, padding=16, groups=heads, bias=False)
         self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.1))
 
-    def class_token(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def class_token(self, x: Tokens) -> tuple[Tensor, Tensor]:
         """Tokens (t, width) to the first token (width,), and its attention to each (t,), mean over heads; exact."""
         starts = range(0, len(x), _TOKENS)
         query = self._qkv(x[:1])[0][0]  # (heads, dim)
@@ -199,7 +259,7 @@ class SelfAttention(nn.Module):
         top, total, seen = reduce(_merged, (kept(*_run(towards, x[s : s + _TOKENS])) for s in starts))
         mixed = seen / total + self._along(self._qkv(x[:17])[2])[0]
         row = torch.exp(torch.cat(scores, 1) - top) / total
-        return x[0] + self.out(mixed.flatten()), row.mean(0)
+        return x[:1][0] + self.out(mixed.flatten()), row.mean(0)
 
     def _qkv(self, x: Tensor) -> list[Tensor]:
         """Tokens (b, width) to q, k and v, each (b, heads, dim)."""
@@ -219,17 +279,17 @@ class Nystrom(SelfAttention):
         super().__init__(width, heads)
         self.landmarks, self.iterations = landmarks, iterations
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def forward(self, x: Tokens) -> tuple[Tokens, Callable[[Tensor], Tensor]]:
         """Tokens (t, width) to tokens (t, width), and what turns weights of these (t,) into weights of those."""
-        t = len(x)
+        t, device = len(x), self.qkv.weight.device
         m = min(self.landmarks, t)
-        segment = torch.arange(t, device=x.device) * m // t
+        segment = torch.arange(t, device=device) * m // t
         count = torch.bincount(segment, minlength=m).float()[:, None, None]
         starts = range(0, t, _TOKENS)
 
         def means(block: Tensor, into: Tensor) -> Tensor:
             qk = torch.stack(self._qkv(block)[:2], 1)  # (b, 2, heads, dim)
-            return torch.zeros(m, *qk.shape[1:], device=x.device).index_add(0, into, qk)
+            return torch.zeros(m, *qk.shape[1:], device=device).index_add(0, into, qk)
 
         landmark = _sum(_run(means, x[s : s + _TOKENS], segment[s : s + _TOKENS]) for s in starts)
         ql, kl = (landmark[:, i] / count for i in (0, 1))  # (m, heads, dim)
@@ -253,14 +313,15 @@ class Nystrom(SelfAttention):
             return told
 
         token, row = self.class_token(x)
-        out = []
-        for s in starts:  # 16 tokens more on either side for the convolution along the sequence
-            lo, stop = max(0, s - 16), min(t, s + _TOKENS)
-            out.append(x[s:stop] + _run(outwards, x[lo : stop + 16], s - lo, stop - lo))
-        out[0] = torch.cat([token[None], out[0][1:]])
+
+        def attended(start: int, stop: int) -> Tensor:
+            lo = max(0, start - 16)  # 16 tokens more on either side for the convolution along the sequence
+            block = x[lo : stop + 16]
+            told = block[start - lo : stop - lo] + _run(outwards, block, start - lo, stop - lo)
+            return told if start else torch.cat([token[None], told[1:]])
 
         def back(weights: Tensor) -> Tensor:
-            through = torch.zeros(self.heads, m, device=x.device)
+            through = torch.zeros(self.heads, m, device=device)
             for s in starts:
                 q = self._qkv(x[s : s + _TOKENS])[0]
                 near = torch.softmax(torch.einsum("bhd,mhd->bhm", q, kl), 2)
@@ -275,7 +336,7 @@ class Nystrom(SelfAttention):
                 told[s : s + _TOKENS] += torch.einsum("hm,hmb->b", through, far) / self.heads
             return told
 
-        return torch.cat(out), back
+        return _kept(t, attended), back
 
 
 def _merged(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
