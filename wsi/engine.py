@@ -119,7 +119,7 @@ class EngineConfig:
         A name, a folder, or "hf-hub:OWNER/NAME".
     mil : str, optional
         MIL head: a name, a folder, or "none"; default: the one inside the model's folder, if there is one.
-    device : {"auto", "cpu", "cuda", "openvino"}
+    device : {"auto", "cpu", "cuda"}
     precision : {"auto", "float32", "bfloat16"}
     torchscript : bool
         Allow TorchScript weights: they run code.

@@ -47,7 +47,7 @@ class Program:
     read: Callable[[Job], Iterator[tuple[tuple[str, int, int], float]]]
 
 
-def wsi(precision: str, device: str = "cpu") -> Program:
+def wsi(precision: str) -> Program:
     """Ours finds its tissue itself: the others are given what it finds."""
 
     def run(job: Job) -> None:
@@ -55,7 +55,7 @@ def wsi(precision: str, device: str = "cpu") -> Program:
         from wsi.archive import default_threads
 
         engine = EngineConfig(
-            job.model, device=device, precision=precision, batch_size=job.batch, threads=default_threads()
+            job.model, device="cpu", precision=precision, batch_size=job.batch, threads=default_threads()
         )
         summary = score_archive(find_slides([job.slides]), job.out, engine)
         if summary.failed:
@@ -171,7 +171,6 @@ def _mend_torchvision() -> None:
 
 PROGRAMS = {
     "wsi, float32": wsi("float32"),
-    "wsi, float32, OpenVINO": wsi("float32", "openvino"),
     "wsi, bfloat16": wsi("bfloat16"),
     "wsinfer": wsinfer(),
     "wsinfer --speedup": wsinfer("--speedup"),

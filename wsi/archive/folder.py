@@ -284,7 +284,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    names = "wsi numpy torch openvino timm zarr simplejpeg openslide-python openslide-bin tiffslide shapely distributed"
+    names = "wsi numpy torch timm zarr simplejpeg openslide-python openslide-bin tiffslide shapely distributed"
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in names.split():
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -49,10 +49,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     facts["native kernels"] = (
         "compiled" if native.HAVE_CPU else "NumPy twins (no C++ compiler at install): same bytes, slower"
     )
-    try:
-        facts["openvino"] = importlib.metadata.version("openvino")
-    except importlib.metadata.PackageNotFoundError:
-        facts["openvino"] = "not installed: --device openvino needs pip install 'wsi[openvino]'"
     facts["bfloat16 on this CPU"] = cpu_has_bfloat16()
     facts["GPU"] = gpu_name() or "none that torch sees"
     facts["models"] = known_models()

@@ -35,7 +35,7 @@ def embed(
             help="Grade the slides too, by this MIL model, trained on these features: grades.csv beside their folders."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or openvino (the CPU, faster).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Patches a forward pass.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Reader threads.")] = 4,

@@ -74,7 +74,7 @@ def score(
     decode: Annotated[
         str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or openvino (the CPU, faster).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, max=256, help="Patches a forward pass.")] = 64,
     threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")] = None,

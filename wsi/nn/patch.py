@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from wsi.nn.fold import fold_norms
 #: Architectures of ours; every other name is timm's.
 OUR_NETS = {"wsi-p4m": ("wsi.nn.p4m", "P4MNet"), "wsi-encoder": ("wsi.nn.backbone", "EncoderNet")}
 
-DEVICES = ("auto", "cpu", "cuda", "openvino")
+DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -78,7 +77,7 @@ class PatchModel:
     num_features : int
         d; 0 where the network does not show its features.
     device, precision : str
-        Where and how it runs: "cpu", "cuda", or "openvino" (``score`` alone, on the CPU); "float32" or "bfloat16".
+        Where and how it runs: "cpu" or "cuda"; "float32" or "bfloat16".
 
     Examples
     --------
@@ -105,14 +104,7 @@ class PatchModel:
         self.num_features = num_features
         self.device = device
         self.precision = precision
-        self._torch_device = torch.device("cuda" if device == "cuda" else "cpu")
-        self.net: Any = net.eval().to(self._torch_device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
-        if device == "openvino":
-            from wsi.nn.openvino_net import compiled
-
-            side, method = config.resize_px or config.tile_px, "embed" if num_features else "forward"
-            self._compiled = compiled(self.net, method, side, precision)
+        self.net: Any = net.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._levels = self.upload(native.levels(config.mean, config.std, self.input_dtype).copy())
 
     @torch.inference_mode()
@@ -142,9 +134,9 @@ class PatchModel:
         x = self.resized(x)
         with self._autocast():
             if not self.num_features:
-                logits = (self._compiled or self.net)(x)
+                logits = self.net(x)
                 return logits[:, :0], logits
-            features = (self._compiled or self.net.embed)(x)
+            features = self.net.embed(x)
             return features, self.net.classify(features)
 
     def of_size(self, tile_px: int) -> PatchModel:
@@ -156,9 +148,9 @@ class PatchModel:
 
     @property
     def input_dtype(self) -> str:
-        """What ``score`` takes: "bfloat16" where torch computes in it from the first layer on, else "float32"."""
+        """What ``score`` takes: "bfloat16" where the network computes in it from the first layer on, else "float32"."""
         resized = self.config.resize_px not in (None, self.config.tile_px)
-        half = self.precision == "bfloat16" and self.device != "openvino" and not resized
+        half = self.precision == "bfloat16" and not resized
         return "bfloat16" if half else "float32"
 
     def empty_input(self, n: int, device: str) -> Any:
@@ -178,7 +170,7 @@ class PatchModel:
 
     def upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """Bring an array to where the model runs."""
-        tensor = torch.from_numpy(array).to(self._torch_device)
+        tensor = torch.from_numpy(array).to(self.device)
         return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
     def stream(self) -> int:
@@ -227,7 +219,7 @@ class PatchModel:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "bfloat16":
-            return torch.autocast(self._torch_device.type, torch.bfloat16)
+            return torch.autocast(self.device, torch.bfloat16)
         return contextlib.nullcontext()
 
 
@@ -238,8 +230,8 @@ def load_patch_model(
 
     Parameters
     ----------
-    device : {"auto", "cpu", "cuda", "openvino"}
-        "auto" is CUDA where there is a GPU, else the CPU by torch; "openvino" is the CPU by OpenVINO, where installed.
+    device : {"auto", "cpu", "cuda"}
+        "auto" is CUDA where there is a GPU.
     precision : {"auto", "float32", "bfloat16"}
         "auto" is bfloat16 autocast on hardware that computes in it natively, float32 elsewhere.
     torchscript : bool

@@ -278,8 +278,6 @@ class _Run(Loop[MilNet]):
 def prepare(device: str, threads: int) -> str:
     """Resolve "auto" to a device, and set torch's CPU threads; one gives the same weights on any number of cores."""
     torch.set_num_threads(threads)
-    if device == "openvino":
-        raise ModelError("device='openvino'", "it does not learn", "Use auto, cpu or cuda")
     return pick_device(device)
 
 
