@@ -22,6 +22,7 @@ import numpy as np
 
 from wsi import EngineConfig, ScoreConfig, find_slides, score_archive
 from wsi.archive import Event
+from wsi.memory import keep_freed_memory
 from wsi.phantom import PhantomConfig, write_phantom
 
 DIFFERENT = 10
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--pure", action="store_true")
     chosen = parser.parse_args()
+    keep_freed_memory()  # as workers do: for the passes that they are compared with
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_slides(folder / "slides", chosen.slides, chosen.size)
@@ -118,10 +120,13 @@ def main() -> None:
         parts = [name for name in summary.done[0] if name.startswith("seconds_") and "_tiles_" not in name]
         stages = [sum(row[name] for name in parts if "threads" not in name) for row in summary.done]
         tiles = sum(row["n_tiles"] for row in summary.done)
+        shares = {name.removeprefix("seconds_"): sum(row[name] for row in summary.done) for name in summary.done[0]
+                  if name.startswith("seconds_")}  # fmt: skip
         gaps = np.diff(at) - np.array(stages)
         print(f"{len(refs)} slides of {chosen.size} px, {tiles} tiles, model {chosen.network or model}")
         print(f"wall {wall:.1f} s, {wall / len(refs) * 1000:.1f} ms a slide, {tiles / wall:.0f} tiles/s")
         print(f"outside slides: mean {gaps.mean() * 1000:.1f} ms, median {np.median(gaps) * 1000:.1f} ms a slide")
+        print("seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in shares.items() if seconds >= 0.05))
         for i, who in enumerate(("run", "worker")):
             seen = np.array([pair[i] for pair in memory])[len(memory) // 5 :]
             slope = np.polyfit(np.arange(len(seen)), seen, 1)[0] * 100 if len(seen) > 2 else float("nan")
