@@ -172,7 +172,7 @@ def decoder(package: str, scale: int = 1) -> Prepare:
     """Only decode: every tile that a box touches once, whole streams in memory, into one reused array."""
 
     def prepare(job: Job, threads: int) -> Callable[[], Iterator[U8]]:
-        streams, tile_px = _streams(job)
+        streams, tile_px = stored(job)
         out = np.empty((tile_px // scale, tile_px // scale, 3), np.uint8)
         if package == "imagecodecs":
             import imagecodecs
@@ -194,7 +194,7 @@ def _touched(x: int, y: int, side: int, tile_px: int) -> Iterator[tuple[int, int
     return itertools.product(range(y // tile_px, last_row + 1), range(x // tile_px, last_column + 1))
 
 
-def _streams(job: Job) -> tuple[list[bytes], int]:
+def stored(job: Job) -> tuple[list[bytes], int]:
     """Every tile that a box touches as a JPEG that can be decoded by itself, and a tile's side."""
     import tifffile
 
