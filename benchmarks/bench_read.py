@@ -6,7 +6,8 @@
 Both decode the same stored tiles of the same slides; the decoder (simplejpeg, as we call it) has them in memory, one by
 one, and decodes each into an array that stays. "Half" is patches of 224 px at twice the slide's mpp beside the decoder
 at half scale. One thread by its CPU seconds, two by the wall. A round gives ratios; printed are their median and, in
-brackets, the least and the largest. ``compare/read.py`` has other readers beside, in processes of their own.
+brackets, the least and the largest. Freed memory is kept, as in the processes of `wsi tile` and `wsi score`, where a
+second slide finds the first one's. ``compare/read.py`` has other readers beside, in processes of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from measure import machine
 from read import boxes
 from readers import Job, ours, stored
 from slides import SlideKind, cached
+
+from wsi.memory import keep_freed_memory
 
 #: Patches: side on level 0, and to how many pixels. 0 is the stored tile's.
 PATCHES = {"stored tile": (0, 0), "256 px": (256, 256), "half": (448, 224)}
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--chroma", nargs="+", default=["420", "444"])
     parser.add_argument("--rounds", type=int, default=7)
     asked = parser.parse_args()
+    keep_freed_memory()
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print("| stored tiles | patch | per CPU s | decoder | ratio | two threads over one | decoder's two over one |")
     print("|---|---|---|---|---|---|---|", flush=True)

@@ -152,10 +152,12 @@ def tifffile(path: str) -> ReadBox:
 
 
 def ours(job: Job, threads: int) -> Callable[[], Iterator[U8]]:
-    """Stream patches through the public face of wsi."""
+    """Stream patches through the public face of wsi, in a process set up as those of `wsi tile` are."""
     import wsi
+    from wsi.memory import keep_freed_memory
     from wsi.tiling import stream
 
+    keep_freed_memory()
     slide = wsi.open_slide(job.path)
     columns, rows = (np.array(job.corners, np.int32) // job.side_px).T
     side, mpp = (float(job.side_px),) * 2, slide.mpp.x * job.side_px / job.out_px
