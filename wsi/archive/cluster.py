@@ -14,7 +14,6 @@ from wsi.archive.claims import Claim, ClaimLost
 from wsi.archive.jobs import Job, Ready, Task, failure_row, from_json, perform, to_json
 from wsi.archive.workers import Event, Tell
 from wsi.errors import WsiError
-from wsi.memory import keep_freed_memory
 from wsi.slide import absolute
 
 _loaded: dict[str, Ready] = {}
@@ -25,7 +24,6 @@ def _prepare(job: str) -> tuple[dict[str, Any], dict[str, Any]]:
     with _lock:
         if job not in _loaded:
             _loaded.clear()
-            keep_freed_memory()
             _loaded[job] = from_json(json.loads(job)).load()
         return _loaded[job].configuration, _loaded[job].execution
 
