@@ -18,7 +18,7 @@ from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.nn.grade import SlideGrade, pick_class
 from wsi.result import rounded
-from wsi.slide import Slide, absolute
+from wsi.slide import Slide, absolute, facts_of
 from wsi.tissue import TissueMask
 
 
@@ -164,13 +164,7 @@ def _numbers(
         "class_names": list(model.class_names),
         "positive_classes": list(positive),
         "threshold": threshold,
-        "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
-        "mpp_source": slide.mpp_source,
-        "size_px": list(slide.size),
-        "bounds_px": list(slide.bounds),
-        "coordinate_frame": "GeoJSON: level-0 pixels minus bounds_px, as QuPath shows the slide; store: level-0 pixels",
-        "vendor": slide.vendor,
-        "reader": slide.reader,
+        **facts_of(slide, "GeoJSON: level-0 pixels minus bounds_px, as QuPath shows the slide; store: level-0 pixels"),
         "flags": flags,
         "warnings": warnings,
         "reasons": reasons,

@@ -31,7 +31,7 @@ from wsi.nn.patch import PatchModel
 from wsi.outputs import write_outputs
 from wsi.result import EXPLAINED, Clock, Progress, SlideResult, rounded, write_result
 from wsi.sheet import Look, save_sheet
-from wsi.slide import Slide, absolute, open_slide
+from wsi.slide import Slide, absolute, identity_of, open_slide
 from wsi.stain import FitConfig, StainTransform, fit
 from wsi.stain.pixels import density_of
 from wsi.stain.range import StainCheck, sample_tiles
@@ -331,13 +331,7 @@ def _store(
 ) -> PatchStore:
     """Open what an earlier run left, if it is of the same slide, grid and model, or make an empty store."""
     identity = {
-        "slide_path": absolute(slide.path),
-        "slide": {
-            "size": list(slide.size),
-            "mpp": list(slide.mpp),
-            "reader": slide.reader,
-            "decode": slide.decode,
-        },
+        **identity_of(slide),
         "model_sha256": engine.model.sha256,
         "precision": engine.model.precision,
         "stain": None if stain is None else json.loads(stain.to_json()),

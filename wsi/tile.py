@@ -17,7 +17,7 @@ from wsi.errors import GridError, SlideError, StoreError
 from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
-from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
+from wsi.slide import DECODES, READERS, Slide, absolute, facts_of, identity_of, open_slide
 from wsi.store import KINDS, PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tiling import stream
 from wsi.tissue import TissueConfig, TissueMask, find_tissue, read_mask
@@ -138,16 +138,7 @@ def tile_slide(
             tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
             grid = grid.keep(tissue.fraction(grid.boxes()) >= config.min_tissue)
         with clock.stage("tiles") as report:
-            identity = {
-                "slide_path": absolute(slide.path),
-                "slide": {
-                    "size": list(slide.size),
-                    "mpp": list(slide.mpp),
-                    "reader": slide.reader,
-                    "decode": slide.decode,
-                },
-                "wsi_version": __version__,
-            }
+            identity = {**identity_of(slide), "wsi_version": __version__}
             store = PatchStore.resume(folder / "store.zarr", grid, {}, pixels=config.pixels, attributes=identity)
             keep_tiles(
                 slide, store, threads=threads, progress=lambda done: report(done, len(grid)), spent=clock.seconds
@@ -296,13 +287,7 @@ def _numbers(
         "tile_mpp": rounded(store.grid.mpp),
         "pixels": store.pixels,
         "tissue_mm2": rounded(tissue.area_mm2),
-        "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
-        "mpp_source": slide.mpp_source,
-        "size_px": list(slide.size),
-        "bounds_px": list(slide.bounds),
-        "coordinate_frame": "level-0 pixels",
-        "vendor": slide.vendor,
-        "reader": slide.reader,
+        **facts_of(slide, "level-0 pixels"),
         "flags": flags,
         "warnings": warnings,
         "provenance": {"wsi": __version__},

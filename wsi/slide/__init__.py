@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat, WsiError
+from wsi.result import rounded
 from wsi.slide.base import DECODES, GivenMpp, Slide
 
-__all__ = ["DECODES", "READERS", "Slide", "absolute", "is_url", "open_slide"]
+__all__ = ["DECODES", "READERS", "Slide", "absolute", "facts_of", "identity_of", "is_url", "open_slide"]
 
 #: Names accepted as `reader`. "auto" is our own TIFF reader for what it is sure of, then OpenSlide, then tiffslide for
 #: what OpenSlide does not know.
@@ -92,6 +94,25 @@ def absolute(path: str) -> str:
 def is_url(path: str) -> bool:
     """Whether `path` is an fsspec URL rather than a local file."""
     return "://" in path
+
+
+def identity_of(slide: Slide) -> dict[str, Any]:
+    """What a store of patches is bound to: JSON-able, and the same only for the same slide read in the same way."""
+    read = {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader, "decode": slide.decode}
+    return {"slide_path": absolute(slide.path), "slide": read}
+
+
+def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
+    """What result.json says of a slide, whatever was done with it, and in which frame that lies."""
+    return {
+        "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
+        "mpp_source": slide.mpp_source,
+        "size_px": list(slide.size),
+        "bounds_px": list(slide.bounds),
+        "coordinate_frame": coordinate_frame,
+        "vendor": slide.vendor,
+        "reader": slide.reader,
+    }
 
 
 def _open_with(reader: str, name: str, given: GivenMpp | None, decode: str) -> Slide:
