@@ -37,7 +37,7 @@ from wsi.stain.pixels import density_of
 from wsi.stain.range import StainCheck, sample_tiles
 from wsi.stain.ruifrok import EOSIN, HAEMATOXYLIN
 from wsi.store import PatchStore, copy_tiles, pixel_bytes, stored_tiles
-from wsi.tissue import TissueMask, find_tissue, read_mask
+from wsi.tissue import TissueMask, tissue_of
 from wsi.units import Box
 
 #: What a slide's overlay takes, and a tile in GeoJSON: about what was seen.
@@ -75,7 +75,7 @@ def score_slide(
     mpp_source : str
         Who gave `mpp`.
     mask : str, optional
-        An image that says where tissue is, see ``read_mask``; default: it is looked for.
+        An image that says where tissue is, see ``tissue_in_image``; default: it is looked for.
     local : str, optional
         A copy of the slide, nearer by, to read from.
     slide_id : str, optional
@@ -100,7 +100,7 @@ def score_slide(
         opened = open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode, local=local)
     with opened as slide:
         with clock.stage("tissue"):
-            tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+            tissue = tissue_of(slide, config.tissue, mask)
         with clock.stage("stain"):
             stain = fit(config.stain, slide, config.stain_target, tissue=tissue) if config.stain else None
         with clock.stage("grid"):
@@ -246,7 +246,7 @@ def estimate_bytes(
 ) -> int:
     """Say about how many bytes `score_slide` will write for a slide; errors are its own."""
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
-        tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+        tissue = tissue_of(slide, config.tissue, mask)
         n = len(_lay_grid(slide, tissue, engine.model.config, config)[0])
     said = 2 if engine.model.config.context is not None else 1  # with what each tile says alone
     numbers = 4 * len(engine.model.config.class_names) * said + 2 * (engine.model.num_features or 0) + 4
@@ -271,7 +271,7 @@ def triage(
     if not positive:
         raise ModelError(engine.model.name, "names no positive classes to look for", "Name them with --positive")
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
-        tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+        tissue = tissue_of(slide, config.tissue, mask)
         grid, _ = _lay_grid(slide, tissue, engine.model.config, config)
         if not len(grid):
             return 0.0

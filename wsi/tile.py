@@ -20,7 +20,7 @@ from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
 from wsi.slide import DECODES, READERS, Slide, absolute, facts_of, identity_of, open_slide
 from wsi.store import KINDS, PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tiling import stream
-from wsi.tissue import TissueConfig, TissueMask, find_tissue, read_mask
+from wsi.tissue import TissueConfig, TissueMask, tissue_of
 
 #: Where neither a resolution nor a level is asked for, and a slide has no tiles of its own to go by.
 DEFAULT_MPP, DEFAULT_TILE_PX = 0.5, 256
@@ -109,7 +109,7 @@ def tile_slide(
     mpp_source : str
         Who gave `mpp`.
     mask : str, optional
-        An image that says where tissue is, see ``read_mask``; default: it is looked for.
+        An image that says where tissue is, see ``tissue_in_image``; default: it is looked for.
     local : str, optional
         A copy of the slide, nearer by, to read from.
     slide_id : str, optional
@@ -135,7 +135,7 @@ def tile_slide(
         with clock.stage("grid"):
             grid = lay_grid(slide, config)
         with clock.stage("tissue"):
-            tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+            tissue = tissue_of(slide, config.tissue, mask)
             grid = grid.keep(tissue.fraction(grid.boxes()) >= config.min_tissue)
         with clock.stage("tiles") as report:
             identity = {**identity_of(slide), "wsi_version": __version__}
@@ -156,7 +156,7 @@ def tile_slide(
 def estimate_tiled_bytes(path: str, config: TileConfig, *, mpp: float | None = None, mask: str | None = None) -> int:
     """Say about how many bytes `tile_slide` will write for a slide; errors are its own."""
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
-        tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+        tissue = tissue_of(slide, config.tissue, mask)
         grid = lay_grid(slide, config)
         n = int((tissue.fraction(grid.boxes()) >= config.min_tissue).sum())
     return pixel_bytes(config.pixels, n, grid.tile_px) + 10 * n
