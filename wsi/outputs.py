@@ -25,7 +25,6 @@ from wsi.tissue import TissueMask
 def write_outputs(
     folder: Path,
     slide: Slide,
-    slide_id: str,
     tissue: TissueMask,
     grid: TileGrid,
     probabilities: npt.NDArray[np.float32],
@@ -38,8 +37,8 @@ def write_outputs(
     Parameters
     ----------
     folder : Path
+        Its name is the slide's id.
     slide : Slide
-    slide_id : str
     tissue : TissueMask
     grid : TileGrid
         The n tiles that could be read.
@@ -72,7 +71,7 @@ def write_outputs(
         called,
         measurements,
         bounds=slide.bounds,
-        slide_id=slide_id,
+        slide_id=folder.name,
         metadata=metadata,
     )
 
@@ -89,7 +88,7 @@ def write_outputs(
         outlines = heatmap.regions(threshold, slide.bounds)
         path_class = next(c for c, name in zip(classes, names, strict=True) if name == positive[0])
         regions += positive_regions(outlines, grid, score, positive=positive, path_class=path_class, mpp=slide.mpp)
-    write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=slide_id, metadata=metadata)
+    write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=folder.name, metadata=metadata)
     save_overlay(
         folder / "overlay.png",
         slide,
@@ -98,7 +97,7 @@ def write_outputs(
         tissue_outlines=tissue_outlines,
         label=f"probability of {' or '.join(positive)}" if positive else "",
     )
-    return _numbers(slide, slide_id, tissue, tissue_outlines, grid, outlines, positive, threshold, slide_scores, engine)
+    return _numbers(slide, folder.name, tissue, tissue_outlines, grid, outlines, positive, threshold, slide_scores, engine)
 
 
 def _numbers(

@@ -56,7 +56,6 @@ def score_slide(
     mpp_source: str = "user",
     mask: str | None = None,
     local: str | None = None,
-    slide_id: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
     """Score one slide into `folder`, or go on where an earlier run was stopped.
@@ -67,7 +66,7 @@ def score_slide(
         The slide.
     folder : Path
         Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, with a MIL head tiles.png, with
-        `explain` explained.png, and last result.json.
+        `explain` explained.png, and last result.json. Its name is the slide's id.
     engine : Engine
     config : ScoreConfig, optional
     mpp : float, optional
@@ -78,8 +77,6 @@ def score_slide(
         An image that says where tissue is, see ``tissue_in_image``; default: it is looked for.
     local : str, optional
         A copy of the slide, nearer by, to read from.
-    slide_id : str, optional
-        Default: the folder's name.
     progress : callable
         Called with the stage, and how much of it is done out of how much.
 
@@ -93,7 +90,6 @@ def score_slide(
     config = config or ScoreConfig()
     config.check(engine.model.config)
     folder = Path(folder)
-    slide_id = slide_id or folder.name
     clock = Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
     with clock.stage("open"):
@@ -157,9 +153,7 @@ def score_slide(
                 store.put("attention", attention)
         with clock.stage("export"):
             probabilities, scored = store.get("probabilities")[readable], grid.keep(readable)
-            numbers = write_outputs(
-                folder, slide, slide_id, tissue, scored, probabilities, slide_scores, engine, config
-            )
+            numbers = write_outputs(folder, slide, tissue, scored, probabilities, slide_scores, engine, config)
             if engine.mil is not None and slide_scores is not None:
                 save_sheet(folder / "tiles.png", slide, scored, engine.mil.evidence(slide_scores))
             if config.explain and len(scored):

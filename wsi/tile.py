@@ -90,7 +90,6 @@ def tile_slide(
     mpp_source: str = "user",
     mask: str | None = None,
     local: str | None = None,
-    slide_id: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
     """Cut one slide into ``folder/store.zarr``, or go on where an earlier run was stopped.
@@ -100,7 +99,7 @@ def tile_slide(
     path : str
         The slide.
     folder : path
-        Its store, and last result.json.
+        Its store, and last result.json; its name is the slide's id.
     config : TileConfig, optional
     threads : int
         Reading, decoding and encoding at a time.
@@ -112,8 +111,6 @@ def tile_slide(
         An image that says where tissue is, see ``tissue_in_image``; default: it is looked for.
     local : str, optional
         A copy of the slide, nearer by, to read from.
-    slide_id : str, optional
-        Default: the folder's name.
     progress : callable
         Called with the stage, and how much of it is done out of how much.
 
@@ -144,7 +141,7 @@ def tile_slide(
                 slide, store, threads=threads, progress=lambda done: report(done, len(grid)), spent=clock.seconds
             )
             clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
-        numbers = _numbers(slide, slide_id or folder.name, tissue, store, mpp)
+        numbers = _numbers(slide, folder.name, tissue, store, mpp)
         numbers["mask"] = mask and absolute(mask)
         numbers["mask_sha256"] = mask and sha256_of(mask)
     result = SlideResult(numbers, clock.seconds)
