@@ -21,17 +21,16 @@ from wsi import __version__
 from wsi.context import in_context
 from wsi.engine import Engine, ScoreConfig
 from wsi.errors import ModelError, SlideUnreadable, StoreError
-from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.gradcam import grad_cam
 from wsi.nn.grade import SlideGrade
 from wsi.nn.patch import PatchModel
-from wsi.outputs import write_outputs
-from wsi.result import EXPLAINED, Clock, Progress, SlideResult, rounded, write_result
+from wsi.outputs import numbers_of, write_outputs
+from wsi.result import EXPLAINED, Clock, Progress, SlideResult, write_result
 from wsi.sheet import Look, save_sheet
-from wsi.slide import Slide, absolute, identity_of, open_slide
+from wsi.slide import Slide, identity_of, open_slide
 from wsi.stain import FitConfig, StainTransform, fit
 from wsi.stain.pixels import density_of
 from wsi.stain.range import StainCheck, sample_tiles
@@ -142,7 +141,7 @@ def score_slide(
                 everywhere[readable] = in_context(alone, grid.keep(readable), engine.model.config.context)
                 store.put("probabilities", everywhere)
         with clock.stage("grade"):
-            slide_scores, doubts = None, None
+            slide_scores = doubts = None
             if engine.mil is not None and readable.any():
                 features = store.get("features")
                 features = features if readable.all() else features[readable]  # no copy where none is needed
@@ -153,37 +152,16 @@ def score_slide(
                 store.put("attention", attention)
         with clock.stage("export"):
             probabilities, scored = store.get("probabilities")[readable], grid.keep(readable)
-            numbers = write_outputs(folder, slide, tissue, scored, probabilities, slide_scores, engine, config)
+            drawn = write_outputs(folder, slide, tissue, scored, probabilities, slide_scores, engine, config)
             if engine.mil is not None and slide_scores is not None:
                 save_sheet(folder / "tiles.png", slide, scored, engine.mil.evidence(slide_scores))
             if config.explain and len(scored):
                 _explain(folder, slide, scored, probabilities, slide_scores, engine, config, stain)
-            numbers |= {"n_unreadable": int(unreadable.sum()), "unreadable_tissue": rounded(lost)}
-            if unreadable.any():
-                numbers["flags"].append("unreadable-tiles")
-                numbers["warnings"].append(
-                    f"{unreadable.sum()} tiles, {lost:.2%} of the tissue, cannot be decoded and have no score: "
-                    "`unreadable` in store.zarr marks them"
-                )
-            numbers["stain_distance"] = stained.distance
-            if stained.undefined:
-                numbers["reasons"]["stain_distance"] = stained.undefined
-            if stained.outside:
-                numbers["flags"].append("stain-outside")
-                numbers["warnings"].append(stained.outside)
-            numbers["mpp_given"] = mpp
-            numbers["mask"] = mask and absolute(mask)
-            numbers["mask_sha256"] = mask and sha256_of(mask)
-            if doubts is not None:
-                numbers["uncertainty"] = doubts.as_json()
-                if doubts.abstain:
-                    numbers["flags"].append("abstain")
-                    numbers["warnings"].append(f"the grade should not be used: {doubts.abstain}")
-            if stain is not None:
-                numbers["stain"] = json.loads(stain.to_json())
-                if stain.fallback:
-                    numbers["flags"].append("stain-fallback")
-                    numbers["warnings"].append(f"stains could not be measured ({stain.fallback}): tiles are as scanned")
+            numbers = numbers_of(
+                slide, folder.name, engine, config, mpp_given=mpp, mask=mask, tissue=tissue, grid=scored, drawn=drawn,
+                slide_scores=slide_scores, doubts=doubts, stain=stain, stained=stained,
+                n_unreadable=int(unreadable.sum()), lost=lost,
+            )  # fmt: skip
     result = SlideResult(numbers, clock.seconds)
     progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)

@@ -141,9 +141,7 @@ def tile_slide(
                 slide, store, threads=threads, progress=lambda done: report(done, len(grid)), spent=clock.seconds
             )
             clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
-        numbers = _numbers(slide, folder.name, tissue, store, mpp)
-        numbers["mask"] = mask and absolute(mask)
-        numbers["mask_sha256"] = mask and sha256_of(mask)
+        numbers = _numbers(slide, folder.name, tissue, store, mpp, mask)
     result = SlideResult(numbers, clock.seconds)
     progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)
@@ -253,7 +251,7 @@ def keep_tiles(
 
 
 def _numbers(
-    slide: Slide, slide_id: str, tissue: TissueMask, store: PatchStore, mpp_given: float | None
+    slide: Slide, slide_id: str, tissue: TissueMask, store: PatchStore, mpp_given: float | None, mask: str | None
 ) -> dict[str, Any]:
     """Assemble result.json."""
     flags, warnings = [], []
@@ -288,4 +286,6 @@ def _numbers(
         "flags": flags,
         "warnings": warnings,
         "provenance": {"wsi": __version__},
+        "mask": mask and absolute(mask),
+        "mask_sha256": mask and sha256_of(mask),
     }
