@@ -189,7 +189,7 @@ class TissueMask:
 
 
 def tissue_of(slide: Slide, config: TissueConfig | None = None, mask: str | None = None) -> TissueMask:
-    """Take the tissue from the image `mask` where there is one (``tissue_in_image``), else look for it (``find_tissue``)."""
+    """Take the tissue from the image `mask` where there is one (``tissue_in_image``); else ``find_tissue``."""
     return tissue_in_image(mask, slide) if mask else find_tissue(slide, config)
 
 
