@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from wsi import __version__
-from wsi.errors import GridError, SlideError, StoreError
+from wsi.errors import GridError
 from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
-from wsi.slide import DECODES, READERS, Slide, absolute, facts_of, identity_of, open_slide
-from wsi.store import KINDS, PatchStore, copy_tiles, pixel_bytes, stored_tiles
+from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide
+from wsi.store import PatchStore, check_kind, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tiling import stream
 from wsi.tissue import TissueConfig, TissueMask, tissue_of
 
@@ -61,12 +61,8 @@ class TileConfig:
 
     def check(self) -> None:
         """Refuse what no slide could be cut with."""
-        if self.pixels not in KINDS:
-            raise StoreError(f"pixels={self.pixels!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
-        if self.reader not in READERS:
-            raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
-        if self.decode not in DECODES:
-            raise SlideError(f"decode={self.decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
+        check_reading(self.reader, self.decode)
+        check_kind(self.pixels)
         if self.mpp is not None and self.level is not None:
             raise GridError("mpp and level", "only one of them can be asked for", "Leave one out")
         if self.mpp is not None and not (math.isfinite(self.mpp) and self.mpp > 0):

@@ -18,7 +18,7 @@ from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat
 from wsi.result import rounded
 from wsi.slide.base import DECODES, GivenMpp, Slide
 
-__all__ = ["DECODES", "READERS", "Slide", "absolute", "facts_of", "identity_of", "is_url", "open_slide"]
+__all__ = ["Slide", "absolute", "check_reading", "facts_of", "identity_of", "is_url", "open_slide"]
 
 #: Names accepted as `reader`. "auto" is our own TIFF reader for what it is sure of, then OpenSlide, then tiffslide for
 #: what OpenSlide does not know.
@@ -66,8 +66,7 @@ def open_slide(
         return slide
     name = os.fspath(path)
     given = None if mpp is None else GivenMpp(mpp, mpp_source)
-    if reader not in READERS:
-        raise SlideError(f"reader={reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+    check_reading(reader, decode)
     if not is_url(name):
         if not Path(name).exists():
             raise SlideNotFound(name, "there is no such file", "Check the path")
@@ -75,8 +74,6 @@ def open_slide(
             raise SlideUnreadable(name, "is a folder, not a slide", "Name the slide file inside it")
         if not os.access(name, os.R_OK):
             raise SlideUnreadable(name, "may not be read by this user", "Check the file's permissions")
-    if decode not in DECODES:
-        raise SlideError(f"decode={decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
     if reader != "auto":
         return _open_with(reader, name, given, decode)
     # Only what a reader does not know goes to the next: a file that it knows and finds damaged must not be read anyway.
@@ -84,6 +81,14 @@ def open_slide(
         with suppress(UnknownFormat):
             return _open_with(other, name, given, decode)
     return _open_with("tiffslide", name, given, decode)
+
+
+def check_reading(reader: str, decode: str) -> None:
+    """Refuse a reader or a way to decode that there is not."""
+    if reader not in READERS:
+        raise SlideError(f"reader={reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+    if decode not in DECODES:
+        raise SlideError(f"decode={decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
 
 
 def absolute(path: str) -> str:
