@@ -114,11 +114,12 @@ def train_mil(
     calibration = _calibrate(cohort, rows, positive, coverage)
     heads = [member.head for member in members.values()]
     nets = [member.net for member in members.values()]
-    shift = max(_shift_of(nets[0], bags.stats[i].sum / bags.stats[i].tiles) for s in splits for i in s.train)
+    means = (torch.from_numpy(bags.stats[i].sum / bags.stats[i].tiles)[None] for s in splits for i in s.train)
+    shift = max(feature_shift(nets[0], mean) for mean in means)
     tiles = {i: partial(bags.tiles, i) for i in cohort.cases}
     stains, unlike = learn_stains(tiles, {i: case.patient for i, case in cohort.cases.items()}, splits)
     weights, sha256 = packed((nets[0] if len(nets) == 1 else torch.nn.ModuleList(nets)).state_dict())
-    figures = _figures(cohort, rows, heads[0], calibration, len(splits)) | {
+    figures = _figures(rows, heads[0], calibration, len(splits)) | {
         "epochs": {f"{k}-{seed}": member.best_epoch for (k, seed), member in members.items()},
         "weights_sha256": sha256,
         "outside_stains": unlike,
@@ -228,9 +229,7 @@ def _calibrate(cohort: Cohort, rows: list[dict[str, Any]], positive: Sequence[st
     return found
 
 
-def _figures(
-    cohort: Cohort, rows: list[dict[str, Any]], head: Head, calibration: dict[str, Any], folds: int
-) -> dict[str, Any]:
+def _figures(rows: list[dict[str, Any]], head: Head, calibration: dict[str, Any], folds: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for part in ("validation", "test"):
         of = [row for row in rows if row["part"] == part]
@@ -259,10 +258,6 @@ def _figures(
 
 def _measure(rows: list[dict[str, Any]], head: Head) -> dict[str, float | None]:
     return measure([row["case"] for row in rows], np.stack([row["probabilities"] for row in rows]), head)
-
-
-def _shift_of(net: Any, mean: Array) -> float:
-    return feature_shift(net, torch.from_numpy(mean)[None])
 
 
 def _write_tables(
