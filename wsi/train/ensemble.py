@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from wsi import __version__
@@ -38,7 +37,6 @@ from wsi.train.loop import write_log
 from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, train_member
 from wsi.train.stains import learn_stains, stains_line
 
-Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
 
 
