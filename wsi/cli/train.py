@@ -23,9 +23,6 @@ train = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The model's folder; the same command again resumes.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Argument of the architecture, as hidden=128 (repeatable).")
-]
 Label = Annotated[str, typer.Option(help="Column of the labels.")]
 Classes = Annotated[str | None, typer.Option(help="Classes in their order, with commas between.")]
 Positive = Annotated[list[str] | None, typer.Option(help="Positive class (repeatable).")]
@@ -52,7 +49,9 @@ def mil(
             "clam-sb, clam-mb, dsmil, transmil, dtfd.",
         ),
     ] = "gated-attention",
-    argument: Set = None,
+    argument: Annotated[
+        list[str] | None, typer.Option("--set", help="Argument of the architecture, as hidden=128 (repeatable).")
+    ] = None,
     head: Annotated[
         str | None, typer.Option(help="softmax (default), binary, ordinal, hazard (default of survival) or cox.")
     ] = None,
@@ -139,7 +138,9 @@ def patches(
     architecture: Annotated[
         str, typer.Option("--architecture", "-a", help="wsi-p4m, or a name of timm's: random weights.")
     ] = "wsi-p4m",
-    argument: Set = None,
+    argument: Annotated[
+        list[str] | None, typer.Option("--set", help="Argument of the architecture, as head=32 (repeatable).")
+    ] = None,
     start: Annotated[
         str | None,
         typer.Option(help="Weights to begin from instead: a model or encoder by name, folder, or hf-hub:OWNER/NAME."),
