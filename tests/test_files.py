@@ -55,7 +55,7 @@ def test_a_damaged_picture_is_an_error_of_whoever_reads_it(tmp_path: Path, damag
     with pytest.raises(AnnotationError, match="no PNG"):
         read_mask(tmp_path / "a.png", downsample=1)
     with pytest.raises(SlideError, match="no mask"):
-        tissue.read_mask(str(tmp_path / "a.png"), ArraySlide(np.zeros((300, 300, 3), np.uint8)))
+        tissue.tissue_in_image(str(tmp_path / "a.png"), ArraySlide(np.zeros((300, 300, 3), np.uint8)))
     with pytest.raises(StainError, match="not an image"):
         fit("macenko", np.zeros((9, 9, 3), np.uint8), tmp_path / "a.png")
 

@@ -7,11 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsi.errors import GridError, ModelError, SlideError, StainError, StoreError
-from wsi.slide import DECODES, READERS
+from wsi.errors import GridError, ModelError, StainError
+from wsi.slide import check_reading
 from wsi.stain import METHODS, TARGETS
 from wsi.stain.range import StainRange
-from wsi.store import KINDS
+from wsi.store import check_kind
 from wsi.tissue import TissueConfig
 
 if TYPE_CHECKING:
@@ -71,12 +71,8 @@ class ScoreConfig:
             raise ModelError(
                 f"positive={unknown[0]!r}", f"{model.folder.resolve().name} has no such class", f"Its classes: {known}"
             )
-        if self.reader not in READERS:
-            raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
-        if self.decode not in DECODES:
-            raise SlideError(f"decode={self.decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
-        if self.pixels not in KINDS:
-            raise StoreError(f"pixels={self.pixels!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
+        check_reading(self.reader, self.decode)
+        check_kind(self.pixels)
         if self.stain is not None and self.stain not in METHODS:
             raise StainError(f"stain={self.stain!r}", "no such method", f"Known methods: {', '.join(METHODS)}")
         if self.stain_target not in TARGETS and not Path(self.stain_target).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,32 +15,34 @@ from wsi import __version__
 from wsi.engine import Engine, ScoreConfig
 from wsi.export.objects import TISSUE, path_classes, percentile_rank, positive_regions
 from wsi.export.qupath import Region, write_regions, write_tiles
+from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
-from wsi.nn.grade import SlideGrade, pick_class
+from wsi.nn.grade import Doubts, SlideGrade, pick_class
 from wsi.result import rounded
-from wsi.slide import Slide, absolute
+from wsi.slide import Slide, absolute, facts_of
+from wsi.stain import StainTransform
+from wsi.stain.range import StainCheck
 from wsi.tissue import TissueMask
 
 
 def write_outputs(
     folder: Path,
     slide: Slide,
-    slide_id: str,
     tissue: TissueMask,
     grid: TileGrid,
     probabilities: npt.NDArray[np.float32],
     slide_scores: SlideGrade | None,
     engine: Engine,
     config: ScoreConfig,
-) -> dict[str, Any]:
-    """Write a slide's GeoJSON and overlay into its folder, and return its numbers.
+) -> tuple[list[shapely.Polygon], list[shapely.Polygon]]:
+    """Write a slide's GeoJSON and overlay into its folder, and return the outlines drawn: tissue, positive regions.
 
     Parameters
     ----------
     folder : Path
+        Its name is the slide's id.
     slide : Slide
-    slide_id : str
     tissue : TissueMask
     grid : TileGrid
         The n tiles that could be read.
@@ -48,16 +51,10 @@ def write_outputs(
         None where no MIL model graded the slide.
     engine : Engine
     config : ScoreConfig
-
-    Returns
-    -------
-    dict
-        For result.json.
     """
     model = engine.model.config
     names = model.class_names
-    positive = config.positive or model.positive_classes
-    threshold = model.threshold if config.threshold is None else config.threshold
+    positive, threshold = _positive_of(engine, config)
     metadata = {"model": engine.model.name, "model_sha256": engine.model.sha256, "use": "research only"}
     called = pick_class(probabilities, replace(model, positive_classes=positive), threshold)
 
@@ -72,7 +69,7 @@ def write_outputs(
         called,
         measurements,
         bounds=slide.bounds,
-        slide_id=slide_id,
+        slide_id=folder.name,
         metadata=metadata,
     )
 
@@ -89,7 +86,7 @@ def write_outputs(
         outlines = heatmap.regions(threshold, slide.bounds)
         path_class = next(c for c, name in zip(classes, names, strict=True) if name == positive[0])
         regions += positive_regions(outlines, grid, score, positive=positive, path_class=path_class, mpp=slide.mpp)
-    write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=slide_id, metadata=metadata)
+    write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=folder.name, metadata=metadata)
     save_overlay(
         folder / "overlay.png",
         slide,
@@ -98,23 +95,30 @@ def write_outputs(
         tissue_outlines=tissue_outlines,
         label=f"probability of {' or '.join(positive)}" if positive else "",
     )
-    return _numbers(slide, slide_id, tissue, tissue_outlines, grid, outlines, positive, threshold, slide_scores, engine)
+    return tissue_outlines, outlines
 
 
-def _numbers(
+def numbers_of(
     slide: Slide,
     slide_id: str,
-    tissue: TissueMask,
-    tissue_outlines: list[shapely.Polygon],
-    grid: TileGrid,
-    outlines: list[shapely.Polygon],
-    positive: tuple[str, ...],
-    threshold: float,
-    slide_scores: SlideGrade | None,
     engine: Engine,
+    config: ScoreConfig,
+    *,
+    mpp_given: float | None,
+    mask: str | None,
+    tissue: TissueMask,
+    grid: TileGrid,
+    drawn: tuple[list[shapely.Polygon], list[shapely.Polygon]],
+    slide_scores: SlideGrade | None,
+    doubts: Doubts | None,
+    stain: StainTransform | None,
+    stained: StainCheck,
+    n_unreadable: int,
+    lost: float,
 ) -> dict[str, Any]:
-    """Assemble result.json; what is undefined is None, and `reasons` says why."""
+    """Assemble result.json: what was asked, found and doubted; what is undefined is None, and `reasons` says why."""
     model, mil = engine.model.config, engine.mil
+    (positive, threshold), (tissue_outlines, outlines) = _positive_of(engine, config), drawn
     flags, warnings, reasons = [], [], {}
     nothing = "no tile holds enough tissue" if tissue.mask.any() else "no tissue"
     if not len(grid):
@@ -134,11 +138,28 @@ def _numbers(
         reasons["positive_mm2"] = reasons["largest_region_um"] = nothing
     elif not outlines:
         reasons["largest_region_um"] = "no positive region"
+    if n_unreadable:
+        flags.append("unreadable-tiles")
+        warnings.append(
+            f"{n_unreadable} tiles, {lost:.2%} of the tissue, cannot be decoded and have no score: "
+            "`unreadable` in store.zarr marks them"
+        )
+    if stained.undefined:
+        reasons["stain_distance"] = stained.undefined
+    if stained.outside:
+        flags.append("stain-outside")
+        warnings.append(stained.outside)
+    if doubts is not None and doubts.abstain:
+        flags.append("abstain")
+        warnings.append(f"the grade should not be used: {doubts.abstain}")
+    if stain is not None and stain.fallback:
+        flags.append("stain-fallback")
+        warnings.append(f"stains could not be measured ({stain.fallback}): tiles are as scanned")
     return {
         "slide_id": slide_id,
         "slide": absolute(slide.path),
-        "mpp_given": None,
-        "stain": None,
+        "mpp_given": mpp_given,
+        "stain": None if stain is None else json.loads(stain.to_json()),
         "use": "research only",
         "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
         "probabilities": (
@@ -154,7 +175,7 @@ def _numbers(
             if mil and slide_scores and mil_positive
             else None
         ),
-        "uncertainty": None,
+        "uncertainty": None if doubts is None else doubts.as_json(),
         "n_tiles": len(grid),
         "tissue_mm2": rounded(tissue.area_mm2),
         "positive_mm2": None if "positive_mm2" in reasons else rounded(_mm2(_common(outlines, tissue_outlines), slide)),
@@ -164,13 +185,7 @@ def _numbers(
         "class_names": list(model.class_names),
         "positive_classes": list(positive),
         "threshold": threshold,
-        "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
-        "mpp_source": slide.mpp_source,
-        "size_px": list(slide.size),
-        "bounds_px": list(slide.bounds),
-        "coordinate_frame": "GeoJSON: level-0 pixels minus bounds_px, as QuPath shows the slide; store: level-0 pixels",
-        "vendor": slide.vendor,
-        "reader": slide.reader,
+        **facts_of(slide, "GeoJSON: level-0 pixels minus bounds_px, as QuPath shows the slide; store: level-0 pixels"),
         "flags": flags,
         "warnings": warnings,
         "reasons": reasons,
@@ -181,7 +196,19 @@ def _numbers(
             "mil_sha256": mil.sha256 if mil else None,
             "precision": engine.model.precision,
         },
+        "n_unreadable": n_unreadable,
+        "unreadable_tissue": rounded(lost),
+        "stain_distance": stained.distance,
+        "mask": mask and absolute(mask),
+        "mask_sha256": mask and sha256_of(mask),
     }
+
+
+def _positive_of(engine: Engine, config: ScoreConfig) -> tuple[tuple[str, ...], float]:
+    """Which classes are positive, and from which probability on."""
+    model = engine.model.config
+    threshold = model.threshold if config.threshold is None else config.threshold
+    return config.positive or model.positive_classes, threshold
 
 
 def _common(regions: list[shapely.Polygon], tissue: list[shapely.Polygon]) -> shapely.Geometry:

@@ -21,23 +21,22 @@ from wsi import __version__
 from wsi.context import in_context
 from wsi.engine import Engine, ScoreConfig
 from wsi.errors import ModelError, SlideUnreadable, StoreError
-from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.gradcam import grad_cam
 from wsi.nn.grade import SlideGrade
 from wsi.nn.patch import PatchModel
-from wsi.outputs import write_outputs
-from wsi.result import EXPLAINED, Clock, Progress, SlideResult, rounded, write_result
+from wsi.outputs import numbers_of, write_outputs
+from wsi.result import EXPLAINED, Clock, Progress, SlideResult, write_result
 from wsi.sheet import Look, save_sheet
-from wsi.slide import Slide, absolute, open_slide
+from wsi.slide import Slide, identity_of, open_slide
 from wsi.stain import FitConfig, StainTransform, fit
 from wsi.stain.pixels import density_of
 from wsi.stain.range import StainCheck, sample_tiles
 from wsi.stain.ruifrok import EOSIN, HAEMATOXYLIN
 from wsi.store import PatchStore, copy_tiles, pixel_bytes, stored_tiles
-from wsi.tissue import TissueMask, find_tissue, read_mask
+from wsi.tissue import TissueMask, tissue_of
 from wsi.units import Box
 
 #: What a slide's overlay takes, and a tile in GeoJSON: about what was seen.
@@ -56,7 +55,6 @@ def score_slide(
     mpp_source: str = "user",
     mask: str | None = None,
     local: str | None = None,
-    slide_id: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
     """Score one slide into `folder`, or go on where an earlier run was stopped.
@@ -67,7 +65,7 @@ def score_slide(
         The slide.
     folder : Path
         Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, with a MIL head tiles.png, with
-        `explain` explained.png, and last result.json.
+        `explain` explained.png, and last result.json. Its name is the slide's id.
     engine : Engine
     config : ScoreConfig, optional
     mpp : float, optional
@@ -75,11 +73,9 @@ def score_slide(
     mpp_source : str
         Who gave `mpp`.
     mask : str, optional
-        An image that says where tissue is, see ``read_mask``; default: it is looked for.
+        An image that says where tissue is, see ``tissue_in_image``; default: it is looked for.
     local : str, optional
         A copy of the slide, nearer by, to read from.
-    slide_id : str, optional
-        Default: the folder's name.
     progress : callable
         Called with the stage, and how much of it is done out of how much.
 
@@ -93,14 +89,13 @@ def score_slide(
     config = config or ScoreConfig()
     config.check(engine.model.config)
     folder = Path(folder)
-    slide_id = slide_id or folder.name
     clock = Clock(progress)
     folder.mkdir(parents=True, exist_ok=True)
     with clock.stage("open"):
         opened = open_slide(path, config.reader, mpp=mpp, mpp_source=mpp_source, decode=config.decode, local=local)
     with opened as slide:
         with clock.stage("tissue"):
-            tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+            tissue = tissue_of(slide, config.tissue, mask)
         with clock.stage("stain"):
             stain = fit(config.stain, slide, config.stain_target, tissue=tissue) if config.stain else None
         with clock.stage("grid"):
@@ -146,7 +141,7 @@ def score_slide(
                 everywhere[readable] = in_context(alone, grid.keep(readable), engine.model.config.context)
                 store.put("probabilities", everywhere)
         with clock.stage("grade"):
-            slide_scores, doubts = None, None
+            slide_scores = doubts = None
             if engine.mil is not None and readable.any():
                 features = store.get("features")
                 features = features if readable.all() else features[readable]  # no copy where none is needed
@@ -157,39 +152,16 @@ def score_slide(
                 store.put("attention", attention)
         with clock.stage("export"):
             probabilities, scored = store.get("probabilities")[readable], grid.keep(readable)
-            numbers = write_outputs(
-                folder, slide, slide_id, tissue, scored, probabilities, slide_scores, engine, config
-            )
+            drawn = write_outputs(folder, slide, tissue, scored, probabilities, slide_scores, engine, config)
             if engine.mil is not None and slide_scores is not None:
                 save_sheet(folder / "tiles.png", slide, scored, engine.mil.evidence(slide_scores))
             if config.explain and len(scored):
                 _explain(folder, slide, scored, probabilities, slide_scores, engine, config, stain)
-            numbers |= {"n_unreadable": int(unreadable.sum()), "unreadable_tissue": rounded(lost)}
-            if unreadable.any():
-                numbers["flags"].append("unreadable-tiles")
-                numbers["warnings"].append(
-                    f"{unreadable.sum()} tiles, {lost:.2%} of the tissue, cannot be decoded and have no score: "
-                    "`unreadable` in store.zarr marks them"
-                )
-            numbers["stain_distance"] = stained.distance
-            if stained.undefined:
-                numbers["reasons"]["stain_distance"] = stained.undefined
-            if stained.outside:
-                numbers["flags"].append("stain-outside")
-                numbers["warnings"].append(stained.outside)
-            numbers["mpp_given"] = mpp
-            numbers["mask"] = mask and absolute(mask)
-            numbers["mask_sha256"] = mask and sha256_of(mask)
-            if doubts is not None:
-                numbers["uncertainty"] = doubts.as_json()
-                if doubts.abstain:
-                    numbers["flags"].append("abstain")
-                    numbers["warnings"].append(f"the grade should not be used: {doubts.abstain}")
-            if stain is not None:
-                numbers["stain"] = json.loads(stain.to_json())
-                if stain.fallback:
-                    numbers["flags"].append("stain-fallback")
-                    numbers["warnings"].append(f"stains could not be measured ({stain.fallback}): tiles are as scanned")
+            numbers = numbers_of(
+                slide, folder.name, engine, config, mpp_given=mpp, mask=mask, tissue=tissue, grid=scored, drawn=drawn,
+                slide_scores=slide_scores, doubts=doubts, stain=stain, stained=stained,
+                n_unreadable=int(unreadable.sum()), lost=lost,
+            )  # fmt: skip
     result = SlideResult(numbers, clock.seconds)
     progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)
@@ -246,7 +218,7 @@ def estimate_bytes(
 ) -> int:
     """Say about how many bytes `score_slide` will write for a slide; errors are its own."""
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
-        tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+        tissue = tissue_of(slide, config.tissue, mask)
         n = len(_lay_grid(slide, tissue, engine.model.config, config)[0])
     said = 2 if engine.model.config.context is not None else 1  # with what each tile says alone
     numbers = 4 * len(engine.model.config.class_names) * said + 2 * (engine.model.num_features or 0) + 4
@@ -271,7 +243,7 @@ def triage(
     if not positive:
         raise ModelError(engine.model.name, "names no positive classes to look for", "Name them with --positive")
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
-        tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+        tissue = tissue_of(slide, config.tissue, mask)
         grid, _ = _lay_grid(slide, tissue, engine.model.config, config)
         if not len(grid):
             return 0.0
@@ -331,13 +303,7 @@ def _store(
 ) -> PatchStore:
     """Open what an earlier run left, if it is of the same slide, grid and model, or make an empty store."""
     identity = {
-        "slide_path": absolute(slide.path),
-        "slide": {
-            "size": list(slide.size),
-            "mpp": list(slide.mpp),
-            "reader": slide.reader,
-            "decode": slide.decode,
-        },
+        **identity_of(slide),
         "model_sha256": engine.model.sha256,
         "precision": engine.model.precision,
         "stain": None if stain is None else json.loads(stain.to_json()),

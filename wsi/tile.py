@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from wsi import __version__
-from wsi.errors import GridError, SlideError, StoreError
+from wsi.errors import GridError
 from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
-from wsi.slide import DECODES, READERS, Slide, absolute, open_slide
-from wsi.store import KINDS, PatchStore, copy_tiles, pixel_bytes, stored_tiles
+from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide
+from wsi.store import PatchStore, check_kind, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tiling import stream
-from wsi.tissue import TissueConfig, TissueMask, find_tissue, read_mask
+from wsi.tissue import TissueConfig, TissueMask, tissue_of
 
 #: Where neither a resolution nor a level is asked for, and a slide has no tiles of its own to go by.
 DEFAULT_MPP, DEFAULT_TILE_PX = 0.5, 256
@@ -61,12 +61,8 @@ class TileConfig:
 
     def check(self) -> None:
         """Refuse what no slide could be cut with."""
-        if self.pixels not in KINDS:
-            raise StoreError(f"pixels={self.pixels!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
-        if self.reader not in READERS:
-            raise SlideError(f"reader={self.reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
-        if self.decode not in DECODES:
-            raise SlideError(f"decode={self.decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
+        check_reading(self.reader, self.decode)
+        check_kind(self.pixels)
         if self.mpp is not None and self.level is not None:
             raise GridError("mpp and level", "only one of them can be asked for", "Leave one out")
         if self.mpp is not None and not (math.isfinite(self.mpp) and self.mpp > 0):
@@ -90,7 +86,6 @@ def tile_slide(
     mpp_source: str = "user",
     mask: str | None = None,
     local: str | None = None,
-    slide_id: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
     """Cut one slide into ``folder/store.zarr``, or go on where an earlier run was stopped.
@@ -100,7 +95,7 @@ def tile_slide(
     path : str
         The slide.
     folder : path
-        Its store, and last result.json.
+        Its store, and last result.json; its name is the slide's id.
     config : TileConfig, optional
     threads : int
         Reading, decoding and encoding at a time.
@@ -109,11 +104,9 @@ def tile_slide(
     mpp_source : str
         Who gave `mpp`.
     mask : str, optional
-        An image that says where tissue is, see ``read_mask``; default: it is looked for.
+        An image that says where tissue is, see ``tissue_in_image``; default: it is looked for.
     local : str, optional
         A copy of the slide, nearer by, to read from.
-    slide_id : str, optional
-        Default: the folder's name.
     progress : callable
         Called with the stage, and how much of it is done out of how much.
 
@@ -135,27 +128,16 @@ def tile_slide(
         with clock.stage("grid"):
             grid = lay_grid(slide, config)
         with clock.stage("tissue"):
-            tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+            tissue = tissue_of(slide, config.tissue, mask)
             grid = grid.keep(tissue.fraction(grid.boxes()) >= config.min_tissue)
         with clock.stage("tiles") as report:
-            identity = {
-                "slide_path": absolute(slide.path),
-                "slide": {
-                    "size": list(slide.size),
-                    "mpp": list(slide.mpp),
-                    "reader": slide.reader,
-                    "decode": slide.decode,
-                },
-                "wsi_version": __version__,
-            }
+            identity = {**identity_of(slide), "wsi_version": __version__}
             store = PatchStore.resume(folder / "store.zarr", grid, {}, pixels=config.pixels, attributes=identity)
             keep_tiles(
                 slide, store, threads=threads, progress=lambda done: report(done, len(grid)), spent=clock.seconds
             )
             clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
-        numbers = _numbers(slide, slide_id or folder.name, tissue, store, mpp)
-        numbers["mask"] = mask and absolute(mask)
-        numbers["mask_sha256"] = mask and sha256_of(mask)
+        numbers = _numbers(slide, folder.name, tissue, store, mpp, mask)
     result = SlideResult(numbers, clock.seconds)
     progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)
@@ -165,7 +147,7 @@ def tile_slide(
 def estimate_tiled_bytes(path: str, config: TileConfig, *, mpp: float | None = None, mask: str | None = None) -> int:
     """Say about how many bytes `tile_slide` will write for a slide; errors are its own."""
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
-        tissue = read_mask(mask, slide) if mask else find_tissue(slide, config.tissue)
+        tissue = tissue_of(slide, config.tissue, mask)
         grid = lay_grid(slide, config)
         n = int((tissue.fraction(grid.boxes()) >= config.min_tissue).sum())
     return pixel_bytes(config.pixels, n, grid.tile_px) + 10 * n
@@ -265,7 +247,7 @@ def keep_tiles(
 
 
 def _numbers(
-    slide: Slide, slide_id: str, tissue: TissueMask, store: PatchStore, mpp_given: float | None
+    slide: Slide, slide_id: str, tissue: TissueMask, store: PatchStore, mpp_given: float | None, mask: str | None
 ) -> dict[str, Any]:
     """Assemble result.json."""
     flags, warnings = [], []
@@ -296,14 +278,10 @@ def _numbers(
         "tile_mpp": rounded(store.grid.mpp),
         "pixels": store.pixels,
         "tissue_mm2": rounded(tissue.area_mm2),
-        "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
-        "mpp_source": slide.mpp_source,
-        "size_px": list(slide.size),
-        "bounds_px": list(slide.bounds),
-        "coordinate_frame": "level-0 pixels",
-        "vendor": slide.vendor,
-        "reader": slide.reader,
+        **facts_of(slide, "level-0 pixels"),
         "flags": flags,
         "warnings": warnings,
         "provenance": {"wsi": __version__},
+        "mask": mask and absolute(mask),
+        "mask_sha256": mask and sha256_of(mask),
     }

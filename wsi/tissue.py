@@ -188,7 +188,12 @@ class TissueMask:
         return np.asarray(top * (1 - v) + bottom * v, np.float64)
 
 
-def read_mask(path: str, slide: Slide) -> TissueMask:
+def tissue_of(slide: Slide, config: TissueConfig | None = None, mask: str | None = None) -> TissueMask:
+    """Take the tissue from the image `mask` where there is one (``tissue_in_image``); else ``find_tissue``."""
+    return tissue_in_image(mask, slide) if mask else find_tissue(slide, config)
+
+
+def tissue_in_image(path: str, slide: Slide) -> TissueMask:
     """Take the tissue from an image of the whole slide instead of looking for it.
 
     Parameters

@@ -24,7 +24,7 @@ from wsi.errors import AnnotationError
 from wsi.export import geojson as geojson_module
 from wsi.slide import open_slide
 from wsi.store import PatchStore
-from wsi.tissue import find_tissue, read_mask
+from wsi.tissue import find_tissue, tissue_in_image
 from wsi.units import Box, Mpp
 
 #: A slide that every file of the real ones fits on; the sizes of most are not known.
@@ -368,7 +368,7 @@ def test_a_mask_is_tissue_within_outlines_and_outside_exclusions(tmp_path: Path,
         ([], shapely.box(0, 0, *slide.size)),
     ):
         area = write_mask(tmp_path / "a.png", given, slide)
-        found = read_mask(str(tmp_path / "a.png"), slide)
+        found = tissue_in_image(str(tmp_path / "a.png"), slide)
         at = found.fraction(np.column_stack([xy, np.full((len(xy), 2), 1e-3)])) > 0.5
         assert np.mean(at != (inside & shapely.contains_xy(where, *xy.T))) < 0.03, "but for edges of mask pixels"
         assert area == pytest.approx(found.area_mm2, rel=0.03) and 0 < area <= tissue.area_mm2

@@ -9,7 +9,7 @@ import pytest
 
 from tests.archive.make import CONFIG
 from tests.e2e.conftest import digest, rows
-from wsi.archive import Event, SlideRef, find_slides, tile_archive
+from wsi.archive import Cache, Event, SlideRef, find_slides, tile_archive
 from wsi.archive.claims import ClaimLost
 from wsi.archive.cluster import Cluster
 from wsi.archive.jobs import Task, TileJob
@@ -26,7 +26,8 @@ def test_two_workers_give_the_same_bytes_and_a_crash_is_a_row(
     shutil.copytree(slides, folder)
     shutil.copy(slides / "s0.svs", folder / "segfault.svs")
     (folder / "cut.svs").write_bytes((slides / "s0.svs").read_bytes()[:3000])
-    summary = tile_archive(find_slides([str(folder)]), tmp_path / "r", CONFIG, scheduler="local", workers=2)
+    refs, cache = find_slides([str(folder)]), Cache(tmp_path / "c", 10**9)
+    summary = tile_archive(refs, tmp_path / "r", CONFIG, scheduler="local", workers=2, cache=cache)
     assert [row["slide_id"] for row in summary.done] == ["s0", "s1"]
     failed = {row["slide_id"]: row["error"] for row in rows(tmp_path / "r/failures.csv")}
     assert set(failed) == {"segfault", "cut"} and "worker after worker" in failed["segfault"]
@@ -74,6 +75,8 @@ def test_what_cannot_be_is_said_at_once(slides: Path, tmp_path: Path) -> None:
         tile_archive(refs, tmp_path / "r", TileConfig(pixels="gif"), scheduler="local")
     with pytest.raises(WsiError, match="cannot be reached"):
         tile_archive(refs, tmp_path / "r", CONFIG, scheduler="nonsense://nowhere")
+    with pytest.raises(WsiError, match="workers on others do not see"):
+        tile_archive(refs, tmp_path / "r", CONFIG, scheduler="tcp://host:8786", cache=Cache(tmp_path / "c", 10**9))
 
 
 def test_a_slide_whose_worker_died_after_it_is_looked_at_again() -> None:

@@ -144,6 +144,22 @@ def test_slides_by_their_labels(
         ),
         (("camelyon17", "{}/none.csv", "--reference", "{}/reference.csv", "-o", "{}/x"), "Columns"),
         (("segmentation", "{}/xml", "--annotations", "{}/xml", "-o", "{}/x"), "no results"),
+        # What would be passed over in silence.
+        (
+            ("camelyon16", "{}/results", "--annotations", "{}/xml", "-o", "{}/x", "--labels", "{}/cohort.csv"),
+            "Name one with --subgroup",
+        ),
+        (
+            ("camelyon16", "{}/xml", "--annotations", "{}/xml", "-o", "{}/x", "--slide-model", "{}/forest"),
+            "--slide-model: is for heatmaps",
+        ),
+        (
+            ("camelyon17", "{}/reference.csv", "--reference", "{}/reference.csv", "-o", "{}/x", "--threshold", "0.5"),
+            "not for stages",
+        ),
+        (("slides", "{}/results", "-o", "{}/x", "--isup", "--threshold", "2"), "not for grades"),
+        (("patches", "{}/p.csv", "-o", "{}/x", "--group", "Tumor=lesion"), "--annotations"),
+        (("patches", "{}/results", "--annotations", "{}/xml", "-o", "{}/x", "--positive", "2"), "not for outlines"),
     ],
 )
 def test_calls_that_make_no_sense_are_one_line_and_2(

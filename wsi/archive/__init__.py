@@ -61,7 +61,8 @@ def score_archive(
         As given; largest first, so that no long slide is left for the end; or (scoring) likely positive ones first,
         by a look at low magnification and at a few tiles of each (see ``wsi.run.triage``).
     cache : Cache, optional
-        Where slides are copied to before they are worked on, on this machine (not with `scheduler`): for slow storage.
+        Where slides are copied to before they are worked on, on this machine: for slow storage. Of schedulers only with
+        "local", whose workers see the copies.
     force : bool
         Throw earlier results of these slides away; those of other slides stay.
     command : sequence of str
@@ -91,7 +92,7 @@ def score_archive(
     []
     """
     job = ScoreJob(engine, config or ScoreConfig())
-    staff = _staff(job, workers, scheduler, limits)
+    staff = _staff(job, workers, scheduler, limits, cache)
     return run(refs, Path(folder), job, staff, order=order, cache=cache, force=force, command=command, tell=tell)
 
 
@@ -117,13 +118,17 @@ def tile_archive(
     if order == "triage":
         raise WsiError("order='triage'", "needs a model, and patches are cut without one", "Use given or size")
     job = TileJob(config or TileConfig(), threads or default_threads())
-    staff = _staff(job, workers, scheduler, limits)
+    staff = _staff(job, workers, scheduler, limits, cache)
     return run(refs, Path(folder), job, staff, order=order, cache=cache, force=force, command=command, tell=tell)
 
 
-def _staff(job: Job, workers: int | None, scheduler: str | None, limits: Limits) -> Staff:
+def _staff(job: Job, workers: int | None, scheduler: str | None, limits: Limits, cache: Cache | None) -> Staff:
     if workers is not None and workers < 0:
         raise WsiError(f"workers={workers}", "cannot be fewer than none", "0 is this process itself")
+    if cache is not None and scheduler not in (None, "local"):
+        what = "copies slides to a disk of this machine, which workers on others do not see"
+        remedy = "Leave it out; or leave --scheduler out and run the same command on every machine (docs/cluster.md)"
+        raise WsiError("--cache-dir", what, remedy)
     if scheduler is not None:
         from wsi.archive.cluster import Cluster
 

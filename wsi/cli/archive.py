@@ -19,6 +19,15 @@ Slides = Annotated[
         help="Slides, folders, URLs, quoted patterns, or CSV manifests (columns slide[,mpp,mask,label,patient])."
     ),
 ]
+GivenMpp = Annotated[
+    float | None,
+    typer.Option(min=0.05, max=20, help="Microns per level-0 pixel of all these slides, overriding what they say."),
+]
+Reader = Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")]
+Decode = Annotated[
+    str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -45,6 +54,8 @@ CacheSize = Annotated[str, typer.Option(help="What the copies in --cache-dir may
 LogJson = Annotated[
     Path | None, typer.Option(help="Append what happens to this file, a JSON object a line; - is stdout.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from wsi.cli.display import say
-from wsi.cli.export import Key, read_key
-from wsi.errors import OutputError, TrainError, WsiError
+from wsi.cli.export import AsJson, Key, read_key, say_rows, writing
+from wsi.errors import TrainError, WsiError
 
 
 def convert(
@@ -27,7 +26,7 @@ def convert(
         float | None, typer.Option(help="Distance of tiles in level-0 pixels. Default: as they lie.")
     ] = None,
     pseudonymise: Key = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a row a slide as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write features of CLAM, TRIDENT, STAMP, torchmil, AnnData or our stores in the layout of another of these.
 
@@ -45,18 +44,13 @@ def convert(
     """
     from wsi.export.convert import Given, convert_bags
 
-    try:
-        given = Given(encoder, slide_mpp, tile_px, tile_level0, stride_level0)
-        rows = convert_bags(bags, out, to, given, key=read_key(pseudonymise))
-    except WsiError:
-        raise
-    except ValueError as error:
-        raise TrainError("wsi convert", str(error)) from error
-    except OSError as error:
-        raise OutputError.of(error, out) from error
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    for row in rows:
-        for warning in row["warnings"]:
-            say(f"wsi: {row['slide_id']}: {warning}")
+    with writing(out):
+        try:
+            given = Given(encoder, slide_mpp, tile_px, tile_level0, stride_level0)
+            rows = convert_bags(bags, out, to, given, key=read_key(pseudonymise))
+        except WsiError:
+            raise
+        except ValueError as error:
+            raise TrainError("wsi convert", str(error)) from error
+    say_rows(rows, as_json)
     say(f"{len(rows)} slides: {out}")

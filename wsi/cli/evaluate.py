@@ -87,6 +87,9 @@ def camelyon16(
 
     if fp not in ("all", "normal"):
         raise EvaluationError(f"--fp {fp}", "no such definition", "all or normal")
+    _idle(labels and not subgroup, "--labels", "names columns to divide the slides by", "Name one with --subgroup")
+    heatmaps = (results / "run.json").exists()
+    _idle(slide_model and not heatmaps, "--slide-model", "is for heatmaps", "Give a results folder, or leave it out")
     config = Camelyon16Config(
         DetectConfig(detect, detect_threshold, nms_radius_um),
         fp,
@@ -129,6 +132,7 @@ def camelyon17(
     """
     from wsi.evaluate.camelyon17 import evaluate_camelyon17
 
+    _idle(threshold is not None and results.is_file(), "--threshold", "is for heatmaps, not for stages", "Leave it out")
     report = evaluate_camelyon17(results, reference, out=out, threshold=threshold, n_bootstrap=bootstrap, seed=seed)
     _finish(report, out, about, as_json)
 
@@ -177,6 +181,8 @@ def slides(
     from wsi.evaluate.cases import TableConfig, read_cases
     from wsi.evaluate.tables import evaluate_table
 
+    cut = validation or threshold is not None
+    _idle(cut and (grades or isup), "--validation or --threshold", "is for scores, not for grades", "Leave it out")
     config = TableConfig(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold,
         6 if isup else grades, isup and label == "gleason_score", bootstrap, seed,
@@ -224,7 +230,10 @@ def patches(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold, 0, False, bootstrap, seed
     )
     roles = _roles(group)
+    _idle(roles and annotations is None, "--group", "says what outlines mean", "Give them with --annotations")
     if annotations is not None:
+        named = score or (label, positive) != ("label", "1")
+        _idle(named, "--label, --score or --positive", "is for a CSV, not for outlines", "Leave it out")
         cohort = read_cohort(predictions, labels, patient=patient, groups=config.groups)
         cases, warnings = tile_cases(predictions, annotations, roles, cohort)
         if len(set(cohort.patients.values())) == len(cohort.patients):
@@ -272,6 +281,12 @@ def segmentation(
     truth = _one_of(annotations, masks)
     report = evaluate_segmentation(results, truth, config=config, cohort=cohort, other=compare)
     _finish(report, out, about, as_json)
+
+
+def _idle(is_given: object, option: str, what: str, remedy: str) -> None:
+    """Refuse an option that would change nothing."""
+    if is_given:
+        raise EvaluationError(option, f"{what}: here it would change nothing", remedy)
 
 
 def _one_of(annotations: Path | None, masks: Path | None) -> Path:

@@ -67,71 +67,44 @@ def qupath(
         key=read_key(pseudonymise),
     )
     out = out or results / "qupath"
-    with _writing(out):
+    with writing(out):
         rows = export_qupath(results, out, config)
-    _tell(rows, as_json)
+    say_rows(rows, as_json)
     where = out / ("project.qpproj" if config.key is None else "scripts")
     say(f"{len(rows)} slides: {where}; in QuPath: Automate > Project scripts > import_wsi > Run")
 
 
-@export.command()
-def clam(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write CLAM's folders: patches, h5_files, pt_files.
-
-    Example:
-      wsi export clam results -o for_clam
-    """
-    _bags("clam", results, out, pseudonymise, as_json)
-
-
-@export.command()
-def trident(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write a TRIDENT job: patches and features_<encoder>; torchmil's TridentWSIDataset reads it too.
-
-    Example:
-      wsi export trident results -o job
-    """
-    _bags("trident", results, out, pseudonymise, as_json)
-
-
-@export.command()
-def stamp(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write STAMP's features, with coordinates in microns.
-
-    Example:
-      wsi export stamp results -o features
-    """
-    _bags("stamp", results, out, pseudonymise, as_json)
+#: Kinds that take no options of their own: what is written, and a folder for the example.
+_PLAIN = {
+    "clam": ("CLAM's folders: patches, h5_files, pt_files.", "for_clam"),
+    "trident": ("a TRIDENT job: patches and features_<encoder>; torchmil's TridentWSIDataset reads it too.", "job"),
+    "stamp": ("STAMP's features, with coordinates in microns.", "features"),
+    "torchmil": (".npy files for torchmil's ProcessedMILDataset: features and positions on the lattice.", "bags"),
+    "wsinfer": ("WSInfer's results: model-outputs-csv, model-outputs-geojson, patches.", "for_wsinfer"),
+    "anndata": (
+        "AnnData tables for scanpy and squidpy: features, scores, centres of tiles. Needs wsi's extra anndata.",
+        "tables",
+    ),
+    "spatialdata": (
+        "SpatialData stores: features, scores, boxes of tiles, regions and heatmap. Needs wsi's extra anndata.",
+        "spatial",
+    ),
+    "ome-tiff": (
+        "heatmaps as pyramidal OME-TIFF: a channel for what the heatmap shows and one for each class.",
+        "heatmaps",
+    ),
+    "png": ("heatmaps as PNG, a pixel a step of the grid, transparent where there is no tile.", "heatmaps"),
+}
 
 
-@export.command()
-def torchmil(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write .npy files for torchmil's ProcessedMILDataset: features and positions on the lattice.
-
-    Example:
-      wsi export torchmil results -o bags
-    """
-    _bags("torchmil", results, out, pseudonymise, as_json)
+def _add(kind: str, what: str, folder: str) -> None:
+    @export.command(kind, help=f"Write {what}\n\nExample:\n  wsi export {kind} results -o {folder}")
+    def verb(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
+        _write(kind, results, out, as_json, key=read_key(pseudonymise))
 
 
-@export.command()
-def wsinfer(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write WSInfer's results: model-outputs-csv, model-outputs-geojson, patches.
-
-    Example:
-      wsi export wsinfer results -o for_wsinfer
-    """
-    _bags("wsinfer", results, out, pseudonymise, as_json)
-
-
-@export.command("ome-tiff")
-def ome_tiff(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write heatmaps as pyramidal OME-TIFF: a channel for what the heatmap shows and one for each class.
-
-    Example:
-      wsi export ome-tiff results -o heatmaps
-    """
-    _rasters("ome-tiff", results, out, pseudonymise, as_json)
+for _kind, (_what, _folder) in _PLAIN.items():
+    _add(_kind, _what, _folder)
 
 
 @export.command("ome-zarr")
@@ -149,55 +122,7 @@ def ome_zarr(
     """
     if version not in ("0.4", "0.5"):
         raise ResultsError(f"--version {version}", "is no version that is written", "Known: 0.4, 0.5")
-    _rasters("ome-zarr", results, out, pseudonymise, as_json, version)
-
-
-@export.command()
-def png(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write heatmaps as PNG, a pixel a step of the grid, transparent where there is no tile.
-
-    Example:
-      wsi export png results -o heatmaps
-    """
-    _rasters("png", results, out, pseudonymise, as_json)
-
-
-def _rasters(kind: str, results: Path, out: Path, key: Path | None, as_json: bool, version: str = "0.5") -> None:
-    from wsi.export.rasters import export_rasters
-
-    with _writing(out):
-        rows = export_rasters(results, out, kind, version=version, key=read_key(key))
-    _tell(rows, as_json)
-    _counted(sum(row["size_px"] is not None for row in rows), len(rows), out)
-
-
-@export.command()
-def anndata(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write AnnData tables for scanpy and squidpy: features, scores, centres of tiles. Needs wsi's extra anndata.
-
-    Example:
-      wsi export anndata results -o tables
-    """
-    _bags("anndata", results, out, pseudonymise, as_json)
-
-
-@export.command()
-def spatialdata(results: Results, out: Out, pseudonymise: Key = None, as_json: AsJson = False) -> None:
-    """Write SpatialData stores: features, scores, boxes of tiles, regions and heatmap. Needs wsi's extra anndata.
-
-    Example:
-      wsi export spatialdata results -o spatial
-    """
-    _bags("spatialdata", results, out, pseudonymise, as_json)
-
-
-def _bags(layout: str, results: Path, out: Path, key: Path | None, as_json: bool) -> None:
-    from wsi.export.bags import export_bags
-
-    with _writing(out):
-        rows = export_bags(results, out, layout, key=read_key(key))
-    _tell(rows, as_json)
-    _counted(sum(row["tiles"] > 0 for row in rows), len(rows), out)
+    _write("ome-zarr", results, out, as_json, key=read_key(pseudonymise), version=version)
 
 
 @export.command()
@@ -209,16 +134,33 @@ def dicom(results: Results, out: Out, as_json: AsJson = False) -> None:
     Example:
       wsi export dicom results -o dicom
     """
-    from wsi.export.dicom import export_dicom
+    _write("dicom", results, out, as_json)
 
-    with _writing(out):
-        rows = export_dicom(results, out)
-    _tell(rows, as_json)
-    _counted(sum(row["tiles"] > 0 for row in rows), len(rows), out)
+
+def _write(kind: str, results: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write one kind, and say of how many slides something came out."""
+    with writing(out):
+        if kind == "dicom":
+            from wsi.export.dicom import export_dicom
+
+            rows = export_dicom(results, out)
+        elif kind in ("ome-tiff", "ome-zarr", "png"):
+            from wsi.export.rasters import export_rasters
+
+            rows = export_rasters(results, out, kind, **options)
+        else:
+            from wsi.export.bags import export_bags
+
+            rows = export_bags(results, out, kind, **options)
+    say_rows(rows, as_json)
+    done = sum(bool(row.get("tiles") or row.get("size_px")) for row in rows)
+    say(f"{done} of {len(rows)} slides: {out}")
+    if not done:
+        raise typer.Exit(2)
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     """Turn what a disk says into a line that names `out`."""
     try:
         yield
@@ -235,15 +177,10 @@ def read_key(path: Path | None) -> bytes | None:
     return None if path is None else pseudonym.read_key(path)
 
 
-def _tell(rows: list[dict[str, Any]], as_json: bool) -> None:
+def say_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print the rows of slides where that is asked for, and what is to be warned of."""
     if as_json:
         print(json.dumps(rows, indent=2))
     for row in rows:
         for warning in row.get("warnings", ()):
             say(f"wsi: {row['slide_id']}: {warning}")
-
-
-def _counted(done: int, of: int, out: Path) -> None:
-    say(f"{done} of {of} slides: {out}")
-    if not done:
-        raise typer.Exit(2)

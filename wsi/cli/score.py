@@ -8,34 +8,19 @@ from typing import Annotated
 
 import typer
 
-from wsi.cli.archive import (
-    CacheDir,
-    CacheSize,
-    LogJson,
-    MaxMemory,
-    Order,
-    Scheduler,
-    Slides,
-    SlideTimeout,
-    Workers,
-    cache,
-    limits,
-)  # fmt: skip
+from wsi.cli import archive
 from wsi.cli.display import conclude, watching
 
 
 def score(
-    slides: Slides,
+    slides: archive.Slides,
     model: Annotated[str, typer.Option("--model", "-m", help="Patch model: a name, a folder, or hf-hub:OWNER/NAME.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Results folder; the same command again resumes.")],
     mil: Annotated[
         str | None,
         typer.Option(help="MIL head: a name, a folder, or 'none'. Default: the one inside the model's folder."),
     ] = None,
-    mpp: Annotated[
-        float | None,
-        typer.Option(min=0.05, max=20, help="Microns per level-0 pixel of all these slides, overriding what they say."),
-    ] = None,
+    mpp: archive.GivenMpp = None,
     stride: Annotated[
         int | None, typer.Option(help="Distance between tiles in pixels at the model's mpp. Default: side by side.")
     ] = None,
@@ -70,26 +55,24 @@ def score(
             help="Show in explained.png where in the top tiles the patch model looked (Grad-CAM), of scored slides too."
         ),
     ] = False,
-    reader: Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")] = "auto",
-    decode: Annotated[
-        str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
-    ] = "auto",
+    reader: archive.Reader = "auto",
+    decode: archive.Decode = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, max=256, help="Patches a forward pass.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")] = None,
+    threads: archive.Threads = None,
     torchscript: Annotated[bool, typer.Option(help="Allow TorchScript weights: they run code.")] = False,
-    workers: Workers = None,
-    scheduler: Scheduler = None,
-    order: Order = "given",
-    slide_timeout: SlideTimeout = None,
-    max_memory: MaxMemory = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = "100GB",
-    log_json: LogJson = None,
+    workers: archive.Workers = None,
+    scheduler: archive.Scheduler = None,
+    order: archive.Order = "given",
+    slide_timeout: archive.SlideTimeout = None,
+    max_memory: archive.MaxMemory = None,
+    cache_dir: archive.CacheDir = None,
+    cache_size: archive.CacheSize = "100GB",
+    log_json: archive.LogJson = None,
     force: Annotated[bool, typer.Option(help="Throw away earlier results of these slides and start over.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
+    quiet: archive.Quiet = False,
+    as_json: archive.AsJson = False,
 ) -> None:
     """Score slides: a grade a slide, a probability a tile, QuPath GeoJSON and a heatmap. Research use only.
 
@@ -125,7 +108,8 @@ def score(
     )
     with watching(len(refs), quiet=quiet, log=log_json) as tell:
         summary = score_archive(
-            refs, out, engine, config, workers=workers, scheduler=scheduler, limits=limits(slide_timeout, max_memory),
-            order=order, cache=cache(cache_dir, cache_size), force=force, command=sys.argv, tell=tell,
+            refs, out, engine, config, workers=workers, scheduler=scheduler,
+            limits=archive.limits(slide_timeout, max_memory), order=order, cache=archive.cache(cache_dir, cache_size),
+            force=force, command=sys.argv, tell=tell,
         )  # fmt: skip
     conclude(summary, len(refs), out, as_json=as_json, quiet=quiet, verb="scored")

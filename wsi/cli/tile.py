@@ -8,24 +8,12 @@ from typing import Annotated
 
 import typer
 
-from wsi.cli.archive import (
-    CacheDir,
-    CacheSize,
-    LogJson,
-    MaxMemory,
-    Order,
-    Scheduler,
-    Slides,
-    SlideTimeout,
-    Workers,
-    cache,
-    limits,
-)  # fmt: skip
+from wsi.cli import archive
 from wsi.cli.display import conclude, watching
 
 
 def tile(
-    slides: Slides,
+    slides: archive.Slides,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the stores; the same command again resumes.")],
     mpp: Annotated[
         float | None,
@@ -51,26 +39,21 @@ def tile(
             "alone)."
         ),
     ] = "jpeg",
-    slide_mpp: Annotated[
-        float | None,
-        typer.Option(min=0.05, max=20, help="Microns per level-0 pixel of all these slides, overriding what they say."),
-    ] = None,
-    reader: Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")] = "auto",
-    decode: Annotated[
-        str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")] = None,
-    workers: Workers = None,
-    scheduler: Scheduler = None,
-    order: Order = "given",
-    slide_timeout: SlideTimeout = None,
-    max_memory: MaxMemory = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = "100GB",
-    log_json: LogJson = None,
+    slide_mpp: archive.GivenMpp = None,
+    reader: archive.Reader = "auto",
+    decode: archive.Decode = "auto",
+    threads: archive.Threads = None,
+    workers: archive.Workers = None,
+    scheduler: archive.Scheduler = None,
+    order: archive.Order = "given",
+    slide_timeout: archive.SlideTimeout = None,
+    max_memory: archive.MaxMemory = None,
+    cache_dir: archive.CacheDir = None,
+    cache_size: archive.CacheSize = "100GB",
+    log_json: archive.LogJson = None,
     force: Annotated[bool, typer.Option(help="Throw away earlier stores of these slides and start over.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
+    quiet: archive.Quiet = False,
+    as_json: archive.AsJson = False,
 ) -> None:
     """Cut slides into patch stores, one a slide: Zarr groups for training and for other programs.
 
@@ -98,7 +81,7 @@ def tile(
     with watching(len(refs), quiet=quiet, log=log_json) as tell:
         summary = tile_archive(
             refs, out, config, threads=threads, workers=workers, scheduler=scheduler,
-            limits=limits(slide_timeout, max_memory), order=order, cache=cache(cache_dir, cache_size),
+            limits=archive.limits(slide_timeout, max_memory), order=order, cache=archive.cache(cache_dir, cache_size),
             force=force, command=sys.argv, tell=tell,
         )  # fmt: skip
     conclude(summary, len(refs), out, as_json=as_json, quiet=quiet, verb="tiled")

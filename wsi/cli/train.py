@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wsi.cli.archive import Quiet
 from wsi.cli.display import say, watching
 from wsi.errors import ModelError, TrainError
 
@@ -21,12 +22,24 @@ train = typer.Typer(
     help="Train models from your own slides. Research use only.",
 )
 
+Out = Annotated[Path, typer.Option("-o", "--out", help="The model's folder; the same command again resumes.")]
+Label = Annotated[str, typer.Option(help="Column of the labels.")]
+Classes = Annotated[str | None, typer.Option(help="Classes in their order, with commas between.")]
+Positive = Annotated[list[str] | None, typer.Option(help="Positive class (repeatable).")]
+Epochs = Annotated[int, typer.Option(min=1, help="Epochs at most.")]
+Patience = Annotated[int, typer.Option(min=1, help="Epochs without a lower validation loss to stop after.")]
+Balance = Annotated[bool, typer.Option(help="Draw all classes equally often.")]
+Seed = Annotated[int, typer.Option(min=0)]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads; another number may change the last bits.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
+
 
 @train.command()
 def mil(
     bags: Annotated[list[Path], typer.Argument(help="Results of wsi score, or CLAM or TRIDENT feature folders.")],
     labels: Annotated[Path, typer.Option(help="CSV: slide, patient, label; of survival slide, patient, time, event.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The model's folder; the same command again resumes.")],
+    out: Out,
     architecture: Annotated[
         str,
         typer.Option(
@@ -42,32 +55,32 @@ def mil(
     head: Annotated[
         str | None, typer.Option(help="softmax (default), binary, ordinal, hazard (default of survival) or cox.")
     ] = None,
-    label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
-    classes: Annotated[str | None, typer.Option(help="Classes in their order, with commas between.")] = None,
-    positive: Annotated[list[str] | None, typer.Option(help="Positive class (repeatable).")] = None,
+    label: Label = "label",
+    classes: Classes = None,
+    positive: Positive = None,
     time_bins: Annotated[str | None, typer.Option(help="Survival: ends of the intervals, as 12,36,60.")] = None,
     folds: Annotated[int, typer.Option(min=3, help="Folds, divided by patient and stratified.")] = 5,
     splits: Annotated[
         Path | None, typer.Option(help="CLAM's splits_<k>.csv, or their folder, in place of folds.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Members of the ensemble for each fold.")] = 1,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs at most.")] = 100,
-    patience: Annotated[int, typer.Option(min=1, help="Epochs without a lower validation loss to stop after.")] = 15,
+    epochs: Epochs = 100,
+    patience: Patience = 15,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     weight_decay: Annotated[float, typer.Option(min=0)] = 1e-3,
     batch: Annotated[int | None, typer.Option(min=1, help="Bags a step. Default: 1; Cox: 32.")] = None,
-    balance: Annotated[bool, typer.Option(help="Draw all classes equally often.")] = False,
+    balance: Balance = False,
     coverage: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the prediction sets.")] = 0.9,
     encoder: Annotated[
         str | None,
         typer.Option(help="Which features of the stores, where they hold several: name or hash of wsi embed."),
     ] = None,
     subset: Annotated[bool, typer.Option(help="Leave out slides without a label, and labels without a slide.")] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads; another number may change the last bits.")] = 1,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a slide grader from slide labels alone: multiple-instance learning.
 
@@ -118,7 +131,7 @@ def patches(
         list[Path],
         typer.Argument(help="A folder of class folders, a CSV (path, label, patient, split), or stores of wsi tile."),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The model's folder; the same command again resumes.")],
+    out: Out,
     mpp: Annotated[
         float | None, typer.Option(min=0.05, max=20, help="Microns per pixel of the patches; stores know it.")
     ] = None,
@@ -143,28 +156,28 @@ def patches(
     patient_in: Annotated[
         str | None, typer.Option(help="Of a folder: regular expression that finds the patient in an image's path.")
     ] = None,
-    label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
-    classes: Annotated[str | None, typer.Option(help="Classes in their order, with commas between.")] = None,
-    positive: Annotated[list[str] | None, typer.Option(help="Positive class (repeatable).")] = None,
+    label: Label = "label",
+    classes: Classes = None,
+    positive: Positive = None,
     folds: Annotated[
         int, typer.Option(min=3, help="Without a given split: one part of so many is test, one validation.")
     ] = 5,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs at most.")] = 30,
-    patience: Annotated[int, typer.Option(min=1, help="Epochs without a lower validation loss to stop after.")] = 5,
+    epochs: Epochs = 30,
+    patience: Patience = 5,
     lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 1e-3; of fine-tuning 1e-4.")] = None,
     weight_decay: Annotated[float, typer.Option(min=0)] = 0.01,
     batch: Annotated[int, typer.Option(min=1, help="Patches a step.")] = 32,
-    balance: Annotated[bool, typer.Option(help="Draw all classes equally often.")] = False,
+    balance: Balance = False,
     stain: Annotated[float, typer.Option(min=0, max=1, help="Strength of the stain augmentation; 0: none.")] = 0.1,
     turn: Annotated[bool, typer.Option(help="Turn by quarters and mirror at random.")] = True,
     jpeg: Annotated[float, typer.Option(min=0, max=1, help="Share that passes a JPEG codec of random quality.")] = 0.0,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     subset: Annotated[bool, typer.Option(help="Leave out patches of another size than most.")] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads; another number may change the last bits.")] = 1,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = 1,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a patch classifier: from random weights, by fine-tuning, or a linear probe.
 
@@ -304,7 +317,7 @@ def slide_features(
     trees: Annotated[int, typer.Option(min=1, max=5000)] = 500,
     depth: Annotated[int, typer.Option(min=1, max=100)] = 10,
     folds: Annotated[int, typer.Option(min=2, max=100, help="Of the cross-validation that is printed.")] = 5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train a random forest on the shape of heatmaps: one score a slide (Wang et al. 2016).
 

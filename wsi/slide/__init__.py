@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat, WsiError
+from wsi.result import rounded
 from wsi.slide.base import DECODES, GivenMpp, Slide
 
-__all__ = ["DECODES", "READERS", "Slide", "absolute", "is_url", "open_slide"]
+__all__ = ["Slide", "absolute", "check_reading", "facts_of", "identity_of", "is_url", "open_slide"]
 
 #: Names accepted as `reader`. "auto" is our own TIFF reader for what it is sure of, then OpenSlide, then tiffslide for
 #: what OpenSlide does not know.
@@ -64,8 +66,7 @@ def open_slide(
         return slide
     name = os.fspath(path)
     given = None if mpp is None else GivenMpp(mpp, mpp_source)
-    if reader not in READERS:
-        raise SlideError(f"reader={reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+    check_reading(reader, decode)
     if not is_url(name):
         if not Path(name).exists():
             raise SlideNotFound(name, "there is no such file", "Check the path")
@@ -73,8 +74,6 @@ def open_slide(
             raise SlideUnreadable(name, "is a folder, not a slide", "Name the slide file inside it")
         if not os.access(name, os.R_OK):
             raise SlideUnreadable(name, "may not be read by this user", "Check the file's permissions")
-    if decode not in DECODES:
-        raise SlideError(f"decode={decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
     if reader != "auto":
         return _open_with(reader, name, given, decode)
     # Only what a reader does not know goes to the next: a file that it knows and finds damaged must not be read anyway.
@@ -82,6 +81,14 @@ def open_slide(
         with suppress(UnknownFormat):
             return _open_with(other, name, given, decode)
     return _open_with("tiffslide", name, given, decode)
+
+
+def check_reading(reader: str, decode: str) -> None:
+    """Refuse a reader or a way to decode that there is not."""
+    if reader not in READERS:
+        raise SlideError(f"reader={reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
+    if decode not in DECODES:
+        raise SlideError(f"decode={decode!r}", "no such way to decode", f"Known: {', '.join(DECODES)}")
 
 
 def absolute(path: str) -> str:
@@ -92,6 +99,25 @@ def absolute(path: str) -> str:
 def is_url(path: str) -> bool:
     """Whether `path` is an fsspec URL rather than a local file."""
     return "://" in path
+
+
+def identity_of(slide: Slide) -> dict[str, Any]:
+    """What a store of patches is bound to: JSON-able, and the same only for the same slide read in the same way."""
+    read = {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader, "decode": slide.decode}
+    return {"slide_path": absolute(slide.path), "slide": read}
+
+
+def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
+    """What result.json says of a slide, whatever was done with it, and in which frame that lies."""
+    return {
+        "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
+        "mpp_source": slide.mpp_source,
+        "size_px": list(slide.size),
+        "bounds_px": list(slide.bounds),
+        "coordinate_frame": coordinate_frame,
+        "vendor": slide.vendor,
+        "reader": slide.reader,
+    }
 
 
 def _open_with(reader: str, name: str, given: GivenMpp | None, decode: str) -> Slide:

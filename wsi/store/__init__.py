@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from wsi.store.lazy import slide_of
 from wsi.store.patches import PatchStore
-from wsi.store.pixels import KINDS, SHARD_TILES, pixel_bytes
+from wsi.store.pixels import KINDS, SHARD_TILES, check_kind, pixel_bytes
 from wsi.store.verbatim import copy_tiles, stored_tiles
 
-__all__ = ["KINDS", "SHARD_TILES", "PatchStore", "copy_tiles", "pixel_bytes", "slide_of", "stored_tiles"]
+__all__ = ["KINDS", "SHARD_TILES", "PatchStore", "check_kind", "copy_tiles", "pixel_bytes", "slide_of", "stored_tiles"]

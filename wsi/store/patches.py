@@ -26,7 +26,7 @@ from wsi.errors import ConfigMismatch, StoreError
 from wsi.grid import TileGrid
 from wsi.store.codec import JpegCodec
 from wsi.store.lazy import lazy_patches
-from wsi.store.pixels import KINDS, SHARD_TILES, U8, Pixels
+from wsi.store.pixels import SHARD_TILES, U8, Pixels, check_kind
 
 if TYPE_CHECKING:
     import dask.array
@@ -110,8 +110,7 @@ class PatchStore:
             The place cannot be written to.
         """
         path = Path(path)
-        if pixels not in KINDS:
-            raise StoreError(f"pixels={pixels!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
+        check_kind(pixels)
         if path.exists():
             raise StoreError(path, "is there already", "Open it, or choose another place")
         codec = JpegCodec(jpeg_quality)

@@ -36,6 +36,12 @@ _WHITE = 255
 _ZSTD_LEVEL = 1
 
 
+def check_kind(kind: str) -> None:
+    """Refuse a way to keep patches that there is not."""
+    if kind not in KINDS:
+        raise StoreError(f"pixels={kind!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
+
+
 def pixel_bytes(kind: str, n: int, tile_px: int) -> int:
     """Say about how many bytes `n` patches of tissue take.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsi.errors import TrainError
+from wsi.errors import ModelError, TrainError
 from wsi.files import write_csv
 
 _PATIENT = ("patient", "case_id", "patient_id")
@@ -48,6 +48,12 @@ class Cohort:
     cases: dict[str, Case]
     class_names: tuple[str, ...]
     time_bins: tuple[float, ...] = ()
+
+    def positive(self, asked: Sequence[str]) -> tuple[str, ...]:
+        """Classes called from a threshold on: those asked for (or ModelError); else of two the second, of more none."""
+        if set(asked) - set(self.class_names):
+            raise ModelError(f"positive={list(asked)}", "no such class", f"Classes: {', '.join(self.class_names)}")
+        return tuple(asked) or (self.class_names[1:] if len(self.class_names) == 2 and not self.time_bins else ())
 
 
 class Split(NamedTuple):

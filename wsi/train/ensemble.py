@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,23 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors.torch import save
 
 from wsi import __version__
-from wsi.errors import ModelError, OutputError
-from wsi.files import replacing, write_csv, write_json
+from wsi.errors import ModelError
+from wsi.files import write_csv
 from wsi.nn.grade import feature_shift
 from wsi.nn.mil import Head, Targets
 from wsi.nn.uncertainty import conformal_threshold, fit_temperature, prediction_set
 from wsi.train.cohort import Case, Cohort, Split, check_split, write_splits
 from wsi.train.figures import best_threshold
-from wsi.train.loop import bind, write_log
+from wsi.train.folder import bind, card_of, data_row, packed, write_model
+from wsi.train.loop import write_log
 from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, train_member
 from wsi.train.stains import learn_stains, stains_line
 
-Array = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
 
 
@@ -95,16 +92,11 @@ def train_mil(
         raise ModelError(f"head {config.head!r}", "does not fit the labels", "hazard and cox are for times and events")
     if config.head == "binary" and len(cohort.class_names) != 2:
         raise ModelError("head 'binary'", f"there are {len(cohort.class_names)} classes", "Use softmax or ordinal")
-    if set(positive) - set(cohort.class_names):
-        raise ModelError(f"positive={list(positive)}", "no such class", f"Classes: {', '.join(cohort.class_names)}")
+    positive = cohort.positive(positive)
     for k, split in enumerate(splits):
         check_split(cohort, split, f"split {k}")
-    positive = tuple(positive) or (() if survival or len(cohort.class_names) != 2 else cohort.class_names[1:])
-    try:
-        (out / "members").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError.of(error, out) from error
     _bind(out, cohort, bags, splits, config, seeds, coverage, positive)
+    (out / "members").mkdir(exist_ok=True)
     write_splits(out / "splits", splits)
     members: dict[tuple[int, int], Member] = {}
     for k, split in enumerate(splits):
@@ -120,19 +112,16 @@ def train_mil(
     calibration = _calibrate(cohort, rows, positive, coverage)
     heads = [member.head for member in members.values()]
     nets = [member.net for member in members.values()]
-    shift = max(_shift_of(nets[0], bags.stats[i].sum / bags.stats[i].tiles) for s in splits for i in s.train)
+    means = (torch.from_numpy(bags.stats[i].sum / bags.stats[i].tiles)[None] for s in splits for i in s.train)
+    shift = max(feature_shift(nets[0], mean) for mean in means)
     tiles = {i: partial(bags.tiles, i) for i in cohort.cases}
     stains, unlike = learn_stains(tiles, {i: case.patient for i, case in cohort.cases.items()}, splits)
-    state = (nets[0] if len(nets) == 1 else torch.nn.ModuleList(nets)).state_dict()
-    weights = save({name: value.contiguous() for name, value in state.items()})
-    sha256 = hashlib.sha256(weights).hexdigest()
-    figures = _figures(cohort, rows, heads[0], calibration, len(splits)) | {
+    weights, sha256 = packed((nets[0] if len(nets) == 1 else torch.nn.ModuleList(nets)).state_dict())
+    figures = _figures(rows, heads[0], calibration, len(splits)) | {
         "epochs": {f"{k}-{seed}": member.best_epoch for (k, seed), member in members.items()},
         "weights_sha256": sha256,
         "outside_stains": unlike,
     }
-    with replacing(out / "weights.safetensors") as file:
-        file.write(weights)
     written = {
         "spec_version": "1.0",
         "task": "mil",
@@ -153,12 +142,8 @@ def train_mil(
         "weights_sha256": sha256,
     }
     _write_tables(out, cohort, rows, members)
-    write_json(out / "figures.json", figures)
-    stains.write(out)
-    stained = stains_line(stains, unlike)
-    with replacing(out / "CARD.md") as file:
-        file.write(_card(out.resolve().name, cohort, bags, splits, seeds, written, figures, stained).encode())
-    write_json(out / "config.json", written)  # last: a folder with it is a model
+    card = _card(out, cohort, bags, splits, seeds, written, figures, stains_line(stains, unlike))
+    write_model(out, weights, written, figures, stains, card)
     return figures
 
 
@@ -242,9 +227,7 @@ def _calibrate(cohort: Cohort, rows: list[dict[str, Any]], positive: Sequence[st
     return found
 
 
-def _figures(
-    cohort: Cohort, rows: list[dict[str, Any]], head: Head, calibration: dict[str, Any], folds: int
-) -> dict[str, Any]:
+def _figures(rows: list[dict[str, Any]], head: Head, calibration: dict[str, Any], folds: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for part in ("validation", "test"):
         of = [row for row in rows if row["part"] == part]
@@ -275,10 +258,6 @@ def _measure(rows: list[dict[str, Any]], head: Head) -> dict[str, float | None]:
     return measure([row["case"] for row in rows], np.stack([row["probabilities"] for row in rows]), head)
 
 
-def _shift_of(net: Any, mean: Array) -> float:
-    return feature_shift(net, torch.from_numpy(mean)[None])
-
-
 def _write_tables(
     out: Path, cohort: Cohort, rows: list[dict[str, Any]], members: dict[tuple[int, int], Member]
 ) -> None:
@@ -297,7 +276,7 @@ def _write_tables(
 
 
 def _card(
-    name: str,
+    out: Path,
     cohort: Cohort,
     bags: Bags,
     splits: Sequence[Split],
@@ -306,41 +285,22 @@ def _card(
     figures: dict[str, Any],
     stained: str,
 ) -> str:
-    patients = {case.patient for case in cohort.cases.values()}
-    counts = np.bincount([case.label for case in cohort.cases.values()], minlength=len(cohort.class_names))
-    chosen = f"epoch, temperature {config['temperature']:g}, threshold {config['threshold']:g}"
-    lines = [
-        f"# {name}",
-        "",
-        "**Research use only. Not a medical device; not validated for diagnosis.**",
-        "",
-        "| | |",
-        "|---|---|",
+    rows = [
         f"| Task | a bag of tile features -> {', '.join(f'`{c}`' for c in cohort.class_names)} |",
         f"| Model | `{config['architecture']}`, head `{config['head']}`, "
         f"{config['members']} members ({len(splits)} splits x {seeds} seeds) |",
         f"| Features | {bags.in_features} a tile, encoder `{bags.encoder or 'not named by the files'}` |",
-        f"| Data | {len(cohort.cases)} slides of {len(patients)} patients: "
-        + ", ".join(f"{c} {n}" for c, n in zip(cohort.class_names, counts, strict=True))
-        + " |",
-        f"| Chosen on validation | {chosen} |",
+        data_row(cohort, "slides"),
+        f"| Chosen on validation | epoch, temperature {config['temperature']:g}, threshold {config['threshold']:g} |",
         stained,
         f"| sha256 | `{config['weights_sha256']}` |",
-        "",
-        "## Figures",
-        "",
+    ]
+    notes = [
         "Of slides, and patients, that the member had not been trained on; validation slides stopped its training,",
         "test slides decided nothing of it. Each row pools all splits. With folds, every slide is also validation to",
         "one member (temperature, threshold and prediction sets are chosen there) and trained the others: the ensemble",
         "as a whole is not measured here.",
-        "",
     ]
-    for part in ("validation", "test"):
-        found = figures[part]
-        if found is not None:
-            said = [f"{key} {'undefined' if v is None else f'{v:.3f}'}" for key, v in found["pooled"].items()]
-            lines.append(f"- {part}: {', '.join(said)} ({found['slides']} slides, {found['patients']} patients)")
-    if config["conformal_threshold"] is None:
-        lines.append("- no prediction sets: too few validation patients for the coverage asked, or survival")
-    lines += ["", "## Limits", "", "Write here what these slides do not represent: laboratories, scanners, patients."]
-    return "\n".join(lines) + "\n"
+    no_sets = "- no prediction sets: too few validation patients for the coverage asked, or survival"
+    more = [no_sets] if config["conformal_threshold"] is None else []
+    return card_of(out, rows, notes, figures, "slides", more)

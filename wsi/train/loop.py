@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from wsi.errors import ConfigMismatch, TrainError
-from wsi.files import replacing, write_csv, write_json
+from wsi.errors import TrainError
+from wsi.files import replacing, write_csv
 
 Net = TypeVar("Net", bound=torch.nn.Module)
 
@@ -179,31 +179,6 @@ def write_log(out: Path, trained: Sequence[tuple[Mapping[str, Any], Sequence[Map
     axes.legend()
     with replacing(out / "log.png") as file:
         figure.savefig(file, format="png", dpi=100, metadata={"Software": None})  # no version: the same bytes
-
-
-def bind(out: Path, identity: Mapping[str, Any]) -> None:
-    """Bind a model folder, by its run.json, to what it was begun with.
-
-    Raises
-    ------
-    ConfigMismatch
-        It was begun with something else; what differs is named. Or it is a model that was not trained here.
-    TrainError
-        Its run.json is damaged.
-    """
-    path = out / "run.json"
-    if not path.is_file() and (out / "config.json").exists():
-        raise ConfigMismatch(out, "holds a model that this command did not begin", "Choose another folder")
-    if path.is_file():
-        try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise TrainError(path, f"is damaged ({error})", "Choose another folder, or delete this one") from error
-        changed = [key for key, value in identity.items() if found.get(key) != json.loads(json.dumps(value))]
-        if changed:
-            what = f"was begun with another {', '.join(changed)}"
-            raise ConfigMismatch(out, what, "Choose another folder, or delete it")
-    write_json(path, identity)
 
 
 def digits(value: float | None) -> float | None:

@@ -25,11 +25,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.torch import save
 
 from wsi import __version__
-from wsi.errors import ModelError, OutputError
-from wsi.files import replacing, write_csv, write_json
+from wsi.files import write_csv
 from wsi.nn.mil import Head
 from wsi.nn.patch import PatchModel
 from wsi.slide.base import U8
@@ -38,8 +36,9 @@ from wsi.stain.range import StainRange
 from wsi.train.classifier import PatchConfig, PatchTraining, begin
 from wsi.train.cohort import Cohort, Split, check_split
 from wsi.train.figures import best_threshold
+from wsi.train.folder import bind, card_of, data_row, packed, write_model
 from wsi.train.images import Patches
-from wsi.train.loop import bind, write_log
+from wsi.train.loop import write_log
 from wsi.train.mil import measure
 from wsi.train.stains import learn_stains, stains_line
 
@@ -91,15 +90,9 @@ def train_patches(
         `out` holds a training of another configuration or of other patches.
     """
     config.check()
-    if set(positive) - set(cohort.class_names):
-        raise ModelError(f"positive={list(positive)}", "no such class", f"Classes: {', '.join(cohort.class_names)}")
+    positive = cohort.positive(positive)
     check_split(cohort, split, "split")
-    positive = tuple(positive) or (cohort.class_names[1:] if len(cohort.class_names) == 2 else ())
     model = begin(cohort, patches, split, config, mpp, device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError.of(error, out) from error
     _bind(out, cohort, patches, split, config, model, positive)
     run = PatchTraining(cohort, patches, split, config, model)
     run.go(out / "state.safetensors", progress)
@@ -108,24 +101,17 @@ def train_patches(
     if chosen.any() and not chosen.all():
         truth = chosen[[cohort.cases[i].label for i in split.validation]]
         threshold = best_threshold(truth, said["validation"][:, chosen].sum(1)) if 0 < truth.mean() < 1 else 0.5
-    weights = save({name: value.cpu().contiguous() for name, value in model.net.state_dict().items()})
-    sha256 = hashlib.sha256(weights).hexdigest()
+    weights, sha256 = packed(model.net.state_dict())
     figures: dict[str, Any] = {
         part: _figures(cohort, getattr(split, part), said.get(part)) for part in ("validation", "test")
     }
     stains, unlike = _stains(cohort, patches, split)
     figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256, "outside_stains": unlike}
-    with replacing(out / "weights.safetensors") as file:
-        file.write(weights)
     write_log(out, [({}, run.history, run.best_epoch)])
     _write_tables(out, cohort, split, said)
-    write_json(out / "figures.json", figures)
-    stains.write(out)
-    stained = stains_line(stains, unlike)
     written = _config_json(model, threshold, positive, sha256)
-    with replacing(out / "CARD.md") as file:
-        file.write(_card(out.resolve().name, cohort, split, config, written, figures, stained).encode())
-    write_json(out / "config.json", written)  # last: a folder with it is a model
+    card = _card(out, cohort, split, config, written, figures, stains_line(stains, unlike))
+    write_model(out, weights, written, figures, stains, card)
     return figures
 
 
@@ -220,7 +206,7 @@ def _config_json(model: PatchModel, threshold: float, positive: Sequence[str], s
 
 
 def _card(
-    name: str,
+    out: Path,
     cohort: Cohort,
     split: Split,
     config: PatchConfig,
@@ -228,46 +214,23 @@ def _card(
     figures: Mapping[str, Any],
     stained: str,
 ) -> str:
-    counts = np.bincount([case.label for case in cohort.cases.values()], minlength=len(cohort.class_names))
-    patients = {case.patient for case in cohort.cases.values()}
     origin = f"begun from `{config.start}`" if config.start else "random weights"
     how = "features once, the classifier alone" if config.frozen else (
         f"stain augmentation {config.stain:g}, {'turned and mirrored' if config.turn else 'not turned'}, "
         f"JPEG {config.jpeg:g}"
     )  # fmt: skip
-    lines = [
-        f"# {name}",
-        "",
-        "**Research use only. Not a medical device; not validated for diagnosis.**",
-        "",
-        "| | |",
-        "|---|---|",
+    rows = [
         f"| Task | a patch of {written['patch_size_pixels']} px at {written['spacing_um_px']:g} microns per pixel -> "
         f"{', '.join(f'`{c}`' for c in cohort.class_names)} |",
         f"| Model | `{written['architecture']}` `{json.dumps(written['architecture_args'])}`, {origin} |",
         f"| Training | {how}; the classes {'drawn equally often' if config.balance else 'as frequent as they are'}; "
         f"{len(split.train)} patches |",
-        f"| Data | {len(cohort.cases)} patches of {len(patients)} patients: "
-        + ", ".join(f"{c} {n}" for c, n in zip(cohort.class_names, counts, strict=True))
-        + " |",
+        data_row(cohort, "patches"),
         stained,
         f"| Chosen on validation | epoch {figures['best_epoch']}, threshold {written['threshold']:g} |",
         f"| sha256 | `{written['weights_sha256']}` |",
-        "",
-        "## Figures",
-        "",
-        "Validation patches stopped the training; test patches decided nothing. No patient is in two parts.",
-        *(
-            ["Figures are too good where the weights that it was begun from have seen these patients."]
-            * bool(config.start)
-        ),
-        "",
     ]
-    for part in ("validation", "test"):
-        found = figures[part]
-        if found is not None:
-            numbers = {key: v for key, v in found.items() if key not in ("patches", "patients")}
-            shown = ", ".join(f"{k} {'undefined' if v is None else f'{v:.3f}'}" for k, v in numbers.items())
-            lines.append(f"- {part}: {shown} ({found['patches']} patches, {found['patients']} patients)")
-    lines += ["", "## Limits", "", "Write here what these patches do not represent: laboratories, scanners, patients."]
-    return "\n".join(lines) + "\n"
+    notes = ["Validation patches stopped the training; test patches decided nothing. No patient is in two parts."]
+    if config.start:
+        notes.append("Figures are too good where the weights that it was begun from have seen these patients.")
+    return card_of(out, rows, notes, figures, "patches")
