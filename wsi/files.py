@@ -33,8 +33,7 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
     >>> with replacing("out/table.csv") as file:  # doctest: +SKIP
     ...     file.write(b"a,b")
     """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.draft")
+    draft = _draft(path)
     file = draft.open("xb")
     try:
         with file:
@@ -46,6 +45,28 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def touch(path: str | os.PathLike[str]) -> float:
+    """Make and remove a temporary file beside `path`, named as ``replacing`` does; return its time of change.
+
+    Not with ``tempfile``: NFS has no files without a name, and what a kill leaves of these is to be known as ours.
+
+    Examples
+    --------
+    >>> touch("result.json") > 0
+    True
+    """
+    draft = _draft(path)
+    with draft.open("xb") as file:
+        seconds = os.fstat(file.fileno()).st_mtime
+    draft.unlink(missing_ok=True)
+    return seconds
+
+
+def _draft(path: str | os.PathLike[str]) -> Path:
+    """Name a temporary file."""
+    return Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:12]}.draft")
 
 
 def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import tempfile
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,40 @@ def test_half_written_files_of_a_killed_run_are_swept(slides: Path, tmp_path: Pa
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted([*tables, "s0"])
 
 
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_kill_on_nfs_between_making_and_removing_a_file(
+    slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """There every file has a name (no O_TMPFILE), and keeps it when its maker dies."""
+
+    class Killed(BaseException):
+        pass
+
+    def open_named(path: Any, flags: int, *arguments: Any, **more: Any) -> int:
+        if unnamed and flags & unnamed == unnamed:
+            raise OSError(errno.EOPNOTSUPP, "planted", path)
+        return make(path, flags, *arguments, **more)
+
+    def unlink(path: Any, **more: Any) -> None:
+        if Path(path).parent.name != ".claims" and Path(path).exists():  # claims are another test's
+            removed.append(path)
+            if len(removed) == nth:
+                raise Killed
+        remove(path, **more)
+
+    make, remove, removed = os.open, os.unlink, list[Any]()
+    unnamed = getattr(os, "O_TMPFILE", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", open_named)
+        patched.setattr(os, "unlink", unlink)
+        with pytest.raises(Killed):
+            tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0)
+    assert Path(removed[-1]).exists()
+    tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0)
+    assert digest(tmp_path / "r") == digest(whole)
+    assert not list((tmp_path / "r").rglob("*.draft"))
+
+
 def test_a_file_system_that_remembers_what_was_missing(
     slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,12 +140,11 @@ def test_a_file_system_that_remembers_what_was_missing(
             missing.add(own)
         return found
 
-    def made(dir: Path) -> object:
-        missing.discard(dir)
-        return make(dir=dir)
+    def made(path: Path) -> float:
+        missing.discard(path.parent)
+        return files.touch(path)
 
-    make = tempfile.TemporaryFile
     monkeypatch.setattr("wsi.archive.jobs.read_result", remembering)
-    monkeypatch.setattr(tempfile, "TemporaryFile", made)
+    monkeypatch.setattr("wsi.archive.folder.touch", made)
     assert len(tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0).done) == 2
     assert digest(tmp_path / "r") == digest(whole)

@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import platform
-import tempfile
 import threading
 import time
 import uuid
@@ -23,6 +22,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
+
+from wsi.files import touch
 
 #: Seconds between two beats, and of silence after which an owner elsewhere counts as dead: several lost beats, and
 #: more than NFS keeps attributes for (60).
@@ -110,8 +111,7 @@ class Claims:
 
     def __enter__(self) -> Self:
         self._folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self._folder.parent) as mark:  # nothing is left of it, whatever happens
-            self.began = os.fstat(mark.fileno()).st_mtime
+        self.began = touch(self._folder)
         self._thread.start()
         return self
 

@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from typing import Any
 
 from wsi.archive.slides import SlideRef
 from wsi.errors import ConfigMismatch, OutputError
-from wsi.files import replacing, sha256_of, write_csv, write_json
+from wsi.files import replacing, sha256_of, touch, write_csv, write_json
 from wsi.result import SlideResult, read_result
 from wsi.slide import absolute
 
@@ -134,7 +133,7 @@ def bind(
 
 def sweep_books(folder: Path) -> None:
     """Remove half-written tables that a killed process left. Only for who has claimed ``BOOKS``."""
-    for name in _OUR_FILES:
+    for name in (*_OUR_FILES, CLAIMS):
         for path in folder.glob(f".{name}.*.draft"):
             path.unlink(missing_ok=True)
 
@@ -146,8 +145,7 @@ def look_again(own: Path) -> None:
     have finished the slide since. Only for who has claimed the slide.
     """
     own.mkdir(exist_ok=True)
-    with tempfile.TemporaryFile(dir=own):
-        pass
+    touch(own / "result.json")
 
 
 def sweep(own: Path) -> None:
