@@ -38,6 +38,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	! git grep -nE '^(<<<<<<<|>>>>>>>) '
 
 # Editable: only a change of dependencies or of native code asks for another install.
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find native -type f)

@@ -91,6 +91,10 @@ def test_regions_overlap_with_what_was_drawn(camelyon: Path, monkeypatch: pytest
     for task in ("segmentation", "patches"):
         report = evaluated(camelyon, monkeypatch, task, "xml", *words)
         assert report["data"]["patients"] == 1 and report["reporting"]["subgroups"] == "centre, mpp"
+    rows = "".join(f"{i},{i},{i % 2},{0.2 + 0.6 * (i % 2)}\n" for i in range(20))
+    (camelyon / "held.csv").write_text("slide_id,patient,truth,said\n" + rows)
+    words = ("--validation", camelyon / "held.csv", "--label", "truth", "--score", "said")  # columns of that table
+    assert any("validation" in name for name in evaluated(camelyon, monkeypatch, "patches", "xml", *words)["results"])
 
 
 def test_a_real_slide_with_its_outlines(

@@ -20,7 +20,6 @@ from wsi.cli.score import score
 from wsi.cli.tile import tile
 from wsi.cli.train import train
 from wsi.errors import WsiError
-from wsi.memory import keep_freed_memory
 
 app = typer.Typer(
     name="wsi",
@@ -40,7 +39,6 @@ for group in (export, evaluate, train):
 
 def main() -> None:
     """Run the command line; exit 0 done, 2 a wrong call or bad input, 3 some slides failed, 130 stopped, 1 a bug."""
-    keep_freed_memory()
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs each odd tag; what matters is an error of ours
     try:
         app()

@@ -56,9 +56,11 @@ def embed(
     from wsi.archive import Event
     from wsi.embed import embed_slide, grade_slide
     from wsi.files import write_csv
+    from wsi.memory import keep_freed_memory
     from wsi.nn.encoder import load_encoder
     from wsi.nn.grade import load_mil_model
 
+    keep_freed_memory()
     folders = [folder for place in stores for folder in _slides_in(place)]
     model = load_encoder(encoder, device=device, precision=precision)
     head = load_mil_model(mil, model) if mil else None

@@ -232,7 +232,7 @@ def patches(
     roles = _roles(group)
     _idle(roles and annotations is None, "--group", "says what outlines mean", "Give them with --annotations")
     if annotations is not None:
-        named = score or (label, positive) != ("label", "1")
+        named = validation is None and (score or (label, positive) != ("label", "1"))
         _idle(named, "--label, --score or --positive", "is for a CSV, not for outlines", "Leave it out")
         cohort = read_cohort(predictions, labels, patient=patient, groups=config.groups)
         cases, warnings = tile_cases(predictions, annotations, roles, cohort)

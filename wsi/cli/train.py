@@ -191,12 +191,14 @@ def patches(
       wsi score slide.svs --model model -o results
     """
     from wsi.archive import Event
+    from wsi.memory import keep_freed_memory
     from wsi.train.classifier import PatchConfig
     from wsi.train.cohort import k_fold
     from wsi.train.images import Patches
     from wsi.train.mil import prepare
     from wsi.train.patches import train_patches
 
+    keep_freed_memory()
     config = PatchConfig(
         architecture=architecture, arguments=_arguments(argument or []), start=start, frozen=frozen, epochs=epochs,
         patience=patience, lr=lr, weight_decay=weight_decay, batch=batch, balance=balance, stain=stain, turn=turn,

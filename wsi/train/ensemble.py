@@ -96,7 +96,6 @@ def train_mil(
     for k, split in enumerate(splits):
         check_split(cohort, split, f"split {k}")
     _bind(out, cohort, bags, splits, config, seeds, coverage, positive)
-    (out / "members").mkdir(exist_ok=True)
     write_splits(out / "splits", splits)
     members: dict[tuple[int, int], Member] = {}
     for k, split in enumerate(splits):
@@ -160,7 +159,7 @@ def _bind(out: Path, cohort: Cohort, bags: Bags, splits: Sequence[Split], config
         },
         "splits": [list(map(list, split)) for split in splits],
     }
-    bind(out, identity)
+    bind(out, identity, "members")
 
 
 def _targets(cases: Sequence[Case]) -> Targets:

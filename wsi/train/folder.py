@@ -18,8 +18,8 @@ from wsi.stain.range import StainRange
 from wsi.train.cohort import Cohort
 
 
-def bind(out: Path, identity: Mapping[str, Any]) -> None:
-    """Make a model folder and bind it, by its run.json, to what it is begun with.
+def bind(out: Path, identity: Mapping[str, Any], part: str = "") -> None:
+    """Make a model folder, with a `part` in it, and bind it, by its run.json, to what it is begun with.
 
     Raises
     ------
@@ -31,9 +31,9 @@ def bind(out: Path, identity: Mapping[str, Any]) -> None:
         It cannot be made.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        (out / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError.of(error, out) from error
+        raise OutputError.of(error, out / part) from error
     path = out / "run.json"
     if not path.is_file() and (out / "config.json").exists():
         raise ConfigMismatch(out, "holds a model that this command did not begin", "Choose another folder")

@@ -160,6 +160,15 @@ def test_tiles_are_embedded_block_by_block_and_graded_as_where_all_are_kept(
     torch.testing.assert_close(scores.attention, kept.attention, atol=1e-6, rtol=0)
 
 
+def test_dropout_is_drawn_once_a_tile_also_where_no_gradient_is_wanted() -> None:
+    net, (features, boxes) = a_net("transmil").train(), a_bag(40)
+    torch.manual_seed(3)
+    learning = net(features, boxes).logits.detach()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        torch.testing.assert_close(net(features, boxes).logits, learning, atol=1e-6, rtol=0)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(TypeError, match="multiple of heads"):
         a_net("transmil", hidden=9)

@@ -100,7 +100,7 @@ class TransMil(MilNet):
             return told if lo else torch.cat([self.cls, told])
 
         x: Tokens = Computed(1 + len(order), tokens)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:  # which drops others each time
             x = torch.cat([self.cls, *self.by_block(embedded, features, order)])
         y, back = self.first(x)
         token, row = self.last.class_token(self.ppeg(y, layout))
@@ -172,9 +172,10 @@ class Computed:
 Tokens = Tensor | Computed
 
 
-def _kept(n: int, of: Callable[[int, int], Tensor]) -> Tokens:
-    """Tokens that `of` computes from start to stop: all of them where a gradient will come, else when they are read."""
-    if not torch.is_grad_enabled():
+def _as(x: Tokens, of: Callable[[int, int], Tensor]) -> Tokens:
+    """Make as many tokens, which `of` computes from start to stop: when they are read if `x` are, else at once."""
+    n = len(x)
+    if isinstance(x, Computed):
         return Computed(n, of)
     return torch.cat([of(start, min(n, start + _TOKENS)) for start in range(0, n, _TOKENS)])
 
@@ -221,7 +222,7 @@ class Ppeg(nn.Module):
             strips = (strip(top, first, last) for top in tops)
             return torch.cat([*token, *(tiles for tiles in strips if tiles is not None)])
 
-        return _kept(len(x), placed)
+        return _as(x, placed)
 
     def _three(self) -> list[nn.Conv2d]:
         return [conv for conv in self.convolutions if isinstance(conv, nn.Conv2d)]
@@ -336,7 +337,7 @@ class Nystrom(SelfAttention):
                 told[s : s + _TOKENS] += torch.einsum("hm,hmb->b", through, far) / self.heads
             return told
 
-        return _kept(t, attended), back
+        return _as(x, attended), back
 
 
 def _merged(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
