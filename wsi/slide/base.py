@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -13,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from wsi import native
 from wsi.errors import MppError, SlideUnreadable
 from wsi.result import Stopwatch
+from wsi.slide.cells import ONE_PX, Cells, blocks_of, cell_edges, part_of, resample, shrunk
 from wsi.units import Box, Mpp
 
 U8 = npt.NDArray[np.uint8]
@@ -36,45 +35,12 @@ DECODES = ("auto", "full", "fast")
 #: Of a damaged region, parts down to this side are tried on their own.
 _LEAST_PX = 256
 
-#: Edges of cells are counted in this part of a pixel.
-ONE_PX = 1 << native.FIXED_POINT_BITS
-
 
 class GivenMpp(NamedTuple):
     """Microns per level-0 pixel that somebody gave, and who."""
 
     mpp: float
     source: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """Where the pixels of one side of a read lie on a level, as the decoder gives it.
-
-    Attributes
-    ----------
-    edges : int64 (n + 1,)
-        Edges of the output pixels in 1/4096 px, from `first` on.
-    first, last : int
-        The level's pixels from and up to which they reach.
-    shrink : int
-        By how much the decoder reduces the level while decoding it: 1, 2, 4 or 8. Pixels are of the reduced level.
-    are_pixels : bool
-        Every output pixel is one pixel of the level.
-    """
-
-    edges: npt.NDArray[np.int64]
-    first: int
-    last: int
-    shrink: int
-    are_pixels: bool
-
-    @classmethod
-    def of(cls, edges: npt.NDArray[np.int64], shrink: int = 1) -> Self:
-        """Take edges counted from the level's border."""
-        first, last = int(edges[0]) // ONE_PX, -(int(edges[-1]) // -ONE_PX)
-        are_pixels = len(edges) == last - first + 1 and bool((np.diff(edges) == ONE_PX).all())
-        return cls(edges - first * ONE_PX, first, last, shrink, are_pixels)
 
 
 class Slide(ABC):
@@ -169,10 +135,10 @@ class Slide(ABC):
         level, x, y = self.cells(box, out_px, level)
         if out is None:
             out = np.empty((out_h, out_w, 3), np.uint8)
-        for rows in _blocks(y, _BLOCK_PX // min(_BLOCK_PX, x.last - x.first)):
-            part_y = _part(y, rows)
-            for columns in _blocks(x, _BLOCK_PX // min(_BLOCK_PX, part_y.last - part_y.first)):
-                part_x = _part(x, columns)
+        for rows in blocks_of(y, _BLOCK_PX // min(_BLOCK_PX, x.last - x.first)):
+            part_y = part_of(y, rows)
+            for columns in blocks_of(x, _BLOCK_PX // min(_BLOCK_PX, part_y.last - part_y.first)):
+                part_x = part_of(x, columns)
                 source = self._read_padded(level, part_x, part_y, damage)
                 resample(source, part_x, part_y, out[rows, columns])
         return out
@@ -182,7 +148,7 @@ class Slide(ABC):
         if level is None:
             level = self.level_for(max(min(box.w / out_px[0], box.h / out_px[1]), 1e-9))
         scale = self.scale(level)
-        x, y = _cell_edges(box.x, box.w, out_px[0], scale[0]), _cell_edges(box.y, box.h, out_px[1], scale[1])
+        x, y = cell_edges(box.x, box.w, out_px[0], scale[0]), cell_edges(box.y, box.h, out_px[1], scale[1])
         shrink = min(self.shrink_along(level, 0, x), self.shrink_along(level, 1, y))
         return level, shrunk(x, shrink), shrunk(y, shrink)
 
@@ -190,7 +156,7 @@ class Slide(ABC):
         self, level: int, axis: int, starts: npt.NDArray[np.floating], length: float, n: int
     ) -> npt.NDArray[np.int64]:
         """Edges of `n` cells over [start, start + length) level-0 px in 1/4096 px of a level: a row for each start."""
-        return _cell_edges(starts[:, None], length, n, self.scale(level)[axis])
+        return cell_edges(starts[:, None], length, n, self.scale(level)[axis])
 
     def shrink_along(self, level: int, axis: int, edges: npt.NDArray[np.int64]) -> int:
         """Find by how much the decoder may reduce a level for cells with these edges.
@@ -387,32 +353,6 @@ def compose_on_white(rgba: U8) -> U8:
     return ((rgba[..., :3] * a + 255 * (255 - a) + 127) // 255).astype(np.uint8)
 
 
-def _cell_edges(start: float | npt.NDArray[np.floating], length: float, n: int, scale: float) -> npt.NDArray[np.int64]:
-    """Edges of `n` equal cells over [start, start + length) level-0 px, in 1/4096 px of a level."""
-    position = (start + np.arange(n + 1) * (length / n)) * (scale * (1 << native.FIXED_POINT_BITS))
-    edges: npt.NDArray[np.int64] = np.rint(position).astype(np.int64)
-    if (np.diff(edges) < 1).any():
-        raise ValueError(f"cannot enlarge {length:g} level-0 px to {n} px")
-    if (np.diff(edges) > native.MAX_CELL_PX << native.FIXED_POINT_BITS).any():
-        raise ValueError(
-            f"cannot reduce {length:g} level-0 px to {n} px: more than {native.MAX_CELL_PX}-fold for a level"
-        )
-    return edges
-
-
-def shrunk(edges: npt.NDArray[np.int64], shrink: int) -> Cells:
-    """Find the same edges on the reduced level."""
-    return Cells.of((edges + shrink // 2) // shrink, shrink)
-
-
-def resample(source: U8, x: Cells, y: Cells, out: U8) -> None:
-    """Make output pixels of the level's pixels from ``(x.first, y.first)`` on."""
-    if x.are_pixels and y.are_pixels:
-        out[...] = source
-    else:
-        native.area_average(source, y.edges, x.edges, out)
-
-
 def extent(there: npt.NDArray[np.bool_], tile_px: tuple[int, int], size: tuple[int, int]) -> Box:
     """Extent of the stored tiles, bool (rows, columns), that are there, as OpenSlide has it (and QuPath crops to)."""
     whole = Box(0, 0, *size)
@@ -421,26 +361,3 @@ def extent(there: npt.NDArray[np.bool_], tile_px: tuple[int, int], size: tuple[i
     rows, columns = np.flatnonzero(there.any(axis=1)), np.flatnonzero(there.any(axis=0))
     (w, h), (x, y) = tile_px, (int(columns[0]), int(rows[0]))
     return Box(x * w, y * h, (int(columns[-1]) + 1 - x) * w, (int(rows[-1]) + 1 - y) * h).intersect(whole)
-
-
-def put(tile: U8, tile_x: int, tile_y: int, region: U8, x: int, y: int) -> None:
-    """Copy what a tile that lies at (tile_x, tile_y) has of a region that lies at (x, y)."""
-    left, top = max(x, tile_x), max(y, tile_y)
-    right, bottom = min(x + region.shape[1], tile_x + tile.shape[1]), min(y + region.shape[0], tile_y + tile.shape[0])
-    region[top - y : bottom - y, left - x : right - x] = tile[
-        top - tile_y : bottom - tile_y, left - tile_x : right - tile_x
-    ]
-
-
-def _part(cells: Cells, run: slice) -> Cells:
-    """Take the cells of a run."""
-    if run.stop - run.start == len(cells.edges) - 1:
-        return cells
-    return Cells.of(cells.edges[run.start : run.stop + 1] + cells.first * ONE_PX, cells.shrink)
-
-
-def _blocks(cells: Cells, max_px: int) -> list[slice]:
-    """Cut cells into runs that span at most about `max_px` source pixels (one cell at least)."""
-    n = len(cells.edges) - 1
-    per_run = max(1, n * max_px // max(1, cells.last - cells.first))
-    return [slice(start, min(start + per_run, n)) for start in range(0, n, per_run)]

@@ -20,7 +20,8 @@ import tifffile
 
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.errors import SlideError, SlideUnreadable, UnknownFormat
-from wsi.slide.base import U8, GivenMpp, Slide, extent, put, resolve_mpp
+from wsi.slide.base import U8, GivenMpp, Slide, extent, resolve_mpp
+from wsi.slide.cells import put
 from wsi.slide.source import Source
 from wsi.slide.tiffcheck import check_tiff
 from wsi.units import Box

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from wsi.grid import TileGrid
 from wsi.slide import Slide
-from wsi.slide.base import ONE_PX, U8, Cells, resample, shrunk
+from wsi.slide.base import U8
+from wsi.slide.cells import ONE_PX, Cells, resample, shrunk
 
 #: Tiles or patches a thread takes at once, at most: enough that handing them out costs little.
 _RUN = 32
