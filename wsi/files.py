@@ -47,14 +47,15 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
         raise
 
 
-def touch(path: str | os.PathLike[str]) -> float:
-    """Make and remove a temporary file beside `path`, named as ``replacing`` does; return its time of change.
+def time_beside(path: str | os.PathLike[str]) -> float:
+    """Return what time it is by the file system that `path` is on: of a file made beside it, and removed.
 
-    Not with ``tempfile``: NFS has no files without a name, and what a kill leaves of these is to be known as ours.
+    Named as ``replacing`` does, not with ``tempfile``: NFS has no files without a name, and what a kill leaves is to be
+    known as ours.
 
     Examples
     --------
-    >>> touch("result.json") > 0
+    >>> time_beside("result.json") > 0
     True
     """
     draft = _draft(path)

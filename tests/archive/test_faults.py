@@ -142,9 +142,9 @@ def test_a_file_system_that_remembers_what_was_missing(
 
     def made(path: Path) -> float:
         missing.discard(path.parent)
-        return files.touch(path)
+        return files.time_beside(path)
 
     monkeypatch.setattr("wsi.archive.jobs.read_result", remembering)
-    monkeypatch.setattr("wsi.archive.folder.touch", made)
+    monkeypatch.setattr("wsi.archive.folder.time_beside", made)
     assert len(tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0).done) == 2
     assert digest(tmp_path / "r") == digest(whole)

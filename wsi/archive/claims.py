@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from wsi.files import touch
+from wsi.files import time_beside
 
 #: Seconds between two beats, and of silence after which an owner elsewhere counts as dead: several lost beats, and
 #: more than NFS keeps attributes for (60).
@@ -111,7 +111,7 @@ class Claims:
 
     def __enter__(self) -> Self:
         self._folder.parent.mkdir(parents=True, exist_ok=True)
-        self.began = touch(self._folder)
+        self.began = time_beside(self._folder)
         self._thread.start()
         return self
 

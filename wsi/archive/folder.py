@@ -31,7 +31,7 @@ from typing import Any
 
 from wsi.archive.slides import SlideRef
 from wsi.errors import ConfigMismatch, OutputError
-from wsi.files import replacing, sha256_of, touch, write_csv, write_json
+from wsi.files import replacing, sha256_of, time_beside, write_csv, write_json
 from wsi.result import SlideResult, read_result
 from wsi.slide import absolute
 
@@ -145,7 +145,7 @@ def look_again(own: Path) -> None:
     have finished the slide since. Only for who has claimed the slide.
     """
     own.mkdir(exist_ok=True)
-    touch(own / "result.json")
+    time_beside(own / "result.json")
 
 
 def sweep(own: Path) -> None:

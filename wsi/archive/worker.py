@@ -95,5 +95,6 @@ def _devices(execution: dict[str, Any]) -> int:
 if __name__ == "__main__":
     try:
         main()
+        os._exit(0)  # at once: the end of stdin still sends a signal, and Zarr's threads would complain
     except (KeyboardInterrupt, BrokenPipeError):
-        os._exit(1)  # at once: Zarr's threads would complain of being left in the middle
+        os._exit(1)

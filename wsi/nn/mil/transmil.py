@@ -99,9 +99,11 @@ class TransMil(MilNet):
             told = embedded(features[order[max(lo - 1, 0) : hi - 1]])[0]
             return told if lo else torch.cat([self.cls, told])
 
-        x: Tokens = Computed(1 + len(order), tokens)
+        x: Tokens
         if torch.is_grad_enabled() or self.training:  # which drops others each time
             x = torch.cat([self.cls, *self.by_block(embedded, features, order)])
+        else:
+            x = Computed(1 + len(order), tokens)
         y, back = self.first(x)
         token, row = self.last.class_token(self.ppeg(y, layout))
         logits = self.classifier(self.norm(token)).float()
