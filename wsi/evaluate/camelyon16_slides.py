@@ -74,10 +74,6 @@ def read_slides(
     ------
     EvaluationError
         Slides of the reference without results, names that stand twice, nothing to evaluate.
-
-    Examples
-    --------
-    >>> read_slides(Path("results"), Path("annotations"), Path("out"), None, Camelyon16Config())  # doctest: +SKIP
     """
     warnings: list[str] = []
     scored: dict[str, ScoredSlide] = {}

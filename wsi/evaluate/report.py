@@ -120,10 +120,6 @@ def write_report(folder: str | os.PathLike[str], report: Report, about: Mapping[
     ------
     OutputError
         The folder cannot be written to.
-
-    Examples
-    --------
-    >>> write_report("out", Report("slides", "A test", {}, {}, {"auroc": Estimate(0.9)}))         # doctest: +SKIP
     """
     folder = Path(folder)
     try:

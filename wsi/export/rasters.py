@@ -89,11 +89,6 @@ def slide_raster(slide: ScoredSlide) -> Raster:
     ------
     ResultsError
         No tile was scored.
-
-    Examples
-    --------
-    >>> slide_raster(scored_slides(Path("results"))["slide_1"]).pixel_um                  # doctest: +SKIP
-    (128.0, 128.0)
     """
     store = slide.store()
     tiles = slide.tiles(store)
@@ -111,10 +106,6 @@ def write_ome_tiff(path: Path, raster: Raster) -> None:
     """Write a pyramidal OME-TIFF: tiled, its coarser levels in SubIFDs, sizes of pixels in microns.
 
     QuPath (Bio-Formats) opens it as an image of its own, napari with a scale.
-
-    Examples
-    --------
-    >>> write_ome_tiff(Path("heatmap.ome.tiff"), slide_raster(slide))                     # doctest: +SKIP
     """
     levels = raster.levels()
     options: dict[str, Any] = {
@@ -158,10 +149,6 @@ def write_png(path: Path, raster: Raster) -> None:
     """Write the first channel in colour, a pixel a step, transparent where there is no tile.
 
     Colours are viridis from 0 to 1.
-
-    Examples
-    --------
-    >>> write_png(Path("heatmap.png"), slide_raster(slide))                               # doctest: +SKIP
     """
     from matplotlib import colormaps
 
@@ -203,10 +190,6 @@ def export_rasters(
         An unknown kind or version.
     OSError
         `out` cannot be written to.
-
-    Examples
-    --------
-    >>> export_rasters(Path("results"), Path("heatmaps"), "ome-tiff")                     # doctest: +SKIP
     """
     if kind not in ("ome-tiff", "ome-zarr", "png"):
         raise ValueError(f"kind must be ome-tiff, ome-zarr or png, got {kind!r}")
