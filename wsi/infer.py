@@ -38,10 +38,8 @@ def score_tiles(
 
     Parameters
     ----------
-    slide : Slide
     store : PatchStore
         Made for this slide's grid; written shard by shard.
-    model : PatchModel
     batch_size : int
         Patches a forward pass. Batches never span two shards.
     threads : int

@@ -42,15 +42,11 @@ def write_outputs(
     ----------
     folder : Path
         Its name is the slide's id.
-    slide : Slide
-    tissue : TissueMask
     grid : TileGrid
         The n tiles that could be read.
     probabilities : float32 (n, k)
     slide_scores : SlideGrade, optional
         None where no MIL model graded the slide.
-    engine : Engine
-    config : ScoreConfig
     """
     model = engine.model.config
     names = model.class_names

@@ -40,7 +40,6 @@ def save_sheet(
     ----------
     path : path
         Written beside and renamed, so it is whole or not there.
-    slide : Slide
     grid : TileGrid
         n >= 1 tiles.
     evidence : mapping of name to (n,)

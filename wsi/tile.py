@@ -202,7 +202,6 @@ def keep_tiles(
 
     Parameters
     ----------
-    slide : Slide
     store : PatchStore
         Made for a grid of this slide; one that keeps no pixels is left as it is.
     threads : int

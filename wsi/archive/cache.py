@@ -28,7 +28,6 @@ class Cache:
 
     Parameters
     ----------
-    folder : path
     max_bytes : int
         A slide that is larger is read where it is; one for which there is no room now waits.
     """

@@ -43,7 +43,6 @@ class Cluster:
 
     Parameters
     ----------
-    job : Job
     address : str
         Of the scheduler; or "local": a cluster of `workers` on this machine, for as long as the run takes.
     workers : int, optional

@@ -183,7 +183,6 @@ class Tables:
 
     Parameters
     ----------
-    folder : Path
     columns : sequence of str
         Of slides.csv, by names of result.json; "probabilities" stands for one column a class.
     status : str

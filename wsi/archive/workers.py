@@ -137,10 +137,8 @@ class Workers:
 
     Parameters
     ----------
-    job : Job
     n : int, optional
         How many; None for one a GPU, or one where there is none.
-    limits : Limits
     """
 
     def __init__(self, job: Job, n: int | None, limits: Limits) -> None:

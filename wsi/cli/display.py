@@ -109,7 +109,6 @@ class Pace:
 
     Parameters
     ----------
-    n_slides : int
     clock : callable
         Seconds.
     """

@@ -97,7 +97,6 @@ def convert_bags(
     out : Path
         Made; must not be there, or be empty. It is whole or not there.
     layout : {"clam", "trident", "stamp", "torchmil", "anndata"}
-    given : Given, optional
     key : bytes, optional
         Slide ids are replaced by their pseudonyms.
 

@@ -83,13 +83,10 @@ def positive_regions(
     ----------
     outlines : sequence of shapely.Polygon
         Level-0 pixels.
-    grid : TileGrid
     score : float (n,)
         Of each tile, the probability of the positive classes.
     positive : sequence of str
         Names the regions.
-    path_class : PathClass
-    mpp : Mpp
     """
     boxes = grid.boxes()
     centres = shapely.points(boxes[:, :2] + boxes[:, 2:] / 2)

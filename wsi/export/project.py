@@ -89,7 +89,6 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
     out : Path
         Made where it is not there. What an earlier export wrote of the same slides is replaced; to a project that is
         there slides are added, and whatever QuPath or its user changed in it stays.
-    config : QuPathConfig, optional
 
     Returns
     -------

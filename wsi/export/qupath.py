@@ -116,7 +116,6 @@ def write_tiles(
         Gzipped when the name ends in ``.gz``. Written beside and renamed, so it is whole or not there.
     boxes : float64 (n, 4)
         x, y, w, h in level-0 pixels.
-    classes : sequence of PathClass
     class_index : int (n,)
         Which of `classes` each tile is.
     measurements : mapping of str to float (n,)
@@ -216,7 +215,6 @@ def write_regions(
     ----------
     path : path
         Gzipped when the name ends in ``.gz``. Written beside and renamed, so it is whole or not there.
-    regions : iterable of Region
     bounds : Box
         The slide's ``bounds``: subtracted, and clipped to.
     slide_id : str

@@ -163,7 +163,6 @@ class EncoderNet(torch.nn.Module):
 
     Parameters
     ----------
-    num_classes : int
     encoder : str
         A name of timm's; the other arguments are ``TimmEncoder``'s.
 

@@ -36,7 +36,6 @@ def fresh_model(
         "wsi-p4m", or a name of timm's.
     arguments : mapping
         Of its constructor.
-    class_names : sequence of str
     tile_px, mpp : int, float
         Of the patches.
     mean, std : sequence of 3 floats

@@ -132,7 +132,6 @@ class MilModel:
 
         Parameters
         ----------
-        grade : SlideGrade
         features : float (n, d)
             What it was made of.
         unreadable : float

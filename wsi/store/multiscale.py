@@ -46,7 +46,6 @@ def write_multiscale(
         Their names.
     step : (float, float)
         Width and height of a pixel of the first level in level-0 pixels of the slide.
-    mpp : Mpp
     version : {"0.4", "0.5"}
 
     Raises

@@ -91,7 +91,6 @@ class PatchStore:
         ----------
         path : path
             Must not exist.
-        grid : TileGrid
         arrays : mapping of name to (shape of one row, dtype)
             What will be computed for each tile.
         pixels : {"none", "zstd", "jpeg", "verbatim"}
@@ -241,10 +240,8 @@ class PatchStore:
 
         Parameters
         ----------
-        name : str
         row : tuple of int
             Shape of one tile's values.
-        dtype : str
         about : mapping
             JSON-able, not empty: what decides the values.
 
@@ -282,7 +279,6 @@ class PatchStore:
 
         Parameters
         ----------
-        shard : int
         values : mapping of name to array (tiles of the shard, ...)
 
         Raises

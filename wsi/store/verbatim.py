@@ -76,7 +76,6 @@ def copy_tiles(
 
     Parameters
     ----------
-    slide : Slide
     store : PatchStore
         Made with ``pixels="verbatim"`` for a grid of this slide.
     threads : int

@@ -61,8 +61,6 @@ def train_mil(
         Labels and bags of the same slides; see ``cohort.match``.
     splits : sequence of Split
         One member is trained on each, times `seeds`.
-    out : Path
-    config : MilConfig
     seeds : int
         Members a split.
     coverage : float
@@ -70,7 +68,6 @@ def train_mil(
     positive : sequence of str
         Classes that a slide is called for from a threshold on, which is chosen on validation. Default: of two classes
         the second, of more none.
-    device : str
     progress : callable
         Called with the member, the epochs done, and how many at most.
 

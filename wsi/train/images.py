@@ -71,10 +71,8 @@ class Patches:
 
     Parameters
     ----------
-    places : mapping of id to Place
     subset : bool
         Leave out patches that are not square or of another size than most.
-    keep_bytes : int
 
     Attributes
     ----------
@@ -131,7 +129,6 @@ def read_folder(folder: Path, *, classes: Sequence[str] = (), patient_in: str | 
 
     Parameters
     ----------
-    folder : Path
     classes : sequence of str
         Their order; default: by number, or by alphabet.
     patient_in : str, optional

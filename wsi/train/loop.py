@@ -40,7 +40,6 @@ class Loop(Generic[Net]):
     ----------
     net : Module
         On its device. What needs no gradient is neither learnt nor kept in the state.
-    config : LoopConfig
     lr : float
         Of AdamW; it falls to 0 over the epochs by a cosine.
 

@@ -101,10 +101,8 @@ class Bags:
 
     Parameters
     ----------
-    paths : mapping of slide id to path
     encoder : str, optional
         Which features of stores that hold several; see ``read_bag``.
-    keep_bytes : int
 
     Attributes
     ----------
@@ -207,12 +205,9 @@ def train_member(
 
     Parameters
     ----------
-    cohort : Cohort
     bags : Bags, or whatever gives a TrainingBag by slide id and has `stats` and `in_features`
     split : Split
         Test slides are looked at once, at the end.
-    config : MilConfig
-    device : str
     state : Path, optional
         File to keep the state in after each epoch.
     progress : callable
