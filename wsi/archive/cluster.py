@@ -57,7 +57,6 @@ class Cluster:
         self._cluster: Any = None
 
     def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See ``Staff``."""
         try:
             import dask
             import distributed
@@ -87,7 +86,6 @@ class Cluster:
         return len(self._running) <= len(self._client.ncores())
 
     def give(self, task: Task) -> None:
-        """See ``Staff``."""
         ref, own = task.ref, str(Path(task.own).absolute())  # workers have working directories of their own
         ref = replace(ref, path=absolute(ref.path), mask=absolute(ref.mask) if ref.mask else None)
         claim = task.claim and Claim(str(Path(task.claim.path).absolute()), task.claim.nonce)
@@ -97,7 +95,6 @@ class Cluster:
         future.add_done_callback(self._ended.put)
 
     def wait(self, tell: Tell) -> None:
-        """See ``Staff``."""
         try:
             future = self._ended.get(timeout=0.25)
         except queue.Empty:
@@ -125,7 +122,6 @@ class Cluster:
         )
 
     def stop(self) -> None:
-        """See ``Staff``."""
         client, cluster, self._client, self._cluster = self._client, self._cluster, None, None
         if client is not None:
             client.cancel(list(self._running))

@@ -103,16 +103,13 @@ class Here:
         self._task: Task | None = None
 
     def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See ``Staff``."""
         self._ready = self._job.load()
         return self._ready.configuration, self._ready.execution
 
     def free(self) -> bool:
-        """See ``Staff``."""
         return self._task is None
 
     def give(self, task: Task) -> None:
-        """See ``Staff``."""
         self._task = task
 
     def wait(self, tell: Tell) -> None:
@@ -163,15 +160,12 @@ class Workers:
         return said["configuration"], said["execution"]
 
     def free(self) -> bool:
-        """See ``Staff``."""
         return any(worker.is_free for worker in self._workers)
 
     def give(self, task: Task) -> None:
-        """See ``Staff``."""
         next(worker for worker in self._workers if worker.is_free).give(task)
 
     def wait(self, tell: Tell) -> None:
-        """See ``Staff``."""
         until, kind = time.monotonic() + _LOOK_S, "stage"
         with suppress(queue.Empty):
             while kind == "stage" and (left := until - time.monotonic()) > 0:
@@ -182,7 +176,6 @@ class Workers:
             worker.check(self._limits)
 
     def stop(self) -> None:
-        """See ``Staff``."""
         for worker in self._workers:
             worker.stop()
         for worker in self._workers:

@@ -86,11 +86,9 @@ class OpenSlideReader(Slide):
         return compose_on_white(np.asarray(rgba)[y - y0 :, x - x0 :])
 
     def close(self) -> None:
-        """Close the file."""
         self._slide.close()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as path and resolution."""
         return type(self), (self.path, self._given)
 
 

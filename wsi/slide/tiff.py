@@ -238,11 +238,9 @@ class TiffReader(Slide):
         return np.ascontiguousarray(region[:: -1 if flip_y else 1, :: -1 if flip_x else 1]), damaged
 
     def close(self) -> None:
-        """Close the file."""
         self._source.close()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as path, resolution and way of decoding."""
         return type(self), (self.path, self._given, self.decode)
 
 

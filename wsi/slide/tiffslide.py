@@ -103,11 +103,9 @@ class TiffSlideReader(Slide):
         rgb[holes[rows[:, None], columns[None, :]]] = 255
 
     def close(self) -> None:
-        """Close the file."""
         self._slide.close()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as path and resolution."""
         return type(self), (self.path, self._given)
 
 

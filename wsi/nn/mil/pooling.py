@@ -105,7 +105,6 @@ class NoisyOrMil(MilNet):
         )  # from 0, a bag of 10^3 tiles would begin at p = 1, with no gradient
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """See ``MilNet.forward``."""
         (votes,) = self.by_block(lambda block: (self.classifier(self.embed(block)).float(),), features)
         # log(-log(1 - p_n)), whose softmax is the share; softplus(v) is exp(v) for small v, and would underflow
         evidence = torch.where(votes < -15, votes, functional.softplus(votes.clamp(min=-15)).log())
