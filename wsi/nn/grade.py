@@ -23,7 +23,7 @@ from wsi.nn.mil import MIL_NETS, MilNet, make_net
 from wsi.nn.mil.net import BLOCK
 from wsi.nn.patch import PatchModel
 from wsi.nn.uncertainty import Uncertainty, prediction_set, uncertainty
-from wsi.result import called
+from wsi.result import called, rounded
 
 #: Share of unreadable tissue from which on a grade should not be used: what decides may lie in what nobody saw.
 MOST_UNREADABLE = 0.1
@@ -183,8 +183,8 @@ class Doubts(NamedTuple):
         """Return it as result.json holds it: entropies in nats to six digits."""
         exact = self.uncertainty.mutual_information
         return {
-            "entropy": float(f"{self.uncertainty.entropy:.6g}"),
-            "mutual_information": None if exact is None else float(f"{exact:.6g}"),
+            "entropy": rounded(self.uncertainty.entropy),
+            "mutual_information": None if exact is None else rounded(exact),
             "prediction_set": None if self.prediction_set is None else list(self.prediction_set),
             "abstain": self.abstain,
         }
