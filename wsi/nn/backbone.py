@@ -46,7 +46,7 @@ class _Halves(torch.nn.Module):
     net: Any
 
     def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Normalised images (b, 3, h, w) to what is pooled: maps (b, d, h', w') of a convolutional network, or tokens."""
+        """Normalised images (b, 3, h, w) to what is pooled: of a convolutional network maps (b, d, h', w')."""
         return (_channels_second(self.net, self.net.forward_features(x)),)
 
     def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
