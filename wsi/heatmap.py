@@ -112,8 +112,7 @@ class Heatmap:
         """
         limit = shapely.box(within.x, within.y, within.x + within.w, within.y + within.h)
         if self._has_gaps:
-            x, y, w, h = self.grid.keep(self.values >= threshold).boxes().T
-            shapes = list(shapely.box(x, y, x + w, y + h))
+            shapes = list(self.grid.keep(self.values >= threshold).polygons())
         else:
             stride = np.array(self.grid.stride)
             with np.errstate(invalid="ignore"):

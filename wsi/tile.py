@@ -195,7 +195,7 @@ def keep_tiles(
     store: PatchStore,
     *,
     threads: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
     spent: dict[str, float] | None = None,
 ) -> None:
     """Fill the missing pixels of a store, shard by shard: copied where it is verbatim, else read and encoded.
@@ -206,7 +206,7 @@ def keep_tiles(
         Made for a grid of this slide; one that keeps no pixels is left as it is.
     threads : int
         The bytes written do not depend on it.
-    progress : callable, optional
+    progress : callable
         Called with the number of tiles done in all.
     spent : dict, optional
         Seconds of this thread are added under ``tiles_waiting`` (for patches), ``tiles_encode`` and ``tiles_write``.
@@ -223,8 +223,7 @@ def keep_tiles(
         return
     missing = store.missing("pixels") if store.pixels != "none" else []
     done = len(store) - sum(len(store.tiles(shard)) for shard in missing)
-    if progress is not None:
-        progress(done)
+    progress(done)
     chunks: list[bytes | None] = []
     runs = [store.tiles(shard) for shard in missing]
     lap = Laps({} if spent is None else spent)
@@ -241,8 +240,7 @@ def keep_tiles(
                 chunks = []
                 lap("tiles_write")
             done += len(tiles)
-            if progress is not None:
-                progress(done)
+            progress(done)
 
 
 def _numbers(
