@@ -86,6 +86,27 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     return raw
 
 
+def in_one_go(spans: Iterable[tuple[int, int, int]], gap: int, most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Group (offset, length, mark), sorted, by what one read covers: nearer than `gap`, and up to `most` bytes at once.
+
+    Examples
+    --------
+    >>> list(in_one_go([(0, 9, 0), (10, 5, 1), (90, 5, 2)], 4, 1000))
+    [[(0, 9, 0), (10, 5, 1)], [(90, 5, 2)]]
+    """
+    run: list[tuple[int, int, int]] = []
+    stop = 0
+    for span in spans:
+        offset, length, _ = span
+        if run and (offset > stop + gap or max(stop, offset + length) - run[0][0] > most):
+            yield run
+            run = []
+        stop = max(stop, offset + length) if run else offset + length
+        run.append(span)
+    if run:
+        yield run
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Return the hexadecimal SHA-256 of a file.
 

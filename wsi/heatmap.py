@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
 import imagecodecs
 import numpy as np
@@ -64,6 +64,11 @@ class Heatmap:
                 f"a heatmap needs finite values, got {np.count_nonzero(~np.isfinite(values))} that are not"
             )
         object.__setattr__(self, "values", values)
+
+    @classmethod
+    def of(cls, grid: TileGrid, probabilities: npt.NDArray[Any], positive: npt.ArrayLike) -> Self:
+        """Make that of the probability (n, k) of some classes together: their numbers, or bool (k,)."""
+        return cls(grid, probabilities[:, positive].sum(axis=1).clip(0, 1))
 
     def raster(self) -> npt.NDArray[np.float32]:
         """Return the values as an image.

@@ -77,11 +77,10 @@ def write_outputs(
     outlines: list[shapely.Polygon] = []
     heatmap = None
     if positive and len(grid):
-        score = probabilities[:, [names.index(name) for name in positive]].sum(axis=1).clip(0, 1)
-        heatmap = Heatmap(grid, score)
+        heatmap = Heatmap.of(grid, probabilities, [names.index(name) for name in positive])
         outlines = heatmap.regions(threshold, slide.bounds)
         path_class = next(c for c, name in zip(classes, names, strict=True) if name == positive[0])
-        regions += positive_regions(outlines, grid, score, positive=positive, path_class=path_class, mpp=slide.mpp)
+        regions += positive_regions(outlines, heatmap, positive=positive, path_class=path_class, mpp=slide.mpp)
     write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=folder.name, metadata=metadata)
     save_overlay(
         folder / "overlay.png",

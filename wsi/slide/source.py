@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 
 from wsi.errors import SlideNotFound, SlideUnreadable
+from wsi.files import in_one_go
 
 #: Ranges nearer than this are fetched as one: cheaper than asking twice.
 _GAP = {"local": 16_384, "remote": 262_144}
@@ -84,27 +85,15 @@ class Source:
 
     def ranges(self, offsets: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
         """Read many ranges, neighbours in one go, and remote ones all at the same time; or raise OSError."""
-        order = sorted((i for i, length in enumerate(lengths) if length), key=offsets.__getitem__)
-        gap = _GAP["local" if self._fs is None else "remote"]
-        spans: list[tuple[int, int, list[int]]] = []  # start, end, which ranges
-        for i in order:
-            start, end = offsets[i], offsets[i] + lengths[i]
-            if spans:
-                first, last, members = spans[-1]
-                if start <= last + gap and max(end, last) - first <= _MOST:
-                    members.append(i)
-                    spans[-1] = first, max(end, last), members
-                    continue
-            spans.append((start, end, [i]))
-        if self._fs is not None:
-            blobs = self._fetch([(start, end) for start, end, _ in spans])
-        else:
-            blobs = [self.read(start, end - start) for start, end, _ in spans]
+        wanted = sorted((offsets[i], length, i) for i, length in enumerate(lengths) if length)
+        runs = list(in_one_go(wanted, _GAP["local" if self._fs is None else "remote"], _MOST))
+        spans = [(run[0][0], max(offset + length for offset, length, _ in run)) for run in runs]
+        blobs = [self.read(start, end - start) for start, end in spans] if self._fs is None else self._fetch(spans)
         found: list[memoryview] = [memoryview(b"")] * len(offsets)
-        for (start, _, members), blob in zip(spans, blobs, strict=True):
+        for run, (start, _), blob in zip(runs, spans, blobs, strict=True):
             view = memoryview(blob)
-            for i in members:
-                found[i] = view[offsets[i] - start : offsets[i] - start + lengths[i]]
+            for offset, length, i in run:
+                found[i] = view[offset - start : offset - start + length]
         return found
 
     def _fetch(self, spans: list[tuple[int, int]]) -> list[Any]:
