@@ -99,23 +99,8 @@ def tile_slide(
     config : TileConfig, optional
     threads : int
         Reading, decoding and encoding at a time.
-    mpp : float, optional
-        Microns per level-0 pixel of the slide, where the file's own are missing or wrong.
-    mpp_source : str
-        Who gave `mpp`.
-    mask : str, optional
-        An image that says where tissue is, see ``tissue_in_image``; default: it is looked for.
-    local : str, optional
-        A copy of the slide, nearer by, to read from.
-    progress : callable
-        Called with the stage, and how much of it is done out of how much.
-
-    Raises
-    ------
-    SlideError, GridError, StoreError, ConfigMismatch
-        One line each that says what to do.
-    OSError
-        `folder` cannot be written to; what was written stays.
+    mpp, mpp_source, mask, local, progress
+        As for ``score_slide``, and so are the errors.
     """
     config = config or TileConfig()
     config.check()

@@ -213,12 +213,8 @@ def write_regions(
 
     Parameters
     ----------
-    path : path
-        Gzipped when the name ends in ``.gz``. Written beside and renamed, so it is whole or not there.
-    bounds : Box
-        The slide's ``bounds``: subtracted, and clipped to.
-    slide_id : str
-        Identifiers are made of it and the region's position, so the same slide gives the same file.
+    path, bounds, slide_id
+        As in ``write_tiles``.
     metadata : mapping of str to str, optional
         Written with each annotation, where QuPath (0.5 and later) shows it, and once beside ``features``.
     clip : bool

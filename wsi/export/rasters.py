@@ -164,33 +164,9 @@ def write_png(path: Path, raster: Raster) -> None:
 def export_rasters(
     results: Path, out: Path, kind: str, *, version: str = "0.5", key: bytes | None = None
 ) -> list[dict[str, Any]]:
-    """Write the heatmaps of all slides of a results folder as images.
+    """Write the heatmaps of all slides of a results folder as images: "ome-tiff", "ome-zarr" (of a `version`) or "png".
 
-    Parameters
-    ----------
-    results : Path
-        What ``wsi score`` wrote.
-    out : Path
-        Made where it is not there.
-    kind : {"ome-tiff", "ome-zarr", "png"}
-    version : {"0.4", "0.5"}
-        Of OME-Zarr.
-    key : bytes, optional
-        Slide ids are replaced by their pseudonyms.
-
-    Returns
-    -------
-    list of dict
-        A row a slide: ``slide_id``, ``size_px``, ``pixel_um``, ``warnings``.
-
-    Raises
-    ------
-    ResultsError
-        No results there.
-    ValueError
-        An unknown kind or version.
-    OSError
-        `out` cannot be written to.
+    Parameters, rows and errors are those of ``export_bags``; a row has ``size_px`` and ``pixel_um`` in place of tiles.
     """
     if kind not in ("ome-tiff", "ome-zarr", "png"):
         raise ValueError(f"kind must be ome-tiff, ome-zarr or png, got {kind!r}")
