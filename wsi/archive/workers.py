@@ -199,7 +199,7 @@ class Workers:
             raise _error(said["error"])
         elif kind == "stage":
             worker.stage, self._idle_deaths = said["stage"], 0
-            tell(Event("stage", worker.slide_id, said["stage"], said["done"], said["total"]))
+            tell(Event("stage", task.slide_id if task else "", said["stage"], said["done"], said["total"]))
         elif kind == "died":
             self._workers.remove(worker)
             worker.stop()
@@ -229,23 +229,11 @@ class _Worker:
         self.task: Task | None = None
         self._began = 0.0
         self._reason: tuple[str, str] | None = None
-        command = [sys.executable, "-m", "wsi.archive.worker"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
+        command, pipe = [sys.executable, "-m", "wsi.archive.worker"], subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", env=environment)
         self._send(to_json(job))
         self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
         self._listener.start()
-
-    @property
-    def slide_id(self) -> str:
-        """Whom it is working on."""
-        return self.task.slide_id if self.task else ""
 
     @property
     def is_free(self) -> bool:

@@ -70,7 +70,7 @@ def embed(
             try:
                 result = embed_slide(
                     folder, model, batch_size=batch_size, threads=threads,
-                    progress=lambda *how, name=folder.name: tell(Event("stage", name, *how)),  # type: ignore[misc]
+                    progress=lambda *how, name=folder.name: tell(Event("stage", name, *how)),
                 )  # fmt: skip
                 done.append(result.numbers)
                 if head is not None:

@@ -63,8 +63,8 @@ def model_from(
 ) -> PatchModel:
     """Make a patch model with the weights of another, or of an encoder.
 
-    `start` is what ``load_encoder`` takes. The classifier is kept where the classes are the same, and else fresh; patches
-    of another size are resized to its own; ``sha256`` is that of the weights begun from.
+    `start` is what ``load_encoder`` takes, and ``sha256`` that of its weights. Its classifier is kept where the classes
+    are the same, and else fresh. Patches of another size are resized to its own.
 
     Examples
     --------

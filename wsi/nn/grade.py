@@ -228,8 +228,14 @@ def load_mil_model(name: str | Path, encoder: PatchModel | None = None) -> MilMo
     config = read_config(folder, "mil")
     if config.architecture not in MIL_NETS:
         raise ModelError(config.folder, f"is of architecture {config.architecture!r}", f"Known: {', '.join(MIL_NETS)}")
-    if encoder is not None:
-        _check_encoder(config, encoder)
+    if encoder is not None and not encoder.num_features:
+        raise ModelError(config.folder, "needs features, and a TorchScript patch model shows none", "Leave out --mil")
+    if encoder is not None and config.encoder_sha256 not in (None, encoder.sha256):
+        raise ModelError(
+            config.folder,
+            f"was trained on the features of another patch model than {encoder.config.folder.name}",
+            "Use the patch model it names (encoder_sha256), or train a head for this one",
+        )
     state = load_weights(config)
     arguments = {**config.architecture_args, "num_classes": config.num_logits}
     try:
@@ -245,14 +251,3 @@ def load_mil_model(name: str | Path, encoder: PatchModel | None = None) -> MilMo
     # One file holds the whole ensemble: one hash says which weights a grade came from.
     fit_weights(nets[0] if config.members == 1 else torch.nn.ModuleList(nets), state, config)
     return MilModel(config, nets, weights_sha256(config))
-
-
-def _check_encoder(config: ModelConfig, encoder: PatchModel) -> None:
-    if not encoder.num_features:
-        raise ModelError(config.folder, "needs features, and a TorchScript patch model shows none", "Leave out --mil")
-    if config.encoder_sha256 is not None and config.encoder_sha256 != encoder.sha256:
-        raise ModelError(
-            config.folder,
-            f"was trained on the features of another patch model than {encoder.config.folder.name}",
-            "Use the patch model it names (encoder_sha256), or train a head for this one",
-        )

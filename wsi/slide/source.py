@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,7 @@ class Source:
             if "://" in path:
                 self.size = self._find()
             else:
-                self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                self._lock = threading.Lock()
+                self._fd = os.open(path, os.O_RDONLY)
                 self.size = os.fstat(self._fd).st_size
         except ImportError as error:
             raise SlideUnreadable(path, f"needs a further package ({error})", "pip install 'wsi[remote]'") from error
@@ -77,11 +75,7 @@ class Source:
         """Read up to `length` bytes: fewer where the file ends; or raise OSError."""
         if self._fs is not None:
             return bytes(self._fetch([(offset, offset + length)])[0])
-        if hasattr(os, "pread"):
-            return os.pread(self._fd, length, offset)
-        with self._lock:
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            return os.read(self._fd, length)
+        return os.pread(self._fd, length, offset)
 
     def ranges(self, offsets: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
         """Read many ranges, neighbours in one go, and remote ones all at the same time; or raise OSError."""
