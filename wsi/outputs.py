@@ -124,7 +124,8 @@ def numbers_of(
         warnings.append(
             f"the slide has {max(slide.mpp):.4g} microns per pixel, the model wants {model.mpp:g}: patches are enlarged"
         )
-    mil_positive = mil.config.positive_classes if mil else ()
+    names, called = (mil.config.class_names, mil.config.positive_classes) if mil else ((), ())
+    said = {} if slide_scores is None else dict(zip(names, slide_scores.probabilities.tolist(), strict=True))
     if slide_scores is None:
         reasons["grade"] = "no MIL model" if mil is None else nothing
     if not positive:
@@ -157,26 +158,15 @@ def numbers_of(
         "stain": None if stain is None else json.loads(stain.to_json()),
         "use": "research only",
         "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
-        "probabilities": (
-            {
-                name: None if slide_scores is None else rounded(float(slide_scores.probabilities[i]))
-                for i, name in enumerate(mil.config.class_names)
-            }
-            if mil
-            else None
-        ),
-        "positive_probability": (
-            rounded(sum(float(slide_scores.probabilities[mil.config.class_names.index(n)]) for n in mil_positive))
-            if mil and slide_scores and mil_positive
-            else None
-        ),
+        "probabilities": {name: rounded(said[name]) if said else None for name in names} if mil else None,
+        "positive_probability": rounded(sum(said[name] for name in called)) if said and called else None,
         "uncertainty": None if doubts is None else doubts.as_json(),
         "n_tiles": len(grid),
         "tissue_mm2": rounded(tissue.area_mm2),
         "positive_mm2": None if "positive_mm2" in reasons else rounded(_mm2(_common(outlines, tissue_outlines), slide)),
-        "largest_region_um": None
-        if "largest_region_um" in reasons
-        else rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)),
+        "largest_region_um": (
+            rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)) if outlines else None
+        ),
         "class_names": list(model.class_names),
         "positive_classes": list(positive),
         "threshold": threshold,

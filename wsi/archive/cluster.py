@@ -61,10 +61,8 @@ class Cluster:
             import dask
             import distributed
         except ImportError as error:
-            remedy = "Install it with: pip install 'wsi[cluster]'"
-            raise WsiError(
-                f"scheduler={self._address!r}", "needs Dask distributed, which is not here", remedy
-            ) from error
+            what, remedy = "needs Dask distributed, which is not here", "Install it with: pip install 'wsi[cluster]'"
+            raise WsiError(f"scheduler={self._address!r}", what, remedy) from error
         if self._address == "local":
             # A slide that has ended two workers would end the next one too.
             with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
@@ -109,17 +107,13 @@ class Cluster:
             return
         error = future.exception() if future.status == "error" else None
         if error is None:
-            raise WsiError(
-                self._address, f"lost the task of {task.slide_id} ({future.status})", "Run the command again"
-            )
+            what = f"lost the task of {task.slide_id} ({future.status})"
+            raise WsiError(self._address, what, "Run the command again")
         if type(error).__name__ != "KilledWorker":
             raise error
         remedy = "A library crashed on this slide, or it needs more memory than a worker has: try another --reader"
-        tell(
-            Event(
-                "failed", task.slide_id, record=failure_row(task, "open", f"ended worker after worker: {error}", remedy)
-            )
-        )
+        record = failure_row(task, "open", f"ended worker after worker: {error}", remedy)
+        tell(Event("failed", task.slide_id, record=record))
 
     def stop(self) -> None:
         client, cluster, self._client, self._cluster = self._client, self._cluster, None, None

@@ -14,8 +14,8 @@ from wsi.nn.mil.net import BLOCK, BagScores, MilNet, Parts, weighted_by_class
 class _Linear(MilNet):
     """An embedding and a linear classifier of tiles or of what is pooled."""
 
-    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
-        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+    def __init__(self, *, num_classes: int = 2, **arguments: Any) -> None:
+        super().__init__(num_classes=num_classes, **arguments)
         self.classifier = nn.Linear(self.width, num_classes)
 
 
@@ -96,8 +96,8 @@ class NoisyOrMil(MilNet):
     Maron & Lozano-Pérez, "A framework for multiple-instance learning", NIPS 1997.
     """
 
-    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
-        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+    def __init__(self, *, num_classes: int = 2, **arguments: Any) -> None:
+        super().__init__(num_classes=num_classes, **arguments)
         self.classifier = nn.Linear(self.width, max(1, num_classes - 1))
         nn.init.constant_(self.classifier.bias, -4.0)  # from 0, 10^3 tiles would begin at p = 1, with no gradient
 
