@@ -90,7 +90,8 @@ def phi(path: Path) -> Iterator[tuple[str, str, str]]:
     the slides in it hold. Pictures are named where there are any: nobody can say what is written in them.
     """
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    ids = {slide_id for file in files if file.name == "result.json" for slide_id in _names_in(file)}
+    results = [read_result(file.parent) for file in files if file.name == "result.json"]
+    ids = {str(result.numbers["slide_id"]) for result in results if result}
     for file in files:
         shown = str(file.relative_to(path)) if path.is_dir() else file.name
         name = file.name.lower()
@@ -115,11 +116,6 @@ def phi(path: Path) -> Iterator[tuple[str, str, str]]:
     for slide_id in sorted(ids):
         if any(slide_id in part for file in files for part in file.relative_to(path).parts[:-1]):
             yield slide_id, "name of a folder", "name of a slide"
-
-
-def _names_in(file: Path) -> list[str]:
-    result = read_result(file.parent)
-    return [str(result.numbers["slide_id"])] if result else []
 
 
 def _text(file: Path) -> str:

@@ -95,11 +95,6 @@ class Heatmap:
         np.divide(total, weight, out=mean, where=weight > 0, casting="same_kind")
         return mean
 
-    @property
-    def _has_gaps(self) -> bool:
-        """Whether the stride is longer than the tile."""
-        return any(t < s * (1 - 1e-9) for t, s in zip(self.grid.tile, self.grid.stride, strict=True))
-
     def regions(self, threshold: float, within: Box) -> list[shapely.Polygon]:
         """Return the areas where the raster is at least `threshold`; of tiles with gaps between them, the tiles.
 
@@ -116,7 +111,7 @@ class Heatmap:
             not. By falling area, then x and y.
         """
         limit = shapely.box(within.x, within.y, within.x + within.w, within.y + within.h)
-        if self._has_gaps:
+        if any(t < s * (1 - 1e-9) for t, s in zip(self.grid.tile, self.grid.stride, strict=True)):  # gaps between tiles
             shapes = list(self.grid.keep(self.values >= threshold).polygons())
         else:
             stride = np.array(self.grid.stride)

@@ -151,6 +151,8 @@ def numbers_of(
     if stain is not None and stain.fallback:
         flags.append("stain-fallback")
         warnings.append(f"stains could not be measured ({stain.fallback}): tiles are as scanned")
+    # What of the regions, which are whole tiles, is tissue.
+    common = shapely.intersection(shapely.union_all(outlines), shapely.union_all(tissue_outlines))
     return {
         "slide_id": slide_id,
         "slide": absolute(slide.path),
@@ -163,7 +165,7 @@ def numbers_of(
         "uncertainty": None if doubts is None else doubts.as_json(),
         "n_tiles": len(grid),
         "tissue_mm2": rounded(tissue.area_mm2),
-        "positive_mm2": None if "positive_mm2" in reasons else rounded(_mm2(_common(outlines, tissue_outlines), slide)),
+        "positive_mm2": None if "positive_mm2" in reasons else rounded(_mm2(common, slide)),
         "largest_region_um": (
             rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)) if outlines else None
         ),
@@ -194,11 +196,6 @@ def _positive_of(engine: Engine, config: ScoreConfig) -> tuple[tuple[str, ...], 
     model = engine.model.config
     threshold = model.threshold if config.threshold is None else config.threshold
     return config.positive or model.positive_classes, threshold
-
-
-def _common(regions: list[shapely.Polygon], tissue: list[shapely.Polygon]) -> shapely.Geometry:
-    """What of the regions, which are whole tiles, is tissue."""
-    return shapely.intersection(shapely.union_all(regions), shapely.union_all(tissue))
 
 
 def _mm2(outline: shapely.Geometry, slide: Slide) -> float:
