@@ -66,7 +66,7 @@ class Heatmap:
         object.__setattr__(self, "values", values)
 
     @classmethod
-    def of(cls, grid: TileGrid, probabilities: npt.NDArray[Any], positive: npt.ArrayLike) -> Self:
+    def of(cls, grid: TileGrid, probabilities: npt.NDArray[Any], positive: npt.NDArray[np.bool_] | list[int]) -> Self:
         """Make that of the probability (n, k) of some classes together: their numbers, or bool (k,)."""
         return cls(grid, probabilities[:, positive].sum(axis=1).clip(0, 1))
 

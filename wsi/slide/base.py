@@ -296,7 +296,7 @@ class Slide(ABC):
         self.close()
 
 
-def numbers_in(properties: Mapping[str, Any], *names: str) -> tuple[float, ...] | None:
+def numbers_in(properties: Mapping[str, Any], *names: str) -> Any:  # as many floats as names, or None
     """Return properties as numbers; None where one is missing, or none."""
     try:
         return tuple(float(properties[name]) for name in names)

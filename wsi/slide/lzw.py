@@ -96,7 +96,7 @@ class _Decompressors(dict[int, Callable[..., Any]]):
     others = tifffile.TIFF.DECOMPRESSORS
 
     def __missing__(self, compression: int) -> Callable[..., Any]:
-        return self.others[compression]  # type: ignore[no-any-return]
+        return self.others[compression]
 
 
 tifffile.TIFF.DECOMPRESSORS = _Decompressors({5: decode})

@@ -61,8 +61,8 @@ class OpenSlideReader(Slide):
             mpp = numbers_in(properties, openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
             self.mpp, self.mpp_source = resolve_mpp(path, given, mpp, source)
             self.bounds = _bounds_of(properties, self.size)
-            centre = numbers_in(properties, *(f"hamamatsu.{axis}OffsetFromSlideCentre" for axis in "XY"))
-            self.centre_nm = centre and (centre[0], centre[1])
+            x, y = (f"hamamatsu.{axis}OffsetFromSlideCentre" for axis in "XY")
+            self.centre_nm = numbers_in(properties, x, y)
         except BaseException:
             self._slide.close()
             raise

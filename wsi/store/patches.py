@@ -131,13 +131,10 @@ class PatchStore:
             for name, (row, dtype) in {"unreadable": ((), "bool"), **arrays}.items():
                 _create_array(group, name, n, row, dtype, {})
             draft.rename(path)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise StoreError(path, "was made by another run just now", "Let that run end first") from error
-            raise
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
             raise
         return cls.open(path)
 

@@ -183,19 +183,12 @@ def _predictions(
     """Give a row for each slide of each validation and test part, its probabilities the mean over the split's seeds."""
     rows = []
     for k, split in enumerate(splits):
-        own = [member for (fold, _), member in members.items() if fold == k]
+        own = [(replace(m.head, temperature=temperature), m.logits) for (fold, _), m in members.items() if fold == k]
         for part, ids in (("validation", split.validation), ("test", split.test)):
             for i in ids:
-                probabilities = np.mean(
-                    [
-                        replace(member.head, temperature=temperature)
-                        .probabilities(torch.from_numpy(member.logits[i]))
-                        .numpy()
-                        for member in own
-                    ],
-                    axis=0,
-                )
-                rows.append({"case": cohort.cases[i], "fold": k, "part": part, "probabilities": probabilities})
+                said = [head.probabilities(torch.from_numpy(logits[i])).numpy() for head, logits in own]
+                mean = np.mean(said, axis=0)
+                rows.append({"case": cohort.cases[i], "fold": k, "part": part, "probabilities": mean})
     return rows
 
 
@@ -258,9 +251,8 @@ def _write_tables(
     for row in rows:
         case: Case = row["case"]
         known = {"slide": case.slide_id, "patient": case.patient, "fold": row["fold"], "part": row["part"]}
-        known |= (
-            {"time": case.time, "event": None if case.event is None else int(case.event)} if cohort.time_bins else {}
-        )
+        if cohort.time_bins:
+            known |= {"time": case.time, "event": None if case.event is None else int(case.event)}
         said = {f"prob_{name}": f"{p:.6g}" for name, p in zip(cohort.class_names, row["probabilities"], strict=True)}
         table.append(known | {"label": cohort.class_names[case.label]} | said)
     write_csv(out / "predictions.csv", [*columns, *(f"prob_{name}" for name in cohort.class_names)], table)

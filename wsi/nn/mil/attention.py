@@ -37,10 +37,6 @@ class AttentionMil(MilNet):
     attention_dropout : float
         Probability of dropping an element of the branches, in training only.
 
-    References
-    ----------
-    Ilse, Tomczak & Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018, arXiv:1802.04712.
-
     Examples
     --------
     >>> net = AttentionMil(in_features=4).eval()
