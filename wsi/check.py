@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -328,10 +329,7 @@ def _annotations(path: Path) -> Found:
         drawn = read_annotations(path, frame=_SOME_SLIDE)
     except AnnotationError as error:
         return Found(str(path), "unknown", problems=[f"as annotations: {error.what}. {error.remedy}".strip()])
-    groups: dict[str, int] = {}
-    for each in drawn:
-        groups[each.group or "(none)"] = groups.get(each.group or "(none)", 0) + 1
-    found.facts = {"outlines": len(drawn), "groups": groups}
+    found.facts = {"outlines": len(drawn), "groups": dict(Counter(each.group or "(none)" for each in drawn))}
     if not drawn:
         found.problems.append("holds nothing")
     if path.name.lower().endswith((".geojson", ".geojson.gz")):

@@ -221,11 +221,9 @@ def _versions() -> dict[str, str]:
 
 
 def _draw(path: Path, plot: Plot) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.2), dpi=100, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     plot.draw(figure.add_subplot())
     with replacing(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})
