@@ -75,12 +75,8 @@ class Given:
     stride_level0: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("mpp", self.mpp),
-            ("tile_px", self.tile_px),
-            ("tile_level0", self.tile_level0),
-            ("stride_level0", self.stride_level0),
-        ):
+        for name in ("mpp", "tile_px", "tile_level0", "stride_level0"):
+            value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value:g}")
 
