@@ -27,11 +27,6 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
     ----------
     sync : bool
         Wait until the disk has it. Without, a power cut may leave a file that is short: for files that tell.
-
-    Examples
-    --------
-    >>> with replacing("out/table.csv") as file:  # doctest: +SKIP
-    ...     file.write(b"a,b")
     """
     draft = _draft(path)
     file = draft.open("xb")
@@ -79,10 +74,6 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         It is longer; a bomb is not unpacked further than the limit.
     OSError
         It cannot be read, or is no whole gzip file.
-
-    Examples
-    --------
-    >>> read_unpacked("regions.geojson.gz", 1 << 20)  # doctest: +SKIP
     """
     with Path(path).open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
@@ -93,6 +84,27 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         told = f"{size / 2**20:,.0f} MiB" if size else f"more than {most_bytes / 2**20:,.0f} MiB unpacked"
         raise ValueError(f"it is {told}, and at most {most_bytes / 2**20:,.0f} are read")
     return raw
+
+
+def in_one_go(spans: Iterable[tuple[int, int, int]], gap: int, most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Group (offset, length, mark), sorted, by what one read covers: nearer than `gap`, and up to `most` bytes at once.
+
+    Examples
+    --------
+    >>> list(in_one_go([(0, 9, 0), (10, 5, 1), (90, 5, 2)], 4, 1000))
+    [[(0, 9, 0), (10, 5, 1)], [(90, 5, 2)]]
+    """
+    run: list[tuple[int, int, int]] = []
+    stop = 0
+    for span in spans:
+        offset, length, _ = span
+        if run and (offset > stop + gap or max(stop, offset + length) - run[0][0] > most):
+            yield run
+            run = []
+        stop = max(stop, offset + length) if run else offset + length
+        run.append(span)
+    if run:
+        yield run
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -117,11 +129,6 @@ def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     ValueError
         It is no picture, damaged, or far larger than a picture is.
     FileNotFoundError
-
-    Examples
-    --------
-    >>> with opened_image("mask.png") as image:  # doctest: +SKIP
-    ...     pixels = np.asarray(image)
     """
     from PIL import Image
 

@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 
 from wsi.errors import GridError
 from wsi.units import Box, Mpp
@@ -148,6 +149,24 @@ class TileGrid:
         out[:, 0], out[:, 1] = self.columns * self.stride[0], self.rows * self.stride[1]
         out[:, 2:] = self.tile
         return out
+
+    def polygons(self) -> npt.NDArray[np.object_]:
+        """Return all tiles as shapely boxes in level-0 pixels."""
+        x, y, w, h = self.boxes().T
+        return np.asarray(shapely.box(x, y, x + w, y + h))
+
+    def covered(self, area: shapely.Geometry) -> npt.NDArray[np.float64]:
+        """Return the part of each tile that lies in `area`, float64 (n,).
+
+        Examples
+        --------
+        >>> grid = TileGrid.cover((200, 100), slide_mpp=Mpp(1, 1), mpp=1.0, tile_px=100)
+        >>> grid.covered(shapely.box(0, 0, 150, 50)).tolist()
+        [0.5, 0.25]
+        """
+        tiles = self.polygons()
+        shapely.prepare(area)
+        return np.asarray(shapely.area(shapely.intersection(tiles, area)) / shapely.area(tiles))
 
     def inside(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
         """Tell which tiles lie wholly inside a slide of `size`, bool (n,)."""

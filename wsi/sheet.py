@@ -40,7 +40,6 @@ def save_sheet(
     ----------
     path : path
         Written beside and renamed, so it is whole or not there.
-    slide : Slide
     grid : TileGrid
         n >= 1 tiles.
     evidence : mapping of name to (n,)
@@ -49,10 +48,6 @@ def save_sheet(
         Tiles in a row; fewer where there are fewer.
     look : callable, optional
         See ``Look``.
-
-    Examples
-    --------
-    >>> save_sheet("tiles.png", slide, grid, model.evidence(grade))                     # doctest: +SKIP
     """
     columns = min(columns, len(grid))
     row_h = _LABEL + _SIDE + _CAPTION

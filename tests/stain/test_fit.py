@@ -171,7 +171,7 @@ def test_no_tile_gives_glass_a_cast(method, name):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_slide_falls_back(method):
     transform = fit(method, ArraySlide(np.full((300, 300, 3), 245, np.uint8), 4.0))
-    assert transform.fallback == "blank" and transform.is_identity
+    assert transform.fallback == "blank" and transform.source is None
 
 
 def test_a_source_much_paler_than_the_target_is_not_blown_up():

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -183,7 +182,6 @@ class Tables:
 
     Parameters
     ----------
-    folder : Path
     columns : sequence of str
         Of slides.csv, by names of result.json; "probabilities" stands for one column a class.
     status : str
@@ -255,10 +253,8 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> N
         return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
     table = pyarrow.table({name: [cell(row.get(name)) for row in rows] for name in columns})
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(table, sink)
     with replacing(path) as file:
-        file.write(sink.getvalue())
+        pyarrow.parquet.write_table(table, file)
 
 
 def _earlier(folder: Path) -> Row | None:

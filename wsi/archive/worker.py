@@ -48,7 +48,9 @@ def main() -> None:
         return
     gc.collect()
     gc.freeze()  # models and libraries need not be looked through after each slide
-    tell("ready", configuration=ready.configuration, execution=ready.execution, devices=_devices(ready.execution))
+    # GPUs that others like this process could use.
+    devices = int(sys.modules["torch"].cuda.device_count()) if ready.execution.get("device") == "cuda" else 0
+    tell("ready", configuration=ready.configuration, execution=ready.execution, devices=devices)
     while True:
         task = Task.from_json(json.loads(lines.get()))
         reported, stage_then = 0.0, ""
@@ -85,11 +87,6 @@ def _lines() -> queue.SimpleQueue[str]:
 
     threading.Thread(target=read, daemon=True).start()
     return lines
-
-
-def _devices(execution: dict[str, Any]) -> int:
-    """GPUs that others like this process could use."""
-    return int(sys.modules["torch"].cuda.device_count()) if execution.get("device") == "cuda" else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wsi.cli.archive import Quiet
+from wsi.cli.archive import Device, Precision, Quiet
 from wsi.cli.display import say, watching
 from wsi.errors import ModelError, TrainError
 
@@ -30,7 +30,6 @@ Epochs = Annotated[int, typer.Option(min=1, help="Epochs at most.")]
 Patience = Annotated[int, typer.Option(min=1, help="Epochs without a lower validation loss to stop after.")]
 Balance = Annotated[bool, typer.Option(help="Draw all classes equally often.")]
 Seed = Annotated[int, typer.Option(min=0)]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads; another number may change the last bits.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
 
@@ -171,7 +170,7 @@ def patches(
     stain: Annotated[float, typer.Option(min=0, max=1, help="Strength of the stain augmentation; 0: none.")] = 0.1,
     turn: Annotated[bool, typer.Option(help="Turn by quarters and mirror at random.")] = True,
     jpeg: Annotated[float, typer.Option(min=0, max=1, help="Share that passes a JPEG codec of random quality.")] = 0.0,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    precision: Precision = "auto",
     subset: Annotated[bool, typer.Option(help="Leave out patches of another size than most.")] = False,
     seed: Seed = 0,
     device: Device = "auto",

@@ -74,10 +74,6 @@ def read_slides(
     ------
     EvaluationError
         Slides of the reference without results, names that stand twice, nothing to evaluate.
-
-    Examples
-    --------
-    >>> read_slides(Path("results"), Path("annotations"), Path("out"), None, Camelyon16Config())  # doctest: +SKIP
     """
     warnings: list[str] = []
     scored: dict[str, ScoredSlide] = {}
@@ -103,7 +99,8 @@ def read_slides(
             raise EvaluationError(
                 reference, f"says {wrong[0]!r} of a slide", "Columns: slide, Tumor or Normal, type, size"
             )
-        missing = sorted(set(labels) - set(names) - _out_of_all(config))
+        out_of_all = {row["slide"].lower() for row in _exclusion_rows(config) if row["task"] == "all"}
+        missing = sorted(set(labels) - set(names) - out_of_all)
         if missing:
             raise EvaluationError(
                 results,
@@ -150,10 +147,6 @@ def _exclusion_rows(config: Camelyon16Config) -> list[dict[str, str]]:
             config.exclusions or "", f"holds a row that says nothing: {wrong[0]}", "task: all, lesion, note"
         )
     return rows
-
-
-def _out_of_all(config: Camelyon16Config) -> set[str]:
-    return {row["slide"].lower() for row in _exclusion_rows(config) if row["task"] == "all"}
 
 
 def exclusions_of(cases: list[Case], config: Camelyon16Config) -> tuple[dict[str, str], list[dict[str, str]]]:

@@ -115,10 +115,6 @@ def write_detections(path: Path, detections: F64) -> None:
     """Write an official detection file: ``confidence,x,y`` a row, no header; empty where there are none.
 
     Confidences are float32's, so they are written exactly, and ties stay ties.
-
-    Examples
-    --------
-    >>> write_detections(Path("test_001.csv"), detect(heatmap, 0.243))                            # doctest: +SKIP
     """
     lines = (f"{float(p)!r},{int(x)},{int(y)}\n" for p, x, y in detections.tolist())
     with replacing(path) as file:

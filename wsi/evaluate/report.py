@@ -120,10 +120,6 @@ def write_report(folder: str | os.PathLike[str], report: Report, about: Mapping[
     ------
     OutputError
         The folder cannot be written to.
-
-    Examples
-    --------
-    >>> write_report("out", Report("slides", "A test", {}, {}, {"auroc": Estimate(0.9)}))         # doctest: +SKIP
     """
     folder = Path(folder)
     try:
@@ -225,11 +221,9 @@ def _versions() -> dict[str, str]:
 
 
 def _draw(path: Path, plot: Plot) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.2), dpi=100, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     plot.draw(figure.add_subplot())
     with replacing(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})

@@ -243,11 +243,6 @@ def tile_cases(
     Raises
     ------
     EvaluationError, AnnotationError, StoreError
-
-    Examples
-    --------
-    >>> cases, warnings = tile_cases(Path("results"), Path("annotations"))                        # doctest: +SKIP
-    >>> evaluate_table("patches", cases, warnings=warnings)                                       # doctest: +SKIP
     """
     slides, cohort = scored_slides(results), cohort or read_cohort(results)
     paths, warnings = _annotated(annotations, slides)
@@ -257,19 +252,15 @@ def tile_cases(
     for slide_id, slide in slides.items():
         path = paths[slide_id]
         heatmap = slide.heatmap()
-        x, y, w, h = heatmap.grid.boxes().T
-        tiles = shapely.box(x, y, x + w, y + h)
-        share = np.zeros(len(tiles))
+        share = np.zeros(len(heatmap.grid))
         if path is not None:
             found = lesion_area(read_annotations(path, origin=slide.origin), roles=roles, where=path)
             warnings += [f"{path.name}: {note}" for note in found.warnings]
-            area = found.geometry
-            shapely.prepare(area)
-            share = shapely.area(shapely.intersection(tiles, area)) / shapely.area(tiles)
+            share = heatmap.grid.covered(found.geometry)
         labels.append(share >= 0.5)
         scores.append(heatmap.values.astype(np.float64))
-        ids += [f"{slide_id}/{i}" for i in range(len(tiles))]
-        owners += [slide_id] * len(tiles)
+        ids += [f"{slide_id}/{i}" for i in range(len(share))]
+        owners += [slide_id] * len(share)
     cases = Cases(
         tuple(ids),
         np.concatenate(labels),

@@ -89,7 +89,6 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
     out : Path
         Made where it is not there. What an earlier export wrote of the same slides is replaced; to a project that is
         there slides are added, and whatever QuPath or its user changed in it stays.
-    config : QuPathConfig, optional
 
     Returns
     -------
@@ -137,12 +136,11 @@ def slide_regions(slide: ScoredSlide, tiles: ScoredTiles, mpp: Mpp, config: QuPa
     ]  # fmt: skip
     if not slide.positive.any() or not len(tiles.grid):
         return found
-    score = tiles.probabilities[:, slide.positive].sum(axis=1).clip(0, 1)
-    outlines = Heatmap(tiles.grid, score).regions(_threshold(slide, config), slide.bounds)
-    outlines = simplify(outlines, config.simplify_um, mpp)
+    heatmap = Heatmap.of(tiles.grid, tiles.probabilities, slide.positive)
+    outlines = simplify(heatmap.regions(_threshold(slide, config), slide.bounds), config.simplify_um, mpp)
     positive = slide.numbers["positive_classes"]
     colour = next(c for c, is_positive in zip(classes_of(slide), slide.positive, strict=True) if is_positive)
-    found += positive_regions(outlines[:MAX_REGIONS], tiles.grid, score, positive=positive, path_class=colour, mpp=mpp)
+    found += positive_regions(outlines[:MAX_REGIONS], heatmap, positive=positive, path_class=colour, mpp=mpp)
     label = " or ".join(positive)
     for start in range(MAX_REGIONS, len(outlines), MAX_REGIONS):
         joined = shapely.MultiPolygon(outlines[start : start + MAX_REGIONS])

@@ -89,32 +89,24 @@ def slide_raster(slide: ScoredSlide) -> Raster:
     ------
     ResultsError
         No tile was scored.
-
-    Examples
-    --------
-    >>> slide_raster(scored_slides(Path("results"))["slide_1"]).pixel_um                  # doctest: +SKIP
-    (128.0, 128.0)
     """
     store = slide.store()
     tiles = slide.tiles(store)
     if not len(tiles.rows):
         raise ResultsError(slide.folder, "has no tile with a score", "Look at the warnings of its result.json")
-    columns = [(f"prob_{name}", tiles.probabilities[:, i]) for i, name in enumerate(slide.class_names)]
+    classes = zip(slide.class_names, tiles.probabilities.T, strict=True)
+    maps = [(f"prob_{name}", Heatmap(tiles.grid, probability)) for name, probability in classes]
     if slide.positive.any():
-        shown = tiles.probabilities[:, slide.positive].sum(axis=1).clip(0, 1)
-        columns.insert(0, (" or ".join(slide.numbers["positive_classes"]), shown))
-    values = np.stack([Heatmap(tiles.grid, column).raster() for _, column in columns])
-    return Raster(values, tuple(name for name, _ in columns), tiles.grid.stride, slide.pixel_size(store))
+        shown = Heatmap.of(tiles.grid, tiles.probabilities, slide.positive)
+        maps.insert(0, (" or ".join(slide.numbers["positive_classes"]), shown))
+    values = np.stack([heatmap.raster() for _, heatmap in maps])
+    return Raster(values, tuple(name for name, _ in maps), tiles.grid.stride, slide.pixel_size(store))
 
 
 def write_ome_tiff(path: Path, raster: Raster) -> None:
     """Write a pyramidal OME-TIFF: tiled, its coarser levels in SubIFDs, sizes of pixels in microns.
 
     QuPath (Bio-Formats) opens it as an image of its own, napari with a scale.
-
-    Examples
-    --------
-    >>> write_ome_tiff(Path("heatmap.ome.tiff"), slide_raster(slide))                     # doctest: +SKIP
     """
     levels = raster.levels()
     options: dict[str, Any] = {
@@ -158,10 +150,6 @@ def write_png(path: Path, raster: Raster) -> None:
     """Write the first channel in colour, a pixel a step, transparent where there is no tile.
 
     Colours are viridis from 0 to 1.
-
-    Examples
-    --------
-    >>> write_png(Path("heatmap.png"), slide_raster(slide))                               # doctest: +SKIP
     """
     from matplotlib import colormaps
 
@@ -176,37 +164,9 @@ def write_png(path: Path, raster: Raster) -> None:
 def export_rasters(
     results: Path, out: Path, kind: str, *, version: str = "0.5", key: bytes | None = None
 ) -> list[dict[str, Any]]:
-    """Write the heatmaps of all slides of a results folder as images.
+    """Write the heatmaps of all slides of a results folder as images: "ome-tiff", "ome-zarr" (of a `version`) or "png".
 
-    Parameters
-    ----------
-    results : Path
-        What ``wsi score`` wrote.
-    out : Path
-        Made where it is not there.
-    kind : {"ome-tiff", "ome-zarr", "png"}
-    version : {"0.4", "0.5"}
-        Of OME-Zarr.
-    key : bytes, optional
-        Slide ids are replaced by their pseudonyms.
-
-    Returns
-    -------
-    list of dict
-        A row a slide: ``slide_id``, ``size_px``, ``pixel_um``, ``warnings``.
-
-    Raises
-    ------
-    ResultsError
-        No results there.
-    ValueError
-        An unknown kind or version.
-    OSError
-        `out` cannot be written to.
-
-    Examples
-    --------
-    >>> export_rasters(Path("results"), Path("heatmaps"), "ome-tiff")                     # doctest: +SKIP
+    Parameters, rows and errors are those of ``export_bags``; a row has ``size_px`` and ``pixel_um`` in place of tiles.
     """
     if kind not in ("ome-tiff", "ome-zarr", "png"):
         raise ValueError(f"kind must be ome-tiff, ome-zarr or png, got {kind!r}")

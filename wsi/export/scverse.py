@@ -73,9 +73,7 @@ def write_spatialdata(out: Path, bag: TileTable) -> None:
         for kind in ("tables", "shapes", "images"):
             _group(draft / kind, {})
         _write_table(draft / "tables" / "table", table, tiles.rows)
-        corners = bag.corners
-        boxes = shapely.box(*corners.T, *(corners + bag.tile).T)
-        _write_shapes(draft / "shapes" / "tiles", boxes, {}, tiles.rows, bag)
+        _write_shapes(draft / "shapes" / "tiles", tiles.grid.polygons(), {}, tiles.rows, bag)
         regions = slide_regions(slide, tiles, bag.mpp, QuPathConfig())
         names = {name: None for region in regions for name in region.measurements}
         columns: dict[str, Sequence[Any]] = {

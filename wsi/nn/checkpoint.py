@@ -216,32 +216,21 @@ def load_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     ModelError
         No weights, damaged weights, or a file that would have to be unpickled.
     """
-    for name in _SAFE_WEIGHTS:
-        path = config.folder / name
-        if path.is_file():
-            _check_sha256(path, config.weights_sha256)
-            try:
-                return dict(load_file(path))
-            except SafetensorError as error:
-                raise ModelError(path, f"is damaged ({error})", "Fetch the model again") from error
-    for name in _PICKLED_WEIGHTS:
-        path = config.folder / name
-        if path.is_file():
-            _check_sha256(path, config.weights_sha256)
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                raise ModelError(
-                    path, "is damaged or holds more than tensors, and is not unpickled", "Convert it to safetensors"
-                ) from error
-            return dict(state.get("state_dict", state))
-    if (config.folder / TORCHSCRIPT).is_file():
-        raise ModelError(
-            config.folder / TORCHSCRIPT,
-            "is TorchScript, which runs code",
-            "Allow it with --torchscript if you trust its source",
-        )
-    raise ModelError(config.folder, "has no weights", f"Expected {_SAFE_WEIGHTS[0]}")
+    path = _weights_of(config)
+    if path.name == TORCHSCRIPT:
+        raise ModelError(path, "is TorchScript, which runs code", "Allow it with --torchscript if you trust its source")
+    if config.weights_sha256 not in (None, sha256_of(path)):
+        raise ModelError(path, "is not the file its config.json names (sha256 differs)", "Fetch the model again")
+    try:
+        if path.name in _SAFE_WEIGHTS:
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(state.get("state_dict", state))
+    except SafetensorError as error:
+        raise ModelError(path, f"is damaged ({error})", "Fetch the model again") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        what = "is damaged or holds more than tensors, and is not unpickled"
+        raise ModelError(path, what, "Convert it to safetensors") from error
 
 
 def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: ModelConfig) -> None:
@@ -276,15 +265,14 @@ def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: Mo
 
 def weights_sha256(config: ModelConfig) -> str:
     """Return the SHA-256 of the weights that ``load_weights`` (or TorchScript) would take."""
+    return sha256_of(_weights_of(config))
+
+
+def _weights_of(config: ModelConfig) -> Path:
     for name in (*_SAFE_WEIGHTS, *_PICKLED_WEIGHTS, TORCHSCRIPT):
         if (config.folder / name).is_file():
-            return sha256_of(config.folder / name)
+            return config.folder / name
     raise ModelError(config.folder, "has no weights", f"Expected {_SAFE_WEIGHTS[0]}")
-
-
-def _check_sha256(path: Path, expected: str | None) -> None:
-    if expected is not None and sha256_of(path) != expected:
-        raise ModelError(path, "is not the file its config.json names (sha256 differs)", "Fetch the model again")
 
 
 def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:

@@ -53,8 +53,6 @@ class Recipe:
         Of the patches.
     mean, std : tuple of float, optional
         Of its normalisation; None for those in its config.json.
-    gated : bool
-        Its files are given to people who have asked its authors.
     """
 
     repository: str
@@ -65,7 +63,6 @@ class Recipe:
     tile_px: int = 224
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    gated: bool = True
 
 
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
@@ -86,8 +83,8 @@ KNOWN = {
         "paige-ai/Virchow", "its model card; Vorontsov et al., Nature Medicine 2024", "token+mean", _SWIGLU
     ),
     "virchow2": Recipe("paige-ai/Virchow2", "its model card; arXiv:2408.00738", "token+mean", _SWIGLU),
-    "phikon": Recipe("owkin/phikon", "its model card; Filiot et al., medRxiv 2023", "token", gated=False),
-    "phikon-v2": Recipe("owkin/phikon-v2", "its model card; arXiv:2409.09173", "token", gated=False),
+    "phikon": Recipe("owkin/phikon", "its model card; Filiot et al., medRxiv 2023", "token"),
+    "phikon-v2": Recipe("owkin/phikon-v2", "its model card; arXiv:2409.09173", "token"),
     "h-optimus-0": Recipe(
         "bioptimus/H-optimus-0", "its model card", arguments={"init_values": 1e-5, "dynamic_img_size": False},
         mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517),

@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import defusedxml.ElementTree
 import numpy as np
@@ -62,13 +62,6 @@ _TURNS = {
 }
 
 
-class _Codec(Protocol):
-    shrinks: tuple[int, ...]
-
-    def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
-        """Decode a tile into uint8 (height / shrink, width / shrink, 3), or raise."""
-
-
 @dataclass(frozen=True)
 class _Level:
     size: tuple[int, int]
@@ -76,7 +69,7 @@ class _Level:
     offsets: npt.NDArray[np.int64]  # of each tile, row by row; 0 bytes: there is none
     counts: npt.NDArray[np.int64]
     columns: int
-    codec: _Codec
+    codec: _Jpeg | _Other
 
 
 class TiffReader(Slide):
@@ -238,11 +231,9 @@ class TiffReader(Slide):
         return np.ascontiguousarray(region[:: -1 if flip_y else 1, :: -1 if flip_x else 1]), damaged
 
     def close(self) -> None:
-        """Close the file."""
         self._source.close()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as path, resolution and way of decoding."""
         return type(self), (self.path, self._given, self.decode)
 
 
@@ -262,6 +253,7 @@ class _Jpeg:
         return b"".join((self._head, data[2:]))
 
     def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
+        """Decode a tile into uint8 (height / shrink, width / shrink, 3), or raise."""
         stream = self.stream(data)
         height, width, _ = self._expected
         if not stream.startswith(self._known):  # an encoder's tiles begin alike, and looking costs a tenth of decoding

@@ -14,7 +14,7 @@ import tiffslide
 
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable
-from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, extent, refuse_turned, resolve_mpp
+from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, extent, numbers_in, refuse_turned, resolve_mpp
 from wsi.units import Box
 
 
@@ -65,7 +65,8 @@ class TiffSlideReader(Slide):
             )
         refuse_turned(self.path, page)
         source = "tiff-tags" if self.vendor == "generic-tiff" else f"vendor:{self.vendor}"
-        self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, _mpp_of(properties), source)
+        found = numbers_in(properties, "tiffslide.mpp-x", "tiffslide.mpp-y")
+        self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, found, source)
         self._holes = [_missing_tiles(page) for page in self._pages]
         self.bounds = Box(0, 0, *self.size)
         if (holes := self._holes[0]) is not None:
@@ -103,11 +104,9 @@ class TiffSlideReader(Slide):
         rgb[holes[rows[:, None], columns[None, :]]] = 255
 
     def close(self) -> None:
-        """Close the file."""
         self._slide.close()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as path and resolution."""
         return type(self), (self.path, self._given)
 
 
@@ -120,13 +119,6 @@ def _missing_tiles(page: tifffile.TiffPage) -> npt.NDArray[np.bool_] | None:
         return None
     rows, columns = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
     return np.asarray(missing[: rows * columns].reshape(rows, columns))
-
-
-def _mpp_of(properties: dict[str, Any]) -> tuple[float, float] | None:
-    try:
-        return float(properties["tiffslide.mpp-x"]), float(properties["tiffslide.mpp-y"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _unreadable(path: str, error: BaseException) -> SlideUnreadable:

@@ -46,7 +46,6 @@ def write_multiscale(
         Their names.
     step : (float, float)
         Width and height of a pixel of the first level in level-0 pixels of the slide.
-    mpp : Mpp
     version : {"0.4", "0.5"}
 
     Raises
@@ -55,10 +54,6 @@ def write_multiscale(
         An unknown version.
     OutputError
         Something else is at `path`.
-
-    Examples
-    --------
-    >>> write_multiscale(Path("heatmap.ome.zarr"), [values], ["tumour"], step=(256, 256), mpp=mpp)     # doctest: +SKIP
     """
     if version not in NGFF:
         raise ValueError(f"version must be one of {', '.join(NGFF)}, got {version!r}")

@@ -91,7 +91,6 @@ class PatchStore:
         ----------
         path : path
             Must not exist.
-        grid : TileGrid
         arrays : mapping of name to (shape of one row, dtype)
             What will be computed for each tile.
         pixels : {"none", "zstd", "jpeg", "verbatim"}
@@ -132,13 +131,10 @@ class PatchStore:
             for name, (row, dtype) in {"unreadable": ((), "bool"), **arrays}.items():
                 _create_array(group, name, n, row, dtype, {})
             draft.rename(path)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise StoreError(path, "was made by another run just now", "Let that run end first") from error
-            raise
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
             raise
         return cls.open(path)
 
@@ -241,10 +237,8 @@ class PatchStore:
 
         Parameters
         ----------
-        name : str
         row : tuple of int
             Shape of one tile's values.
-        dtype : str
         about : mapping
             JSON-able, not empty: what decides the values.
 
@@ -282,7 +276,6 @@ class PatchStore:
 
         Parameters
         ----------
-        shard : int
         values : mapping of name to array (tiles of the shard, ...)
 
         Raises

@@ -68,8 +68,6 @@ def stream(
 
     Parameters
     ----------
-    slide : Slide
-    grid : TileGrid
     runs : sequence of range
         Tiles wanted; no batch spans two runs.
     batch_size : int

@@ -6,7 +6,7 @@ import csv
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,11 @@ class Case(NamedTuple):
     label: int
     time: float | None = None
     event: bool | None = None
+
+    @property
+    def stratum(self) -> int:
+        """By what cases are divided evenly, and balanced: the class, or of survival whether the event was seen."""
+        return self.label if self.event is None else int(self.event)
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,7 @@ def read_labels(
             path, f"has the columns {', '.join(columns) or '(none)'}", f"Needed: {case}, {', '.join(wanted)}"
         )
     patient = next((name for name in _PATIENT if name in columns), slide)
-    for i, row in enumerate(rows, 2):
-        empty = [name for name in (slide, patient, *wanted) if not (row[name] or "").strip()]
-        if empty:
-            raise TrainError(path, f"line {i}: {empty[0]} is empty", "Fill it in, or remove the row")
+    _check_filled(path, rows, slide, patient, *wanted)
     ids = [row[slide].strip() for row in rows]
     twice = [slide_id for slide_id, count in Counter(ids).items() if count > 1]
     if twice:
@@ -172,10 +174,7 @@ def read_patients(path: Path) -> dict[str, str]:
     patient = next((name for name in _PATIENT if rows and name in rows[0]), None)
     if slide is None or patient is None:
         raise TrainError(path, "lacks one of the columns slide, patient", "A row a slide")
-    for i, row in enumerate(rows, 2):
-        empty = [name for name in (slide, patient) if not (row[name] or "").strip()]
-        if empty:
-            raise TrainError(path, f"line {i}: {empty[0]} is empty", "Fill it in, or remove the row")
+    _check_filled(path, rows, slide, patient)
     return {row[slide].strip(): row[patient].strip() for row in rows}
 
 
@@ -221,7 +220,7 @@ def k_fold(cohort: Cohort, folds: int, seed: int) -> list[Split]:
         raise TrainError(f"folds={folds}", "train, validation and test need at least 3", "Ask for 3 or more")
     strata: dict[str, int] = {}
     for case in cohort.cases.values():  # a patient counts for the highest class of its slides
-        strata[case.patient] = max(strata.get(case.patient, 0), case.label if case.event is None else int(case.event))
+        strata[case.patient] = max(strata.get(case.patient, 0), case.stratum)
     if len(strata) < folds:
         raise TrainError(f"folds={folds}", f"there are {len(strata)} patients", "Ask for fewer folds")
     rng = np.random.default_rng(seed)
@@ -249,9 +248,7 @@ def read_splits(path: Path) -> list[Split]:
     TrainError
         There is none, or a column is missing.
     """
-    files = (
-        [path] if path.is_file() else sorted(path.glob("splits_*.csv"), key=lambda file: (len(file.name), file.name))
-    )
+    files = [path] if path.is_file() else sorted(path.glob("splits_*.csv"), key=lambda file: (len(file.name), file))
     files = [file for file in files if not file.stem.endswith(("_bool", "_descriptor"))]
     if not files:
         raise TrainError(path, "holds no splits_<k>.csv", "Give CLAM's split tables, or --folds")
@@ -260,32 +257,18 @@ def read_splits(path: Path) -> list[Split]:
         rows = _rows(file, "train, val, test")
         if not rows or not {"train", "val", "test"} <= set(rows[0]):
             raise TrainError(file, "lacks one of the columns train, val, test", "See CLAM's splits_0.csv")
-        splits.append(
-            Split(
-                *(
-                    tuple(row[name].strip() for row in rows if (row[name] or "").strip())
-                    for name in ("train", "val", "test")
-                )
-            )
-        )
+        parts = ([(row[name] or "").strip() for row in rows] for name in ("train", "val", "test"))
+        splits.append(Split(*(tuple(filter(None, part)) for part in parts)))
     return splits
 
 
 def write_splits(folder: Path, splits: Sequence[Split]) -> None:
     """Write CLAM's split tables, ``splits_<k>.csv``."""
     folder.mkdir(parents=True, exist_ok=True)
+    columns = ("", "train", "val", "test")
     for k, split in enumerate(splits):
-        rows = [
-            {
-                "": i,
-                **{
-                    name: part[i] if i < len(part) else None
-                    for name, part in zip(("train", "val", "test"), split, strict=True)
-                },
-            }
-            for i in range(max(map(len, split)))
-        ]
-        write_csv(folder / f"splits_{k}.csv", ["", "train", "val", "test"], rows)
+        rows = [dict(zip(columns, (i, *part), strict=True)) for i, part in enumerate(zip_longest(*split))]
+        write_csv(folder / f"splits_{k}.csv", columns, rows)
 
 
 def check_split(cohort: Cohort, split: Split, name: str) -> None:
@@ -330,6 +313,13 @@ def _rows(path: Path, columns: str) -> list[dict[str, str]]:
             return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TrainError(path, f"cannot be read ({error})", f"Give a CSV with the columns {columns}") from error
+
+
+def _check_filled(path: Path, rows: list[dict[str, str]], *columns: str) -> None:
+    for i, row in enumerate(rows, 2):
+        for name in columns:
+            if not (row[name] or "").strip():
+                raise TrainError(path, f"line {i}: {name} is empty", "Fill it in, or remove the row")
 
 
 def _survival(
