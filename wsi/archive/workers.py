@@ -239,14 +239,19 @@ class _Worker:
         self._began = 0.0
         self._reason: tuple[str, str] | None = None
         command = [sys.executable, "-m", "wsi.archive.worker"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
+        # Ctrl-C reaches the whole group: it inherits that it does not hear it, from its first moment on.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                env=environment,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         self._send(to_json(job))
         self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
         self._listener.start()
