@@ -157,7 +157,7 @@ class PatchStore:
         StoreError
             It holds other tiles, or is damaged.
         """
-        path, remedy = Path(path), "Choose another folder"
+        path, remedy = Path(path), "Delete it to begin it anew, or choose another folder"
         if not path.exists():
             return cls.create(path, grid, arrays, pixels=pixels, attributes=attributes)
         store = cls.open(path)
