@@ -23,6 +23,8 @@ U8 = npt.NDArray[np.uint8]
 
 #: A level of more pixels than this is not read: a mask of a whole slide is a pyramid.
 _MAX_PIXELS = 1 << 28
+#: What holds more of them is a picture, of which each speck would become an outline.
+_MOST_VALUES = 64
 #: Masks are padded to whole tiles by some programs.
 _PADDING_PX = 512
 
@@ -37,9 +39,13 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
     scale = _scale(path, levels[1], frame.size or levels[1])
     finest = next((d for d, (w, h) in levels.items() if w * h <= 16_000_000), max(levels))
     values = read_mask(path, downsample=finest)
+    present = (np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1).tolist()
+    if len(present) > _MOST_VALUES:
+        what = f"holds {len(present)} values, as pictures do"
+        raise AnnotationError(path, what, "A mask has a value a class: save it without lossy compression")
     return [
         Annotation(shapely.transform(outline, lambda xy: xy * finest * scale), str(value))
-        for value in np.unique(values[values > 0]).tolist()
+        for value in present
         for outline in mask_polygons(values == value)
     ]
 

@@ -254,19 +254,15 @@ def tile_cases(
     for slide_id, slide in slides.items():
         path = paths[slide_id]
         heatmap = slide.heatmap()
-        x, y, w, h = heatmap.grid.boxes().T
-        tiles = shapely.box(x, y, x + w, y + h)
-        share = np.zeros(len(tiles))
+        share = np.zeros(len(heatmap.grid))
         if path is not None:
             found = lesion_area(read_annotations(path, frame=frame_of(slide)), roles=roles, where=path)
             warnings += [f"{path.name}: {note}" for note in found.warnings]
-            area = found.geometry
-            shapely.prepare(area)
-            share = shapely.area(shapely.intersection(tiles, area)) / shapely.area(tiles)
+            share = heatmap.grid.covered(found.geometry)
         labels.append(share >= 0.5)
         scores.append(heatmap.values.astype(np.float64))
         ids += [f"{slide_id}/{left}_{top}" for left, top in heatmap.grid.boxes()[:, :2].round().astype(int).tolist()]
-        owners += [slide_id] * len(tiles)
+        owners += [slide_id] * len(share)
     cases = Cases(
         tuple(ids),
         np.concatenate(labels),
