@@ -254,7 +254,7 @@ def _of_images(places: list[Path], classes: list[str], label: str, patient_in: s
 def _of_stores(
     places: list[Path], annotations: Path, classes: list[str], rest: str | None, patients: Path | None, *, quiet: bool
 ) -> Labelled:
-    from wsi.annotations import read_annotations
+    from wsi.annotations import Frame, read_annotations
     from wsi.evaluate.inputs import annotation_of
     from wsi.train.bags import find_bags
     from wsi.train.cohort import read_patients
@@ -270,10 +270,12 @@ def _of_stores(
             without.append(slide_id)
             continue
         try:
-            x, y = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))["bounds_px"][:2]
-        except (OSError, ValueError, KeyError) as error:
+            numbers = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))
+            (x, y, *_), (width, height) = numbers["bounds_px"], numbers["size_px"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainError(path.parent, f"has no whole result.json ({error})", "Run wsi tile again") from error
-        outlines[slide_id] = [(each.group.strip(), each.geometry) for each in read_annotations(drawn, origin=(x, y))]
+        found = read_annotations(drawn, frame=Frame((x, y), (width, height)))
+        outlines[slide_id] = [(each.group.strip(), each.geometry) for each in found]
     if without:
         what = f"all their tiles are {rest!r}" if rest else "they are left out"
         say(f"wsi: {len(without)} slides have no outlines, {without[0]} for one: {what}", quiet=quiet)
