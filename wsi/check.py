@@ -67,6 +67,11 @@ def check(path: Path) -> Found:
     ------
     FileNotFoundError
         Nothing is there.
+
+    Examples
+    --------
+    >>> check(Path("results")).problems                                                   # doctest: +SKIP
+    ['slide_7: was not finished']
     """
     if not path.exists():
         raise FileNotFoundError(path)
@@ -89,6 +94,11 @@ def phi(path: Path) -> Iterator[tuple[str, str, str]]:
 
     Of a folder: paths of slides and their names in every text and table, in the names of files and folders, and what
     the slides in it hold. Pictures are named where there are any: nobody can say what is written in them.
+
+    Examples
+    --------
+    >>> list(phi(Path("results")))                                                        # doctest: +SKIP
+    [('run.json', 'text', 'path of a file')]
     """
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
     results = [read_result(file.parent) for file in files if file.name == "result.json"]

@@ -28,6 +28,11 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
     ----------
     sync : bool
         Wait until the disk has it. Without, a power cut may leave a file that is short: for files that tell.
+
+    Examples
+    --------
+    >>> with replacing("out/table.csv") as file:  # doctest: +SKIP
+    ...     file.write(b"a,b")
     """
     draft = _draft(path)
     file = draft.open("xb")
@@ -119,6 +124,10 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         It is longer; a bomb is not unpacked further than the limit.
     OSError
         It cannot be read, or is no whole gzip file.
+
+    Examples
+    --------
+    >>> read_unpacked("regions.geojson.gz", 1 << 20)  # doctest: +SKIP
     """
     with Path(path).open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
@@ -174,6 +183,11 @@ def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     ValueError
         It is no picture, damaged, or far larger than a picture is.
     FileNotFoundError
+
+    Examples
+    --------
+    >>> with opened_image("mask.png") as image:  # doctest: +SKIP
+    ...     pixels = np.asarray(image)
     """
     from PIL import Image
 

@@ -48,6 +48,10 @@ def save_sheet(
         Tiles in a row; fewer where there are fewer.
     look : callable, optional
         See ``Look``.
+
+    Examples
+    --------
+    >>> save_sheet("tiles.png", slide, grid, model.evidence(grade))                     # doctest: +SKIP
     """
     columns = min(columns, len(grid))
     row_h = _LABEL + _SIDE + _CAPTION

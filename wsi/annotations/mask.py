@@ -98,6 +98,11 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
     ------
     AnnotationError
         Damaged, not 8-bit, of another size than the slide, or too large without being a pyramid.
+
+    Examples
+    --------
+    >>> read_mask(Path("tumor_001_mask.tif"), downsample=32).max()                       # doctest: +SKIP
+    255
     """
     levels = _levels(path)
     width, height = levels[1]

@@ -83,6 +83,14 @@ class Claims:
     ----------
     began : float
         When the run began, in the file system's own time.
+
+    Examples
+    --------
+    >>> with Claims("out/.claims") as claims:                            # doctest: +SKIP
+    ...     claim = claims.take("slide-1")
+    ...     if claim is not None:
+    ...         claim.confirm()
+    ...         claims.release(claim)
     """
 
     def __init__(

@@ -53,6 +53,10 @@ def evaluate_camelyon17(
     ------
     EvaluationError
         A patient of the reference without a stage, an unknown stage, a row that stands twice.
+
+    Examples
+    --------
+    >>> evaluate_camelyon17(Path("submission.csv"), Path("reference.csv"), out=Path("out"))       # doctest: +SKIP
     """
     truth = _read_stages(reference)
     warnings: list[str] = []

@@ -118,6 +118,10 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     EvaluationError
         A case without a prediction, a name that stands twice, a score that is no finite number, a column that is not
         there.
+
+    Examples
+    --------
+    >>> cases, warnings = read_cases(Path("mine.csv"), Path("labels.csv"), TableConfig())         # doctest: +SKIP
     """
     rows = read_rows(labels)
     key = _id_column(rows[0], labels)
@@ -212,6 +216,10 @@ def read_cohort(
     ------
     EvaluationError
         A slide without a row, a column that is not there.
+
+    Examples
+    --------
+    >>> read_cohort(Path("results"), Path("slides.csv"), groups=("centre",))                      # doctest: +SKIP
     """
     slides = scored_slides(results)
     rows: dict[str, dict[str, str]] = {name: {} for name in slides}

@@ -240,6 +240,11 @@ def tile_cases(
     Raises
     ------
     EvaluationError, AnnotationError, StoreError
+
+    Examples
+    --------
+    >>> cases, warnings = tile_cases(Path("results"), Path("annotations"))                        # doctest: +SKIP
+    >>> evaluate_table("patches", cases, warnings=warnings)                                       # doctest: +SKIP
     """
     slides, cohort = scored_slides(results), cohort or read_cohort(results)
     paths, warnings = _annotated(annotations, slides)

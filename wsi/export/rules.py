@@ -30,6 +30,11 @@ def problems(path: Path) -> list[str]:
     ------
     ValueError
         It is no GeoJSON at all, or too large to be read.
+
+    Examples
+    --------
+    >>> problems(Path("regions.geojson"))                                                 # doctest: +SKIP
+    ['2 features, first 7: the class has no colour']
     """
     features = read_geojson(path)
     first: dict[str, int] = {}
@@ -115,6 +120,11 @@ def slides_of(project: Path) -> list[tuple[str, str]]:
     ------
     ValueError
         It is no project.
+
+    Examples
+    --------
+    >>> slides_of(Path("project.qpproj"))                                                 # doctest: +SKIP
+    [('slide_1', 'file:///slides/slide_1.svs')]
     """
     try:
         images = json.loads(project.read_text(encoding="utf-8-sig"))["images"]

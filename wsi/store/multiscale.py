@@ -53,6 +53,10 @@ def write_multiscale(
         An unknown version.
     OutputError
         Something else is at `path`.
+
+    Examples
+    --------
+    >>> write_multiscale(Path("heatmap.ome.zarr"), [values], ["tumour"], step=(256, 256), mpp=mpp)     # doctest: +SKIP
     """
     if version not in NGFF:
         raise ValueError(f"version must be one of {', '.join(NGFF)}, got {version!r}")
