@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from wsi.cli import app
 from wsi.errors import ConfigMismatch, WsiError
 from wsi.nn.grade import load_mil_model
 from wsi.train.bags import find_bags, read_bag
-from wsi.train.cohort import k_fold
+from wsi.train.cohort import Case, Cohort, k_fold
 from wsi.train.ensemble import train_mil
 from wsi.train.mil import Bags, MilConfig
 
@@ -73,6 +74,25 @@ def test_predictions_are_those_of_members_that_never_saw_the_slide(trained: Path
         assert row["slide"] not in splits[k].train
         members = model(bags[row["slide"]].features.numpy()).members[2 * k : 2 * k + 2]  # of the split, a seed each
         assert float(row["prob_class 1"]) == pytest.approx(members.mean(0)[1], abs=1e-5)
+
+
+def test_a_cox_ensembles_risks_are_relative_to_each_members_own_baseline(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = [f"s{i:02d}" for i in range(60)]
+    bags = Bags(find_bags([write_bags(tmp_path / "bags", {i: 2 * (n % 2) for n, i in enumerate(ids)})]))
+    cases = {}
+    for n, i in enumerate(ids):
+        time = float(rng.exponential(2 if n % 2 else 20))
+        cases[i] = Case(i, i, int(np.searchsorted([2, 8], time)), time, bool(rng.random() < 0.8))
+    cohort = Cohort(cases, ("0 to 2", "2 to 8", "after 8"), (2.0, 8.0))
+    config = replace(CONFIG, head="cox", batch=16)
+    train_mil(cohort, bags, k_fold(cohort, 3, 0), tmp_path / "model", config, seeds=2)
+    model = load_mil_model(tmp_path / "model")
+    with (tmp_path / "model/predictions.csv").open() as file:
+        for row in csv.DictReader(file):
+            k, features = int(row["fold"]), bags[row["slide"]].features.numpy()
+            own = model(features).members[2 * k : 2 * k + 2].mean(0)
+            np.testing.assert_allclose(own, [float(row[f"prob_{name}"]) for name in cohort.class_names], atol=1e-5)
 
 
 def test_training_slides_are_in_range_and_others_are_not(trained: Path, bags: Bags) -> None:

@@ -133,8 +133,7 @@ def train_mil(
         "members": len(nets),
         "temperature": temperature,
         **calibration,
-        # Each member has its own; what an ensemble of Cox models is read by is their mean.
-        **({"baseline": np.mean([head.baseline for head in heads], axis=0).tolist()} if config.head == "cox" else {}),
+        **({"baseline": [head.baseline for head in heads]} if config.head == "cox" else {}),
         "largest_shift": float(f"{shift:.6g}"),
         "encoder_sha256": bags.encoder if bags.encoder and len(bags.encoder) == 64 else None,
         "encoder": bags.encoder,
