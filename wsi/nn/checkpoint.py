@@ -297,7 +297,7 @@ def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
     if kind == "binary" and num_classes != 2:
         raise TypeError(f"a binary head has two classes, not {num_classes}")
     if kind == "cox" and np.shape(baseline) != (members, num_classes - 1):
-        raise TypeError(f"baseline is {np.shape(baseline)}, not {members} members by {num_classes - 1} ends of intervals")
+        raise TypeError(f"baseline is {np.shape(baseline)}, not {members} members by {num_classes - 1} ends")
     rows = tuple(tuple(map(float, row)) for row in baseline)
     head = Head(kind, num_classes, float(raw.get("temperature", 1.0)), rows)
     threshold, shift = raw.get("conformal_threshold"), raw.get("largest_shift")

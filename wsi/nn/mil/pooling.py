@@ -72,6 +72,8 @@ class TopKMil(MilNet):
     """
 
     def __init__(self, *, in_features: int, num_classes: int = 2, top: int = 10, **arguments: Any) -> None:
+        if top < 1:
+            raise TypeError(f"top-k: top={top} must be at least 1")
         super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
         self.top = top
         self.classifier = nn.Linear(self.width, num_classes)
