@@ -149,6 +149,8 @@ class TestRefused:
             ({"architecture": "perceptron"}, "Known: mean"),
             ({"head": "vote"}, "Known: softmax"),
             ({"architecture": "clam-mb", "head": "ordinal"}, "softmax"),
+            ({"architecture": "noisy-or", "head": "ordinal"}, "no order"),
+            ({"architecture": "noisy-or", "head": "hazard"}, "no order"),
             ({"head": "cox"}, "Cox compares"),
             ({"epochs": 0}, "above 0"),
             ({"lr": float("nan")}, "above 0"),

@@ -72,6 +72,8 @@ class MilConfig:
             raise ModelError(f"head {self.head!r}", "is not known", f"Known: {', '.join(KINDS)}")
         if self.architecture.startswith("clam") and self.head != "softmax":
             raise ModelError(self.architecture, "learns from single tiles of each class", "Use it with --head softmax")
+        if self.architecture == "noisy-or" and self.head in ("ordinal", "hazard"):  # its first logit is always 0
+            raise ModelError("noisy-or", "says which classes are there, and knows no order", "Use another architecture")
         if self.head == "cox" and self.batch < 2:
             raise TrainError(f"batch={self.batch}", "Cox compares the patients of a batch", "Use --batch 16 or more")
         if min(self.epochs, self.batch, self.patience or 1) < 1 or not 0 < self.lr < float("inf"):
