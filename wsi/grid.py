@@ -158,19 +158,6 @@ class TileGrid:
         x, y, w, h = self.boxes().T
         return np.asarray(shapely.box(x, y, x + w, y + h))
 
-    def covered(self, area: shapely.Geometry) -> npt.NDArray[np.float64]:
-        """Return the part of each tile that lies in `area`, float64 (n,).
-
-        Examples
-        --------
-        >>> grid = TileGrid.cover((200, 100), slide_mpp=Mpp(1, 1), mpp=1.0, tile_px=100)
-        >>> grid.covered(shapely.box(0, 0, 150, 50)).tolist()
-        [0.5, 0.25]
-        """
-        tiles = self.polygons()
-        shapely.prepare(area)
-        return np.asarray(shapely.area(shapely.intersection(tiles, area)) / shapely.area(tiles))
-
     def inside(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
         """Tell which tiles lie wholly inside a slide of `size`, bool (n,)."""
         boxes = self.boxes()

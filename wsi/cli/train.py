@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,6 +96,7 @@ def mil(
     from wsi.train.cohort import k_fold, match, read_labels, read_splits
     from wsi.train.ensemble import train_mil
     from wsi.train.mil import Bags, MilConfig, prepare
+    from wsi.train.table import NUMBER
 
     device = prepare(device, threads)
     found = find_bags(bags)
@@ -109,7 +111,13 @@ def mil(
         lr=lr, weight_decay=weight_decay, batch=batch or (32 if kind == "cox" else 1), balance=balance, seed=seed,
     )  # fmt: skip
     config.check()
-    divided = read_splits(splits) if splits else k_fold(cohort, folds, seed)
+    if kind == "ordinal" and not names and not all(map(NUMBER.fullmatch, cohort.class_names)):
+        what = f"the grades {', '.join(cohort.class_names)} are words, which do not say their order"
+        raise TrainError(labels, what, "Say it with --classes, the least first")
+    divided = read_splits(splits, cohort.cases) if splits else k_fold(cohort, folds, seed)
+    unused = set(cohort.cases).difference(*chain(*divided))
+    if unused:
+        say(f"wsi: {len(unused)} slides are in no split, {min(unused)} for one: nobody learns from them", quiet=quiet)
     table = Bags({slide_id: found[slide_id] for slide_id in cohort.cases}, encoder=encoder)
     with watching(len(divided) * seeds, quiet=quiet) as tell:
         figures = train_mil(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -278,15 +279,16 @@ def _weights_of(config: ModelConfig) -> Path:
 def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
     """Read what only a MIL head's configuration has."""
     kind = raw.get("head", "softmax")
-    baseline = tuple(float(value) for value in raw.get("baseline", ()))
+    members, baseline = int(raw.get("members", 1)), raw.get("baseline", ())
     if kind not in KINDS:
         raise TypeError(f"head {kind!r} is not one of {', '.join(KINDS)}")
     if kind == "binary" and num_classes != 2:
         raise TypeError(f"a binary head has two classes, not {num_classes}")
-    if kind == "cox" and len(baseline) != num_classes - 1:
-        raise TypeError(f"baseline has {len(baseline)} values, and {num_classes} intervals need {num_classes - 1}")
-    head = Head(kind, num_classes, float(raw.get("temperature", 1.0)), baseline)
-    members, threshold, shift = int(raw.get("members", 1)), raw.get("conformal_threshold"), raw.get("largest_shift")
+    if kind == "cox" and np.shape(baseline) != (members, num_classes - 1):
+        raise TypeError(f"baseline is {np.shape(baseline)}, not {members} members by {num_classes - 1} ends")
+    rows = tuple(tuple(map(float, row)) for row in baseline)
+    head = Head(kind, num_classes, float(raw.get("temperature", 1.0)), rows)
+    threshold, shift = raw.get("conformal_threshold"), raw.get("largest_shift")
     if head.temperature <= 0 or members < 1:
         raise TypeError(f"temperature is {head.temperature} and members is {members}")
     return {
