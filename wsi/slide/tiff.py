@@ -386,7 +386,7 @@ def _vendor(tiff: tifffile.TiffFile) -> tuple[str, tuple[float, float] | None, s
     if tiff.is_svs:
         found = re.search(r"\|\s*MPP\s*=\s*([0-9.,eE+-]+)", text)
         mpp = float(found[1].replace(",", ".")) if found else None  # a comma where the scanner's computer writes so
-        return "aperio", mpp and (mpp, mpp), "vendor:aperio"
+        return "aperio", None if mpp is None else (mpp, mpp), "vendor:aperio"
     if tiff.is_philips:
         return "philips", _philips(text)[0], "vendor:philips"
     if tiff.is_ome:

@@ -87,8 +87,8 @@ class TiffSlideReader(Slide):
         colours, compression = int(page.photometric), int(page.compression)
         shown = colours in (_BLACK_IS_ZERO, _RGB) or (colours == _YCBCR and compression == _JPEG)
         if not shown or compression == _YCBCR_JPEG2000 or (page.samplesperpixel == 4 and page.extrasamples != (2,)):
-            what = f"stores its colours as {page.photometric.name} of {page.samplesperpixel} samples"
-            raise SlideUnreadable(self.path, f"{what} ({page.compression.name})", "Export it as RGB without alpha")
+            what = f"{tifffile.PHOTOMETRIC(colours).name} of {page.samplesperpixel} samples (compression {compression})"
+            raise SlideUnreadable(self.path, f"stores its colours as {what}", "Export it as RGB without alpha")
         chunk_bytes = math.prod(page.chunks)
         if chunk_bytes > MAX_TILE_BYTES:
             what = f"is stored in parts of {chunk_bytes} bytes when decoded, more than {MAX_TILE_BYTES}"
