@@ -202,7 +202,7 @@ def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Hold the collector of cycles while millions of objects are made that stay: it would look at them again and again.
+    """Pause garbage collection while millions of long-lived objects are built, which it would scan again and again.
 
     Examples
     --------
