@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,21 @@ def test_where_in_its_pixel_a_mask_is_asked(tmp_path: Path):
     for at in (0.0, 0.5):
         drawn = rasterize(shapely.box(37, 21, 111, 70), (16, 12), 8, at=at)
         assert (read_mask(path, downsample=8, at=at).astype(bool) == drawn).all()
+
+
+@given(st.lists(st.tuples(st.integers(0, 700), st.sampled_from([0, 1, 2, 5, 128, 255])), min_size=1, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_mask_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]):
+    mask = np.zeros((96, 128), np.uint8)
+    mask[20:50, 30:90] = 1
+    path = mask_tiff(tmp_path_factory.getbasetemp() / "damaged.tif", mask, levels=2)
+    damaged = bytearray(path.read_bytes())
+    for at, value in changes:
+        damaged[at % len(damaged)] = value
+    path.write_bytes(damaged)
+    for read in (read_annotations, read_mask):
+        with suppress(AnnotationError):
+            read(path)
 
 
 def test_a_mask_whose_channels_lie_apart(tmp_path: Path):

@@ -128,3 +128,10 @@ def test_slides_of_a_patient_are_drawn_together(tmp_path: Path):
     for name in ("slide_accuracy", "sensitivity_itc"):
         share = report.results[name]
         assert share.value == 0.5 and share.n == 10 and share.high - share.low > 0.5, "of 50 slides it were 0.27"
+    assert not report.warnings
+    rows = (tmp_path / "mine.csv").read_text().replace("patient_003_node_2.tif", "patient_003_node_2")
+    (tmp_path / "mine.csv").write_text(rows)
+    report = evaluate_camelyon17(tmp_path / "mine.csv", tmp_path / "reference.csv", out=tmp_path, n_bootstrap=50)
+    assert report.warnings == (
+        "1 slides of the reference have no stage, and are left out, patient_003_node_2.tif for one",
+    )

@@ -221,3 +221,18 @@ def test_nothing_drawn_and_nothing_found_is_undefined_and_said(tmp_path: Path):
     assert all(
         report.results[name].value is None and report.results[name].reason for name in ("mean_dice", "pooled_iou")
     )
+
+
+def test_slides_without_a_result_are_said(tmp_path: Path):
+    """One failed, one is being scored, or was when a run was killed."""
+    results = archive(tmp_path)
+    (tmp_path / "none").mkdir()
+    assert not any("failed" in each for each in tile_cases(results, tmp_path / "none")[1])
+    for name, file in (("c", "failure.json"), ("d", "store.zarr/zarr.json")):
+        (results / name / file).parent.mkdir(parents=True)
+        (results / name / file).write_text("{}")
+    for warnings in (
+        tile_cases(results, tmp_path / "none")[1],
+        evaluate_segmentation(results, tmp_path / "none", config=QUICK).warnings,
+    ):
+        assert any("2 slides failed or are not finished" in each and "c for one" in each for each in warnings)

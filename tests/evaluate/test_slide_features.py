@@ -104,6 +104,14 @@ def test_models_that_cannot_be_walked_are_refused(tmp_path: Path):
         np.savez(tmp_path / "forest.npz", **(good | {name: bad}))
         with pytest.raises(EvaluationError, match="walked"):
             load_forest(tmp_path)
+    for change in (
+        {"starts": good["starts"] + [0, 0, 10**6]},
+        {"cut": good["cut"][:-1]},
+        {"starts": good["starts"][::-1]},
+    ):
+        np.savez(tmp_path / "forest.npz", **(good | change))
+        with pytest.raises(EvaluationError, match="walked"):
+            load_forest(tmp_path)
     np.savez(tmp_path / "forest.npz", **(good | {"left": np.array([object()])}))
     with pytest.raises(EvaluationError, match="slide-feature model"):
         load_forest(tmp_path)
@@ -118,7 +126,7 @@ def test_training_from_results(tmp_path: Path):
         if i % 2:
             values[3:7, 3:7] = 0.95
         scored(tmp_path / "results", f"slide_{i:02}", values)
-    official = "".join(f"slide_{i:02}.tif,{('Normal', 'Tumor')[i % 2]},IDC,None\n" for i in range(20))
+    official = "".join(f"slide_{i:02}.tif,{('Normal', 'Tumor')[i % 2]},None,None\n" for i in range(20))
     (tmp_path / "official.csv").write_text(official)
     ours = "slide_id,label\n" + "".join(f"slide_{i:02},{i % 2}\n" for i in range(20))
     (tmp_path / "ours.csv").write_text(ours)

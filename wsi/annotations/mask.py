@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ U8 = npt.NDArray[np.uint8]
 
 #: A level of more pixels than this is not read: a mask of a whole slide is a pyramid.
 _MAX_PIXELS = 1 << 28
+#: What tifffile fails with where tags say what cannot be.
+_DAMAGED = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, MemoryError, struct.error)
 #: What holds more of them is a picture, of which each speck would become an outline.
 _MOST_VALUES = 64
 #: Masks are padded to whole tiles by some programs.
@@ -139,7 +142,9 @@ def _levels(path: Path) -> dict[int, tuple[int, int]]:
         with tifffile.TiffFile(path) as tiff:
             pages = [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
             sizes = [(page.imagewidth, page.imagelength) for page in pages]
-    except (tifffile.TiffFileError, ValueError, IndexError, KeyError) as error:
+            if not all(isinstance(side, int) and side > 0 for size in sizes for side in size):
+                raise ValueError("a side is no whole number of pixels")
+    except _DAMAGED as error:
         raise AnnotationError(path, f"is no TIFF ({error})", "Give the mask as TIFF or PNG") from error
     if not sizes:
         raise AnnotationError(path, "is a TIFF without a picture", "Give the mask as TIFF or PNG")
@@ -161,8 +166,11 @@ def _pixels(path: Path, size: tuple[int, int]) -> U8:
         try:
             with tifffile.TiffFile(path) as tiff:
                 pages = [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
-                values = next(page.asarray() for page in pages if (page.imagewidth, page.imagelength) == size)
-        except (ValueError, RuntimeError, IndexError, KeyError, OSError) as error:
+                page = next(page for page in pages if (page.imagewidth, page.imagelength) == size)
+                if page.is_tiled and page.tilewidth * page.tilelength > _MAX_PIXELS:
+                    raise ValueError(f"its tiles are {page.tilewidth} x {page.tilelength} px")
+                values = page.asarray()
+        except (*_DAMAGED, OSError) as error:
             raise AnnotationError(path, f"is damaged ({error})", "Get it again") from error
     if values.dtype == bool:
         values = values.astype(np.uint8)

@@ -150,7 +150,7 @@ def evaluate_camelyon16(
             config,
         )
         pictures.append(plots.forest_plot({"all": head.score, **forest_of}, "FROC", "froc_subgroups"))
-    for case in cases:
+    for case in cases:  # when nothing can fail any more: files of an earlier evaluation may be there
         if case.scored:
             write_detections(out / "detections" / f"{case.slide_id}.csv", case.detections)
     protocol = _protocol(config, reference) | {"slide_score_on_the_leaderboard": headline}

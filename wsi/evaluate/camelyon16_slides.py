@@ -11,7 +11,7 @@ import numpy as np
 from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
 from wsi.evaluate.detect import DetectConfig, detect
-from wsi.evaluate.inputs import annotation_of, read_detections, read_rows, slide_name, unique
+from wsi.evaluate.inputs import annotation_of, read_detections, read_rows, slide_name, unfinished, unique
 from wsi.evaluate.report import packaged_rows
 from wsi.metrics.estimate import F64
 from wsi.scored import ScoredSlide, scored_slides
@@ -88,9 +88,7 @@ def read_slides(
         raise EvaluationError(results, "is no folder", "Give a results folder, or a folder of detection files")
     if (results / "run.json").exists():
         scored = scored_slides(results)
-        failed = sorted(path.parent.name for path in results.glob("*/failure.json"))
-        if failed:
-            warnings.append(f"{len(failed)} slides failed and are left out, {failed[0]} for one: see failures.csv")
+        warnings += unfinished(results)
     else:
         files = {path.stem: path for path in sorted(results.glob("*.csv"))}
     names = {name.lower(): name for name in (*scored, *files)}

@@ -11,7 +11,7 @@ import numpy as np
 
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
-from wsi.evaluate.inputs import read_rows, unique
+from wsi.evaluate.inputs import read_rows, unfinished, unique
 from wsi.evaluate.report import Report, data_hash, leaderboard
 from wsi.files import write_csv
 from wsi.heatmap import major_axis_um
@@ -62,6 +62,7 @@ def evaluate_camelyon17(
     warnings: list[str] = []
     sizes: dict[str, float] = {}
     if results.is_dir():
+        warnings += unfinished(results)
         found, sizes = _stages_of(scored_slides(results), threshold, truth, warnings)
     else:
         found = _read_stages(results)
@@ -72,6 +73,9 @@ def evaluate_camelyon17(
     if missing:
         raise EvaluationError(results, f"says nothing of {len(missing)} patients, {missing[0]} for one", "Add them")
     nodes = sorted(name for name in truth if not name.endswith(".zip") and name in found)
+    bare = sorted(set(truth) - set(patients) - set(nodes))
+    if bare:
+        warnings.append(f"{len(bare)} slides of the reference have no stage, and are left out, {bare[0]} for one")
 
     def kappa(names: list[str], stages: tuple[str, ...]) -> tuple[Estimate, Any]:
         a, b = (np.array([stages.index(of[name]) for name in names], np.intp) for of in (truth, found))

@@ -26,7 +26,7 @@ def read_detections(path: Path) -> F64:
         Not three finite numbers a row, or a confidence outside 0 to 1; the line is named.
     """
     rows = []
-    for number, row in _lines(path):
+    for number, row in lines_of(path):
         if number == 1 and not any(map(_is_number, row)):  # the format has no header, and many write one
             continue
         where = f"{path}, line {number}"
@@ -61,7 +61,7 @@ def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[s
     >>> read_rows(Path("labels.csv"))[0]                                                          # doctest: +SKIP
     {'slide_id': 'a', 'label': '1'}
     """
-    lines = [(number, line) for number, line in _lines(path) if any(line)]
+    lines = [(number, line) for number, line in lines_of(path) if any(line)]
     columns = list(header) if header else (lines.pop(0)[1] if lines else [])
     twice = [name for name in columns if name and columns.count(name) > 1]
     if twice:
@@ -74,8 +74,19 @@ def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[s
     return [dict(zip(columns, line, strict=True)) for _, line in lines]
 
 
-def _lines(path: Path) -> list[tuple[int, list[str]]]:
-    """Cells of the lines that are not empty, each with its number from 1."""
+def lines_of(path: Path) -> list[tuple[int, list[str]]]:
+    """Return the cells of a CSV's lines that are not empty, each with its number from 1.
+
+    Raises
+    ------
+    EvaluationError
+        Not there, or no CSV in UTF-8.
+
+    Examples
+    --------
+    >>> lines_of(Path("labels.csv"))[0]                                                           # doctest: +SKIP
+    (1, ['slide_id', 'label'])
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
@@ -133,6 +144,21 @@ def annotation_of(folder: Path, slide_id: str) -> Path | None:
     if len(found) > 1:
         raise EvaluationError(found[0], f"and {found[1].name} both belong to {slide_id}", "Keep one")
     return found[0] if found else None
+
+
+def unfinished(results: Path) -> list[str]:
+    """Say of how many slides a results folder holds no result; empty where there are none.
+
+    Examples
+    --------
+    >>> unfinished(Path("results"))                                                               # doctest: +SKIP
+    ['2 slides failed or are not finished, and are left out, a for one: see failures.csv']
+    """
+    begun = {path.parent for kind in ("failure.json", "store.zarr") for path in results.glob(f"*/{kind}")}
+    names = sorted(path.name for path in begun if not (path / "result.json").exists())
+    if not names:
+        return []
+    return [f"{len(names)} slides failed or are not finished, and are left out, {names[0]} for one: see failures.csv"]
 
 
 def is_image(path: Path) -> bool:

@@ -130,6 +130,7 @@ def write_report(folder: str | os.PathLike[str], report: Report, about: Mapping[
     refuse_foreign(folder, *names, "index.html")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # First: it is what tells a later report that the rest may be written over.
         write_json(folder / "report.json", content := report.json(about))
         rows = [{"metric": name, **estimate.json()} for name, estimate in report.results.items()]
         write_csv(folder / "results.csv", ("metric", "value", "low", "high", "n", "method", "reason"), rows)

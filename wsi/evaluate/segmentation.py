@@ -17,7 +17,7 @@ from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
 from wsi.evaluate.cases import Cases, Cohort, read_cohort
-from wsi.evaluate.inputs import annotation_of, frame_of, lesion_mask
+from wsi.evaluate.inputs import annotation_of, frame_of, lesion_mask, unfinished
 from wsi.evaluate.report import Report, data_hash
 from wsi.evaluate.subgroups import gap_of, subgroup_rows
 from wsi.metrics.bootstrap import bootstrap
@@ -88,6 +88,7 @@ def evaluate_segmentation(
     config, cohort = config or SegmentationConfig(), cohort or read_cohort(results)
     slides = scored_slides(results)
     rows, worst, warnings = _measured(slides, annotations, config)
+    warnings += unfinished(results)
     patients = [cohort.patients[slide_id] for slide_id in slides]
     unit = "slides" if len(set(patients)) == len(patients) else "patients"
     draws: dict[str, Any] = {"n_draws": config.n_bootstrap, "seed": config.seed, "unit": unit}
@@ -248,6 +249,7 @@ def tile_cases(
     """
     slides, cohort = scored_slides(results), cohort or read_cohort(results)
     paths, warnings = _annotated(annotations, slides)
+    warnings += unfinished(results)
     ids: list[str] = []
     owners: list[str] = []
     labels, scores = [np.zeros(0, bool)], [np.zeros(0)]

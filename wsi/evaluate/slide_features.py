@@ -19,7 +19,7 @@ import numpy.typing as npt
 from skimage import measure
 
 from wsi.errors import EvaluationError
-from wsi.evaluate.inputs import read_rows, slide_name, unique
+from wsi.evaluate.inputs import lines_of, read_rows, slide_name, unique
 from wsi.files import replacing, write_csv, write_json
 from wsi.heatmap import Heatmap
 from wsi.metrics.estimate import F64, Estimate
@@ -169,6 +169,12 @@ def load_forest(folder: Path) -> Forest:
         ) from error
     forest = Forest(features, threshold, facts=facts, **found)
     n = len(forest.value)
+    whole = [getattr(forest, name) for name in ("left", "right", "column", "cut", "value")]
+    starts = (
+        forest.starts.dtype.kind == "i" and forest.starts.ndim == 1 and (np.diff(forest.starts, append=n) > 0).all()
+    )
+    if not starts or any(each.shape != (n,) or each.dtype.kind not in "if" for each in whole):
+        raise EvaluationError(folder, "holds no trees that can be walked", "Train it again")
     inner = forest.left >= 0
     own = np.searchsorted(forest.starts, np.arange(n), side="right") - 1
     after = forest.starts[own] + np.where(inner, np.minimum(forest.left, forest.right), 0)
@@ -334,10 +340,12 @@ def train_slide_features(
 
 def _labels(path: Path) -> dict[str, int]:
     """Slide id, lower case, to 1 or 0."""
-    rows, slide, label, known = read_rows(path), "slide_id", "label", {"1": 1, "0": 0}
-    if not {slide, label} <= set(rows[0]):
+    first = next((cells for _, cells in lines_of(path)), [])
+    header, slide, label, known = None, "slide_id", "label", {"1": 1, "0": 0}
+    if not {slide, label} <= set(first):
         slide, label, known = "column 0", "column 1", {"Tumor": 1, "Normal": 0}
-        rows = read_rows(path, header=tuple(f"column {i}" for i in range(len(rows[0]))))
+        header = [f"column {i}" for i in range(len(first))]
+    rows = read_rows(path, header=header)
     found = {name: row.get(label, "") for name, row in unique(rows, slide, path, slide_name).items()}
     wrong = [each for each in found.values() if each not in known]
     if wrong:
