@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,17 @@ class TestRefused:
             embed_slide(folder, other)
         shutil.rmtree(folder / "store.zarr" / name)  # as the remedy says
         embed_slide(folder, other)
+
+    def test_the_same_weights_with_another_normalisation(
+        self, slide: Path, encoder: PatchModel, tmp_path: Path
+    ) -> None:
+        """Else slides embedded before and after a change of config.json would be bags of one training."""
+        folder = tiled(slide, tmp_path / "a")
+        embed_slide(folder, encoder)
+        other = copy.copy(encoder)
+        other.config = replace(encoder.config, mean=(0.1, 0.2, 0.3))
+        with pytest.raises(ConfigMismatch, match=r"mean .*now \[0.1, 0.2, 0.3\]"):
+            embed_slide(folder, other)
 
     def test_a_slide_that_is_gone_or_another(self, slide: Path, encoder: PatchModel, tmp_path: Path) -> None:
         moved = Path(shutil.copy(slide, tmp_path / "moved.svs"))

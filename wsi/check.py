@@ -67,6 +67,11 @@ def check(path: Path) -> Found:
     ------
     FileNotFoundError
         Nothing is there.
+
+    Examples
+    --------
+    >>> check(Path("results")).problems                                                   # doctest: +SKIP
+    ['slide_7: was not finished']
     """
     if not path.exists():
         raise FileNotFoundError(path)
@@ -85,10 +90,15 @@ def check(path: Path) -> Found:
 
 
 def phi(path: Path) -> Iterator[tuple[str, str, str]]:
-    """List what would leave the house with a slide or a folder, as (file, where, what); never the values themselves.
+    """List what a slide or folder would disclose if it were shared, as (file, where, what); never the values themselves.
 
     Of a folder: paths of slides and their names in every text and table, in the names of files and folders, and what
     the slides in it hold. Pictures are named where there are any: nobody can say what is written in them.
+
+    Examples
+    --------
+    >>> list(phi(Path("results")))                                                        # doctest: +SKIP
+    [('run.json', 'text', 'path of a file')]
     """
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
     results = [read_result(file.parent) for file in files if file.name == "result.json"]

@@ -90,9 +90,10 @@ def embed_slide(
         "patches": f"kept as {store.pixels}" if kept else "cut from the slide",
         "wsi_version": __version__,
     }
-    if name in store.arrays:  # whole, it stays, whatever it was made by; in part, only the same may go on
+    if name in store.arrays:  # in part, only the same may go on; whole, it stays, if it is of the same input
         there = store.about(name)
-        about = there if not store.missing(name) else about | {"encoder": there["encoder"]}
+        free = ("encoder",) if store.missing(name) else ("encoder", "precision", "patches", "wsi_version")
+        about |= {key: there[key] for key in free}
     store.add(name, (encoder.num_features,), "float16", about)
     missing = store.missing(name)
     if encoder.config.tile_px != store.grid.tile_px:

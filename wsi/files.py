@@ -6,13 +6,14 @@ import csv
 import gc
 import gzip
 import hashlib
-import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
     ----------
     sync : bool
         Wait until the disk has it. Without, a power cut may leave a file that is short: for files that tell.
+
+    Examples
+    --------
+    >>> with replacing("out/table.csv") as file:  # doctest: +SKIP
+    ...     file.write(b"a,b")
     """
     draft = _draft(path)
     file = draft.open("xb")
@@ -40,6 +46,50 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Name a temporary folder beside `path` that takes its place when the block ends well; else it is removed.
+
+    What stood there before stays until then. Killed between the two renames, the next call brings it back first.
+
+    Examples
+    --------
+    >>> with replacing_folder("out/a.zarr") as folder:  # doctest: +SKIP
+    ...     folder.mkdir()
+    """
+    path = Path(path)
+    draft, old = (path.with_name(f".{path.name}.{kind}") for kind in ("draft", "old"))
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        yield draft
+        if path.exists():
+            path.rename(old)
+        draft.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Remove a folder, if it is there, under a temporary name: a kill leaves no half of it under its own.
+
+    Examples
+    --------
+    >>> remove_folder("out/store.zarr")
+    """
+    draft = _draft(path)
+    with suppress(FileNotFoundError):
+        Path(path).rename(draft)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def time_beside(path: str | os.PathLike[str]) -> float:
@@ -74,6 +124,10 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         It is longer; a bomb is not unpacked further than the limit.
     OSError
         It cannot be read, or is no whole gzip file.
+
+    Examples
+    --------
+    >>> read_unpacked("regions.geojson.gz", 1 << 20)  # doctest: +SKIP
     """
     with Path(path).open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
@@ -129,6 +183,11 @@ def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     ValueError
         It is no picture, damaged, or far larger than a picture is.
     FileNotFoundError
+
+    Examples
+    --------
+    >>> with opened_image("mask.png") as image:  # doctest: +SKIP
+    ...     pixels = np.asarray(image)
     """
     from PIL import Image
 
@@ -143,7 +202,7 @@ def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Hold the collector of cycles while millions of objects are made that stay: it would look at them again and again.
+    """Pause garbage collection while millions of long-lived objects are built, which it would scan again and again.
 
     Examples
     --------
@@ -169,9 +228,11 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
 
 def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a table; None is an empty cell."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    lines: list[str] = []
+    # It quotes the characters of its line ends alone: given both, no cell breaks a row.
+    sink = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    writer = csv.DictWriter(sink, columns, restval="", lineterminator="\r\n")
     writer.writeheader()
     writer.writerows(rows)
     with replacing(path) as file:
-        file.write(text.getvalue().encode(errors="backslashreplace"))
+        file.write("".join(lines).encode(errors="backslashreplace"))

@@ -181,6 +181,11 @@ def save_overlay(
         The slide is damaged.
     OSError
         The picture cannot be written.
+
+    Examples
+    --------
+    >>> save_overlay("overlay.png", slide, heatmap, regions=heatmap.regions(0.5, slide.bounds),   # doctest: +SKIP
+    ...              label="tumour probability")
     """
     # The object interface keeps no figure alive and has no global state; matplotlib is loaded only here.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -31,8 +31,8 @@ def score_tiles(
 ) -> str | None:
     """Compute what is missing of ``probabilities``, ``features`` and, where kept as zstd or JPEG, ``pixels``.
 
-    Where the store has ``probabilities_alone``, that is what the model says, and ``probabilities`` is left to who lets
-    the tiles inform each other (``wsi.context``).
+    Where the store has ``probabilities_alone``, the network's output goes there, and ``probabilities`` is filled later
+    by ``wsi.context.in_context``.
 
     A patch of which a part cannot be decoded is ``unreadable``: it has no numbers (NaN in the store).
 

@@ -142,6 +142,10 @@ def scored_slides(folder: Path) -> dict[str, ScoredSlide]:
     ------
     ResultsError
         No results there.
+
+    Examples
+    --------
+    >>> scored_slides(Path("results"))["slide_1"].regions(0.5)                                    # doctest: +SKIP
     """
     found = {}
     for path in sorted(folder.glob("*/result.json")) or sorted(folder.glob("result.json")):

@@ -80,7 +80,7 @@ def test_heads_and_temperature_of_the_configuration_are_used(tmp_path: Path) -> 
     assert grade.probabilities.shape == (4,)
     assert ordinal.grade(np.array([0.4, 0.05, 0.25, 0.3])) == "c"  # the median, not the likeliest
     cox = write(
-        tmp_path / "cox", [a_net("mean", num_classes=1)], "mean", {"hidden": 8}, head="cox", baseline=[0.9, 0.4]
+        tmp_path / "cox", [a_net("mean", num_classes=1)], "mean", {"hidden": 8}, head="cox", baseline=[[0.9, 0.4]]
     )
     assert load_mil_model(cox)(features).probabilities.shape == (3,)
 
@@ -129,7 +129,8 @@ def test_the_shift_is_that_of_the_mean_in_deviations() -> None:
     [
         ({"head": "vote"}, "'vote' is not one of softmax"),
         ({"head": "binary"}, "two classes"),
-        ({"head": "cox"}, "baseline has 0 values"),
+        ({"head": "cox"}, r"baseline is \(0,\), not 1 members by 2 ends"),
+        ({"head": "cox", "baseline": [0.9, 0.4]}, r"baseline is \(2,\), not 1 members"),
         ({"temperature": 0}, "temperature is 0"),
         ({"members": 0}, "members is 0"),
         ({"num_classes": 2, "class_names": ["a", "b"]}, "disagree"),

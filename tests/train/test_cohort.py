@@ -27,6 +27,10 @@ def test_labels_are_read_in_order(tmp_path: Path) -> None:
     assert read_labels(path, classes=["tumour", "normal"]).cases["a.svs"].label == 0
     clam = [{"case_id": "p", "slide_id": str(i), "label": str(g)} for i, g in enumerate([10, 9, 2])]
     assert read_labels(write_labels(tmp_path / "c.csv", clam)).class_names == ("2", "9", "10")
+    pandas = [row | {"label": f"{row['label']}.0"} for row in clam]
+    assert read_labels(write_labels(tmp_path / "f.csv", pandas)).class_names == ("2.0", "9.0", "10.0")
+    named = [ROWS[0] | {"label": "NA"}, ROWS[1]]
+    assert read_labels(write_labels(tmp_path / "n.csv", named), classes=["normal", "NA"]).cases["a.svs"].label == 1
 
 
 def test_survival_falls_into_intervals(tmp_path: Path) -> None:
@@ -40,14 +44,22 @@ def test_survival_falls_into_intervals(tmp_path: Path) -> None:
     [
         ({"label": ""}, {}, "line 2: label is empty"),
         ({"patient": " "}, {}, "line 2: patient is empty"),
+        ({"patient": "Q"}, {}, "patients 'Q' and 'q' differ in case"),
+        ({"patient": "Q"}, {"time_bins": [5]}, "patients 'Q' and 'q' differ in case"),
+        ({"patient": "NaN"}, {}, "line 2: patient is NaN"),
+        ({"label": "NA"}, {}, "line 2: label is NA"),
+        ({"label": "Normal"}, {}, "labels 'Normal' and 'normal' differ in case"),
+        ({}, {"classes": ["tumour", "normal", "tumour"]}, "names a class twice"),
         ({"slide": "b.svs"}, {}, "slide b.svs is there twice"),
         ({"label": "normal"}, {}, "all have the label"),
         ({}, {"classes": ["normal", "other"]}, "label 'tumour' is not one of"),
         ({}, {"label": "grade"}, "Needed: slide, grade"),
         ({"time": "soon"}, {"time_bins": [5]}, "time 'soon'"),
         ({"event": "2"}, {"time_bins": [5]}, "event '2'"),
-        ({"event": "0"}, {"time_bins": [5]}, "no slide has an event"),
+        ({"event": "0"}, {"time_bins": [5]}, "no slide has an event until 5"),
         ({}, {"time_bins": [5, 5]}, "do not rise"),
+        ({}, {"time_bins": [5, float("inf")]}, "do not rise"),
+        ({}, {"time_bins": [1, 2]}, "no slide has an event until 2"),
     ],
 )
 def test_tables_that_are_refused(tmp_path: Path, changes: dict[str, str], arguments: dict[str, Any], says: str) -> None:
@@ -111,6 +123,8 @@ def test_splits_survive_clams_format(tmp_path: Path) -> None:
     assert read_splits(tmp_path) == splits
     assert read_splits(tmp_path / "splits_10.csv") == splits[10:]
     assert (tmp_path / "splits_0.csv").read_text().splitlines()[0] == ",train,val,test"
+    (tmp_path / "splits_0.csv").write_text(",train,val,test\n0,1,3.0,4.0\n1,2,,a.svs\n")
+    assert read_splits(tmp_path / "splits_0.csv", ["1", "2", "3", "4", "a"]) == [Split(("1", "2"), ("3",), ("4", "a"))]
     (tmp_path / "splits_0.csv").write_text(",train,val\n0,a,b\n")
     with pytest.raises(TrainError, match="lacks one of the columns"):
         read_splits(tmp_path)
@@ -127,6 +141,7 @@ def test_splits_survive_clams_format(tmp_path: Path) -> None:
         (Split(("s0", "s1"), ("s2", "s3"), ("s4", "s9")), "slide s9 has no label or no bag"),
         (Split(("s0", "s1"), ("s2", "s3"), ("s6",)), "patient p0 is in train and in test"),
         (Split(("s0", "s1"), ("s1", "s2"), ()), "patient p1 is in train and in validation"),
+        (Split(("s0", "s1", "s0"), ("s2", "s3"), ()), "slide s0 is twice in train"),
         (Split(("s0", "s1"), (), ("s2",)), "its validation part is empty"),
         (Split(("s0", "s2"), ("s1", "s3"), ()), "its train part holds no 'class 1'"),
         (Split(("s0", "s1"), ("s2", "s4"), ()), "its validation part holds no 'class 1'"),
@@ -155,3 +170,8 @@ def test_a_slide_without_its_patient_is_named(tmp_path: Path) -> None:
         (tmp_path / "p.csv").write_text(f"slide,patient\na,p\n{row}\n")
         with pytest.raises(TrainError, match="line 3: patient is empty"):
             read_patients(tmp_path / "p.csv")
+    (tmp_path / "p.csv").write_text("slide,patient\na,p\na,p\n")
+    assert read_patients(tmp_path / "p.csv") == {"a": "p"}
+    (tmp_path / "p.csv").write_text("slide,patient\na,p\nb,p\na,q\n")
+    with pytest.raises(TrainError, match="line 4: slide a is of patient q, and of p"):
+        read_patients(tmp_path / "p.csv")

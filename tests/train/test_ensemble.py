@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from typer.testing import CliRunner
 
 from tests.train.make import cohort_of, write_bags, write_labels
 from wsi.cli import app
-from wsi.errors import ConfigMismatch, WsiError
-from wsi.nn.grade import load_mil_model
+from wsi.errors import ConfigMismatch, TrainError, WsiError
+from wsi.nn.grade import feature_shift, load_mil_model
+from wsi.nn.uncertainty import prediction_set
 from wsi.train.bags import find_bags, read_bag
-from wsi.train.cohort import k_fold
-from wsi.train.ensemble import train_mil
+from wsi.train.cohort import Case, Cohort, Split, k_fold, write_splits
+from wsi.train.ensemble import _calibrate, train_mil
 from wsi.train.mil import Bags, MilConfig
 
 torch.set_num_threads(1)
@@ -75,6 +77,25 @@ def test_predictions_are_those_of_members_that_never_saw_the_slide(trained: Path
         assert float(row["prob_class 1"]) == pytest.approx(members.mean(0)[1], abs=1e-5)
 
 
+def test_a_cox_ensembles_risks_are_relative_to_each_members_own_baseline(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = [f"s{i:02d}" for i in range(60)]
+    bags = Bags(find_bags([write_bags(tmp_path / "bags", {i: 2 * (n % 2) for n, i in enumerate(ids)})]))
+    cases = {}
+    for n, i in enumerate(ids):
+        time = float(rng.exponential(2 if n % 2 else 20))
+        cases[i] = Case(i, i, int(np.searchsorted([2, 8], time)), time, bool(rng.random() < 0.8))
+    cohort = Cohort(cases, ("0 to 2", "2 to 8", "after 8"), (2.0, 8.0))
+    config = replace(CONFIG, head="cox", batch=16)
+    train_mil(cohort, bags, k_fold(cohort, 3, 0), tmp_path / "model", config, seeds=2)
+    model = load_mil_model(tmp_path / "model")
+    with (tmp_path / "model/predictions.csv").open() as file:
+        for row in csv.DictReader(file):
+            k, features = int(row["fold"]), bags[row["slide"]].features.numpy()
+            own = model(features).members[2 * k : 2 * k + 2].mean(0)
+            np.testing.assert_allclose(own, [float(row[f"prob_{name}"]) for name in cohort.class_names], atol=1e-5)
+
+
 def test_training_slides_are_in_range_and_others_are_not(trained: Path, bags: Bags) -> None:
     model = load_mil_model(trained)
     for slide_id in LABELS:
@@ -117,6 +138,7 @@ def test_a_folder_of_another_training_is_refused(trained: Path, bags: Bags) -> N
     [
         ({}, MilConfig(head="cox", batch=4), "does not fit the labels"),
         ({"positive": ["lymphoma"]}, MilConfig(), "no such class"),
+        ({}, MilConfig(arguments={"wings": 2}), "arguments do not fit"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(
@@ -126,6 +148,55 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(WsiError, match=says):
         train_mil(cohort, bags, k_fold(cohort, 3, 0), tmp_path / "out", config, **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_reads_places_is_refused_bags_without(tmp_path: Path) -> None:
+    some = dict(list(LABELS.items())[:-1])
+    write_bags(tmp_path / "h5", some)
+    bags = Bags(find_bags([tmp_path / "h5", write_bags(tmp_path / "pt", {"s29": 1}, layout="pt")]))
+    cohort = cohort_of(LABELS)
+    with pytest.raises(TrainError, match=r"s29: .*no boxes"):
+        train_mil(cohort, bags, k_fold(cohort, 3, 0), tmp_path / "out", MilConfig("transmil"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bags]:
+    """A model of classes that nobody could mistake."""
+    folder = tmp_path_factory.mktemp("parted")
+    bags = Bags(find_bags([write_bags(folder / "bags", {i: 3.0 * y for i, y in LABELS.items()})]))
+    cohort = cohort_of(LABELS)
+    config = replace(CONFIG, architecture="max", epochs=40)
+    train_mil(cohort, bags, k_fold(cohort, 3, 0), folder / "model", config, coverage=0.8)
+    return folder / "model", bags
+
+
+def test_of_thirty_slides_that_are_all_right_no_certainty_is_claimed(parted: tuple[Path, Bags]) -> None:
+    """One more wrong than right of 31: Laplace's rule of succession."""
+    figures = json.loads((parted[0] / "figures.json").read_text())
+    assert figures["test"]["pooled"]["accuracy"] == 1
+    with (parted[0] / "predictions.csv").open() as file:
+        own = [float(row[f"prob_{row['label']}"]) for row in csv.DictReader(file)]
+    assert 0.9 < np.mean(own) < 0.99
+
+
+def test_what_is_rounded_keeps_the_slides_it_was_taken_from(parted: tuple[Path, Bags]) -> None:
+    model, bags = load_mil_model(parted[0]), parted[1]
+    farthest = max(feature_shift(model._nets[0], bags[i].features) for i in LABELS)
+    assert model.config.largest_shift is not None
+    assert farthest < model.config.largest_shift == pytest.approx(farthest, rel=2e-5)
+
+
+def test_a_threshold_of_sets_is_never_rounded_up() -> None:
+    """All that are surer than 0.9999997 would be left with no class."""
+    cohort = cohort_of(LABELS)
+    p = np.array([3e-7, 1 - 3e-7])
+    rows = [
+        {"case": case, "part": "validation", "probabilities": p if case.label else p[::-1]}
+        for case in cohort.cases.values()
+    ]
+    found = _calibrate(cohort, rows, (), 0.9)["conformal_threshold"]
+    assert found == 0.999999 and prediction_set(p, found) == [1]
 
 
 class TestCommand:
@@ -153,8 +224,26 @@ class TestCommand:
             folder, "--labels", table, "-o", tmp_path / "again", "--time-bins", "2,5", "--epochs", 2, "-a", "mean",
             "--set", "hidden=4", "--splits", out / "splits", "-q",
         )  # fmt: skip
-        assert splits.exit_code == 0
+        assert splits.exit_code == 0 and "in no split" not in splits.output
         assert (tmp_path / "again" / "weights.safetensors").read_bytes() == (out / "weights.safetensors").read_bytes()
+
+    def test_grades_in_words_are_asked_for_their_order(self, tmp_path: Path) -> None:
+        """By alphabet high would come before low."""
+        folder = write_bags(tmp_path / "clam", LABELS)
+        rows = [{"slide": i, "label": ("low", "mid", "high")[int(i[1:]) % 3]} for i in LABELS]
+        words = (folder, "--labels", write_labels(tmp_path / "l.csv", rows), "--head", "ordinal", "--epochs", 1)
+        done = self.run(*words, "-o", tmp_path / "out")
+        assert isinstance(done.exception, WsiError) and "--classes, the least first" in str(done.exception)
+        assert self.run(*words, "-o", tmp_path / "out", "--classes", "low,mid,high").exit_code == 0
+        assert load_mil_model(tmp_path / "out").config.class_names == ("low", "mid", "high")
+
+    def test_slides_in_no_split_are_said(self, tmp_path: Path) -> None:
+        folder = write_bags(tmp_path / "clam", LABELS)
+        table = write_labels(tmp_path / "l.csv", [{"slide": i, "label": y} for i, y in LABELS.items()])
+        ids = list(LABELS)
+        write_splits(tmp_path / "splits", [Split(tuple(ids[:20]), tuple(ids[20:28]), ())])
+        words = ("--labels", table, "--splits", tmp_path / "splits", "--epochs", 1, "-o", tmp_path / "out")
+        assert "2 slides are in no split, s28 for one" in self.run(folder, *words).output
 
     @pytest.mark.parametrize(
         ("words", "says"),

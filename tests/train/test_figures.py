@@ -26,10 +26,12 @@ def test_concordance_counts_pairs() -> None:
     right = pairs = 0.0
     for i in range(30):
         for j in range(30):
-            if event[i] and time[i] < time[j]:
+            if event[i] and (time[i] < time[j] or (time[i] == time[j] and not event[j])):
                 pairs += 1
                 right += 1 if risk[i] > risk[j] else 0.5 if risk[i] == risk[j] else 0
     assert concordance(time, event, risk) == pytest.approx(right / pairs)
+    once = np.array([1.0, 1.0, 1.0]), np.array([True, False, True])  # at one time two events, and one last seen
+    assert concordance(*once, np.array([2.0, 1.0, 0.0])) == 0.5
     assert list(risk_of(np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]))) == [0, -1, -2]
 
 

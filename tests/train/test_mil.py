@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.nn.mil.make import ALL, SMALL
-from tests.train.make import cohort_of, features_of, write_bags
+from tests.train.make import WIDTH, cohort_of, features_of, write_bags
 from wsi.errors import ModelError, TrainError, WsiError
 from wsi.nn.mil import TrainingBag
 from wsi.train.bags import find_bags
@@ -149,16 +149,34 @@ class TestRefused:
             ({"architecture": "perceptron"}, "Known: mean"),
             ({"head": "vote"}, "Known: softmax"),
             ({"architecture": "clam-mb", "head": "ordinal"}, "softmax"),
+            ({"architecture": "noisy-or", "head": "ordinal"}, "no order"),
+            ({"architecture": "noisy-or", "head": "hazard"}, "no order"),
             ({"head": "cox"}, "Cox compares"),
             ({"epochs": 0}, "above 0"),
             ({"lr": float("nan")}, "above 0"),
             ({"arguments": {"wings": 2}}, "arguments do not fit"),
+            ({"arguments": {"dropout": 2}}, "arguments do not fit"),
+            ({"architecture": "top-k", "arguments": {"top": 0}}, "top=0"),
+            ({"architecture": "dtfd", "arguments": {"groups": 0}}, "groups=0"),
         ],
     )
     def test_configurations(self, bags: Bags, split: Split, changes: dict[str, Any], says: str) -> None:
         with pytest.raises(WsiError, match=says) as caught:
             train_member(cohort_of(LABELS), bags, split, replace(MilConfig(), **changes))
         assert isinstance(caught.value, (ModelError, TrainError))
+
+    @pytest.mark.parametrize("part", ["validation", "test"])
+    def test_a_bag_of_which_nothing_finite_can_be_said_is_named(self, bags: Bags, split: Split, part: str) -> None:
+        class Wild:
+            in_features, stats, name = bags.in_features, bags.stats, getattr(split, part)[1]
+
+            def __getitem__(self, slide_id: str) -> TrainingBag:
+                bag = bags[slide_id]
+                wild = torch.where(torch.arange(WIDTH) % 2 > 0, 3e38, -3e38).expand(len(bag.features), -1)
+                return bag._replace(features=wild) if slide_id == self.name else bag
+
+        with pytest.raises(TrainError, match=f"{Wild.name}.*not finite"):
+            train_member(cohort_of(LABELS), Wild(), split, MilConfig("mean", {"hidden": 8}, epochs=1))
 
     def test_a_loss_that_explodes(self, bags: Bags, split: Split) -> None:
         with pytest.raises(TrainError, match="not finite"):

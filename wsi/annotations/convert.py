@@ -58,6 +58,10 @@ def write_annotations(
         A group that can be no class of QuPath: a line break in it.
     OSError
         The file cannot be written.
+
+    Examples
+    --------
+    >>> write_annotations("a.geojson", read_annotations("a.xml"), slide_id="a")                    # doctest: +SKIP
     """
     names = [(classes or {}).get(each.group, each.group).strip() for each in annotations]
     kinds = {}
@@ -93,6 +97,11 @@ def write_mask(path: str | os.PathLike[str], annotations: Sequence[Annotation], 
         The slide cannot be read.
     OSError
         The file cannot be written.
+
+    Examples
+    --------
+    >>> write_mask("a.png", read_annotations("a.geojson"), slide)                                  # doctest: +SKIP
+    12.7
     """
     areas = [(each.group.lower() in EXCLUDED, each.geometry) for each in annotations if each.geometry.area > 0]
     tissue = find_tissue(slide)

@@ -29,7 +29,6 @@ REPORT_S = 0.1
 
 def main() -> None:
     """Do what stdin says."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started us decides
     signal.signal(signal.SIGTERM, _stop)
     faulthandler.enable()
     keep_freed_memory()

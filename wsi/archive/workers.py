@@ -230,7 +230,14 @@ class _Worker:
         self._began = 0.0
         self._reason: tuple[str, str] | None = None
         command, pipe = [sys.executable, "-m", "wsi.archive.worker"], subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", env=environment)
+        # Ctrl-C reaches the whole group: the worker inherits a mask that keeps it from the first moment on.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", env=environment
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         self._send(to_json(job))
         self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
         self._listener.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,6 +96,7 @@ def mil(
     from wsi.train.cohort import k_fold, match, read_labels, read_splits
     from wsi.train.ensemble import train_mil
     from wsi.train.mil import Bags, MilConfig, prepare
+    from wsi.train.table import NUMBER
 
     device = prepare(device, threads)
     found = find_bags(bags)
@@ -109,7 +111,13 @@ def mil(
         lr=lr, weight_decay=weight_decay, batch=batch or (32 if kind == "cox" else 1), balance=balance, seed=seed,
     )  # fmt: skip
     config.check()
-    divided = read_splits(splits) if splits else k_fold(cohort, folds, seed)
+    if kind == "ordinal" and not names and not all(map(NUMBER.fullmatch, cohort.class_names)):
+        what = f"the grades {', '.join(cohort.class_names)} are words, which do not say their order"
+        raise TrainError(labels, what, "Say it with --classes, the least first")
+    divided = read_splits(splits, cohort.cases) if splits else k_fold(cohort, folds, seed)
+    unused = set(cohort.cases).difference(*chain(*divided))
+    if unused:
+        say(f"wsi: {len(unused)} slides are in no split, {min(unused)} for one: nobody learns from them", quiet=quiet)
     table = Bags({slide_id: found[slide_id] for slide_id in cohort.cases}, encoder=encoder)
     with watching(len(divided) * seeds, quiet=quiet) as tell:
         figures = train_mil(
@@ -254,7 +262,7 @@ def _of_images(places: list[Path], classes: list[str], label: str, patient_in: s
 def _of_stores(
     places: list[Path], annotations: Path, classes: list[str], rest: str | None, patients: Path | None, *, quiet: bool
 ) -> Labelled:
-    from wsi.annotations import read_annotations
+    from wsi.annotations import Frame, read_annotations
     from wsi.evaluate.inputs import annotation_of
     from wsi.train.bags import find_bags
     from wsi.train.cohort import read_patients
@@ -270,10 +278,12 @@ def _of_stores(
             without.append(slide_id)
             continue
         try:
-            x, y = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))["bounds_px"][:2]
-        except (OSError, ValueError, KeyError) as error:
+            numbers = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))
+            (x, y, *_), (width, height) = numbers["bounds_px"], numbers["size_px"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainError(path.parent, f"has no whole result.json ({error})", "Run wsi tile again") from error
-        outlines[slide_id] = [(each.group.strip(), each.geometry) for each in read_annotations(drawn, origin=(x, y))]
+        found = read_annotations(drawn, frame=Frame((x, y), (width, height)))
+        outlines[slide_id] = [(each.group.strip(), each.geometry) for each in found]
     if without:
         what = f"all their tiles are {rest!r}" if rest else "they are left out"
         say(f"wsi: {len(without)} slides have no outlines, {without[0]} for one: {what}", quiet=quiet)

@@ -72,6 +72,11 @@ def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = No
         An unknown layout.
     OSError
         `out` cannot be written to.
+
+    Examples
+    --------
+    >>> export_bags(Path("results"), Path("for_clam"), "clam")                                   # doctest: +SKIP
+    [{'slide_id': 'slide_1', 'tiles': 13816, 'warnings': []}]
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")

@@ -111,6 +111,11 @@ def convert_bags(
         An unknown layout.
     OSError
         `out` cannot be written to.
+
+    Examples
+    --------
+    >>> convert_bags([Path("job")], Path("for_stamp"), "stamp", Given(mpp=0.25))                   # doctest: +SKIP
+    [{'slide_id': 'slide_1', 'tiles': 13816, 'tile_level0': 1024.0, 'stride_level0': 1024.0, 'warnings': []}]
     """
     if layout not in _NEEDS:
         raise ValueError(f"layout must be one of {', '.join(_NEEDS)}, got {layout!r}")

@@ -48,6 +48,11 @@ def export_dicom(results: Path, out: Path) -> list[dict[str, Any]]:
         No results there, a slide that is no longer where it was scored, or highdicom is not installed.
     OSError
         `out` cannot be written to.
+
+    Examples
+    --------
+    >>> export_dicom(Path("results"), Path("dicom"))                                      # doctest: +SKIP
+    [{'slide_id': 'slide_1', 'tiles': 13816, 'warnings': []}]
     """
     try:
         import highdicom  # noqa: F401

@@ -56,6 +56,11 @@ def read_geojson(path: str | os.PathLike[str]) -> list[Json]:
         Not JSON, not GeoJSON, or more of it than 256 MiB, unpacked.
     OSError
         The file cannot be read.
+
+    Examples
+    --------
+    >>> [f["properties"]["objectType"] for f in read_geojson("regions.geojson")]     # doctest: +SKIP
+    ['annotation']
     """
     return features_of(read_unpacked(path, _MAX_READ_BYTES), path)
 

@@ -188,8 +188,6 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
     name = pseudonym(slide.slide_id, config.key)
     folder = out / "objects" / name
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("tiles*.geojson.gz"):  # there may have been more of them
-        earlier.unlink()
     store = slide.store()
     tiles, mpp = slide.tiles(store), slide.pixel_size(store)
     threshold = _threshold(slide, config)
@@ -208,13 +206,16 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
     values, classes = measurements(slide, tiles), classes_of(slide)
     parts = list(shards(tiles.grid.rows, config.max_tiles))
     n_tiles = 0
+    written = []
     for i, part in enumerate(parts, 1):
-        which = "" if len(parts) == 1 else f"-{i}-of-{len(parts)}"
+        written.append(folder / f"tiles{'' if len(parts) == 1 else f'-{i}-of-{len(parts)}'}.geojson.gz")
         n_tiles += write_tiles(
-            folder / f"tiles{which}.geojson.gz", boxes[part], classes, names[part],
+            written[-1], boxes[part], classes, names[part],
             {key: each[part] for key, each in values.items()},
             bounds=bounds, slide_id=name, metadata=metadata, object_type=config.object_type, first=part.start,
         )  # fmt: skip
+    for earlier in set(folder.glob("tiles*.geojson.gz")) - set(written):  # there may have been more of them
+        earlier.unlink()
     warnings = []
     if not len(tiles.grid):
         warnings.append("no tile was scored: look at the warnings of result.json")

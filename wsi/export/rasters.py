@@ -89,6 +89,11 @@ def slide_raster(slide: ScoredSlide) -> Raster:
     ------
     ResultsError
         No tile was scored.
+
+    Examples
+    --------
+    >>> slide_raster(scored_slides(Path("results"))["slide_1"]).pixel_um                  # doctest: +SKIP
+    (128.0, 128.0)
     """
     store = slide.store()
     tiles = slide.tiles(store)
@@ -107,6 +112,10 @@ def write_ome_tiff(path: Path, raster: Raster) -> None:
     """Write a pyramidal OME-TIFF: tiled, its coarser levels in SubIFDs, sizes of pixels in microns.
 
     QuPath (Bio-Formats) opens it as an image of its own, napari with a scale.
+
+    Examples
+    --------
+    >>> write_ome_tiff(Path("heatmap.ome.tiff"), slide_raster(slide))                     # doctest: +SKIP
     """
     levels = raster.levels()
     options: dict[str, Any] = {
@@ -150,6 +159,10 @@ def write_png(path: Path, raster: Raster) -> None:
     """Write the first channel in colour, a pixel a step, transparent where there is no tile.
 
     Colours are viridis from 0 to 1.
+
+    Examples
+    --------
+    >>> write_png(Path("heatmap.png"), slide_raster(slide))                               # doctest: +SKIP
     """
     from matplotlib import colormaps
 
@@ -164,9 +177,37 @@ def write_png(path: Path, raster: Raster) -> None:
 def export_rasters(
     results: Path, out: Path, kind: str, *, version: str = "0.5", key: bytes | None = None
 ) -> list[dict[str, Any]]:
-    """Write the heatmaps of all slides of a results folder as images: "ome-tiff", "ome-zarr" (of a `version`) or "png".
+    """Write the heatmaps of all slides of a results folder as images.
 
-    Parameters, rows and errors are those of ``export_bags``; a row has ``size_px`` and ``pixel_um`` in place of tiles.
+    Parameters
+    ----------
+    results : Path
+        What ``wsi score`` wrote.
+    out : Path
+        Made where it is not there.
+    kind : {"ome-tiff", "ome-zarr", "png"}
+    version : {"0.4", "0.5"}
+        Of OME-Zarr.
+    key : bytes, optional
+        Slide ids are replaced by their pseudonyms.
+
+    Returns
+    -------
+    list of dict
+        A row a slide: ``slide_id``, ``size_px``, ``pixel_um``, ``warnings``.
+
+    Raises
+    ------
+    ResultsError
+        No results there.
+    ValueError
+        An unknown kind or version.
+    OSError
+        `out` cannot be written to.
+
+    Examples
+    --------
+    >>> export_rasters(Path("results"), Path("heatmaps"), "ome-tiff")                     # doctest: +SKIP
     """
     if kind not in ("ome-tiff", "ome-zarr", "png"):
         raise ValueError(f"kind must be ome-tiff, ome-zarr or png, got {kind!r}")

@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -181,6 +183,9 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
         positive = tuple(str(name) for name in raw.get("positive_classes", ()))
         if not set(positive) <= set(names):
             raise TypeError(f"positive_classes {list(positive)} are not among class_names {list(names)}")
+        threshold = float(raw.get("threshold", 0.5))
+        if not 0 <= threshold <= 1:
+            raise TypeError(f"threshold is {threshold:g}, and a probability is needed")
         common: dict[str, Any] = {
             "folder": folder,
             "task": task,
@@ -188,17 +193,20 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
             "architecture_args": dict(raw.get("architecture_args", {})),
             "class_names": names,
             "positive_classes": positive,
-            "threshold": float(raw.get("threshold", 0.5)),
+            "threshold": threshold,
             "num_logits": int(raw["num_classes"]),
             "weights_sha256": raw.get("weights_sha256"),
             "encoder_sha256": raw.get("encoder_sha256"),
         }
         if task == "mil":
             return ModelConfig(**common | _mil_of(raw, len(names)))
+        tile_px, mpp = int(raw["patch_size_pixels"]), float(raw["spacing_um_px"])
+        if tile_px < 1 or not (math.isfinite(mpp) and mpp > 0):
+            raise TypeError(f"patch_size_pixels is {tile_px} and spacing_um_px is {mpp:g}: both must be positive")
         return ModelConfig(
             **common,
-            tile_px=int(raw["patch_size_pixels"]),
-            mpp=float(raw["spacing_um_px"]),
+            tile_px=tile_px,
+            mpp=mpp,
             context=_context_of(raw["context"], names, positive) if "context" in raw else None,
             **_transform_of(raw["transform"]),
         )
@@ -225,12 +233,16 @@ def load_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
         if path.name in _SAFE_WEIGHTS:
             return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(state.get("state_dict", state))
     except SafetensorError as error:
         raise ModelError(path, f"is damaged ({error})", "Fetch the model again") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         what = "is damaged or holds more than tensors, and is not unpickled"
         raise ModelError(path, what, "Convert it to safetensors") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise ModelError(path, "holds no weights by name", "Save the network's state_dict()")
+    parallel = all(str(key).startswith("module.") for key in state)  # of torch's DataParallel
+    return {str(key).removeprefix("module.") if parallel else key: value for key, value in state.items()}
 
 
 def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: ModelConfig) -> None:
@@ -278,15 +290,16 @@ def _weights_of(config: ModelConfig) -> Path:
 def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
     """Read what only a MIL head's configuration has."""
     kind = raw.get("head", "softmax")
-    baseline = tuple(float(value) for value in raw.get("baseline", ()))
+    members, baseline = int(raw.get("members", 1)), raw.get("baseline", ())
     if kind not in KINDS:
         raise TypeError(f"head {kind!r} is not one of {', '.join(KINDS)}")
     if kind == "binary" and num_classes != 2:
         raise TypeError(f"a binary head has two classes, not {num_classes}")
-    if kind == "cox" and len(baseline) != num_classes - 1:
-        raise TypeError(f"baseline has {len(baseline)} values, and {num_classes} intervals need {num_classes - 1}")
-    head = Head(kind, num_classes, float(raw.get("temperature", 1.0)), baseline)
-    members, threshold, shift = int(raw.get("members", 1)), raw.get("conformal_threshold"), raw.get("largest_shift")
+    if kind == "cox" and np.shape(baseline) != (members, num_classes - 1):
+        raise TypeError(f"baseline is {np.shape(baseline)}, not {members} members by {num_classes - 1} ends")
+    rows = tuple(tuple(map(float, row)) for row in baseline)
+    head = Head(kind, num_classes, float(raw.get("temperature", 1.0)), rows)
+    threshold, shift = raw.get("conformal_threshold"), raw.get("largest_shift")
     if head.temperature <= 0 or members < 1:
         raise TypeError(f"temperature is {head.temperature} and members is {members}")
     return {
@@ -324,15 +337,28 @@ def _transform_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
         if name == "Resize":
             size = arguments["size"]
             sides = {int(side) for side in (size if isinstance(size, list) else [size])}
-            if len(sides) != 1:
+            if len(sides) != 1 or min(sides) < 1:
                 raise TypeError(f"transform Resize to {size} is not square")
             found["resize_px"] = sides.pop()
         elif name == "Normalize":
-            found["mean"] = tuple(float(value) for value in arguments["mean"])
-            found["std"] = tuple(float(value) for value in arguments["std"])
-            finite = all(map(math.isfinite, found["mean"] + found["std"]))
-            if not finite or len(found["mean"]) != 3 or len(found["std"]) != 3 or min(found["std"]) <= 0:
-                raise TypeError(f"transform Normalize has mean {found['mean']} and std {found['std']}")
+            found["mean"], found["std"] = normalisation(arguments["mean"], arguments["std"])
+    return found
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std of RGB in 0..1, or raise ValueError: those of 0..255 make all pictures alike.
+
+    Examples
+    --------
+    >>> normalisation([0.5, 0.5, 0.5], [1, 1, 1])
+    ((0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+    """
+    found = tuple(map(float, mean)), tuple(map(float, std))
+    numbers = found[0] + found[1]
+    if len(found[0]) != 3 or len(found[1]) != 3 or not all(map(math.isfinite, numbers)) or min(found[1]) <= 0:
+        raise ValueError(f"Normalize has mean {found[0]} and std {found[1]}: three finite numbers each are needed")
+    if max(numbers) > 1 or min(numbers) < 0:
+        raise ValueError(f"Normalize has mean {found[0]} and std {found[1]}, and RGB is from 0 to 1: divide by 255")
     return found
 
 
@@ -346,7 +372,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
 
     try:
-        folder = fetch("config.json", "stain.json", "*.safetensors", TORCHSCRIPT, "mil/*")
+        folder = fetch("config.json", "stain.json", "preprocessor_config.json", "*.safetensors", TORCHSCRIPT, "mil/*")
         if not any((folder / weights).is_file() for weights in (*_SAFE_WEIGHTS, TORCHSCRIPT)):
             folder = fetch("pytorch_model.bin")  # often the same weights again, gigabytes
         return folder

@@ -25,7 +25,7 @@ from wsi.nn.patch import PatchModel
 from wsi.nn.uncertainty import Uncertainty, prediction_set, uncertainty
 from wsi.result import called, rounded
 
-#: Share of unreadable tissue from which on a grade should not be used: what decides may lie in what nobody saw.
+#: Share of unreadable tissue from which on a grade should not be used: the part that decides may be unreadable.
 MOST_UNREADABLE = 0.1
 
 
@@ -112,10 +112,10 @@ class MilModel:
         return self.config.class_names[int(pick_class(probabilities[None], self.config)[0])]
 
     def evidence(self, grade: SlideGrade) -> dict[str, npt.NDArray[Any]]:
-        """Return what spoke for a class, a number (n,) a tile, by class; of two classes for the second alone.
+        """Return the evidence of each tile for each class, {class: (n,)}; of two classes for the second only.
 
-        Contributions to the class's logit over the mean of all (what all gain, probabilities do not see). Attention
-        where the network is no sum over tiles, or grades are ordered or times.
+        Contributions to the class's logit minus the mean over classes, since softmax ignores a shared offset. Attention
+        where the network is not a sum over tiles, or where grades are ordered or survival times.
         """
         parts, names = grade.contributions, self.config.class_names
         if parts is None or self.head.kind not in ("softmax", "binary"):

@@ -35,6 +35,11 @@ def leaks(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
     ----------
     path : path
         A slide. One that no library opens gives nothing but what its TIFF fields tell.
+
+    Examples
+    --------
+    >>> leaks("slide.svs")                                                                # doctest: +SKIP
+    [('associated image', 'label'), ('property', 'aperio.Date'), ('TIFF field', 'ImageDescription')]
     """
     path = Path(path)
     found = [("file name", path.name)] if telling_name(path.stem) else []

@@ -154,7 +154,7 @@ class PatchStore:
         StoreError
             It holds other tiles, or is damaged.
         """
-        path, remedy = Path(path), "Choose another folder"
+        path, remedy = Path(path), "Delete it to begin it anew, or choose another folder"
         if not path.exists():
             return cls.create(path, grid, arrays, pixels=pixels, attributes=attributes)
         store = cls.open(path)
@@ -226,7 +226,7 @@ class PatchStore:
         return range(-(-len(self) // SHARD_TILES))
 
     def about(self, name: str) -> dict[str, Any]:
-        """Return what an array that was added says of itself; {} of one that the store was made with."""
+        """Return the metadata of an array that was added later; {} for the arrays the store was made with."""
         return dict(self._array(name).attrs.get("wsi", {}))
 
     def add(self, name: str, row: tuple[int, ...], dtype: str, about: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from wsi.stain.augment import StainAugment
 from wsi.store.codec import decode_jpeg, encode_jpeg
 from wsi.train.cohort import Cohort, Split
 from wsi.train.images import Patches
-from wsi.train.loop import Loop, digits, drawn
+from wsi.train.loop import Loop, digits, drawn, finite
 from wsi.train.mil import measure
 
 U8 = npt.NDArray[np.uint8]
@@ -164,7 +164,7 @@ class PatchTraining(Loop[Any]):
         return self.model.forward(self.model.normalised(rgb))[1].float()
 
     def _all_logits(self, ids: Sequence[str]) -> torch.Tensor:
-        return torch.cat([self._logits(some, rgb) for some, rgb in self._batches(ids, seed=None)])
+        return finite(torch.cat([self._logits(some, rgb) for some, rgb in self._batches(ids, seed=None)]), ids)
 
     def _labels(self, ids: Sequence[str]) -> torch.Tensor:
         return torch.tensor([self.cohort.cases[i].label for i in ids], device=self.model.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from wsi.errors import ModelError, TrainError
 from wsi.files import write_csv
+from wsi.train.table import NUMBER, Rows, key_of, refuse_alike, refuse_empty, rows_of
 
 _PATIENT = ("patient", "case_id", "patient_id")
 #: Names of the parts of a division, by their place in a `Split`.
@@ -87,7 +87,7 @@ def read_labels(
     label : str
         Name of the column of labels.
     classes : sequence of str
-        Their order; default: by number where all are whole numbers, else by alphabet.
+        Their order; default: by number where all are numbers, else by alphabet.
     time_bins : sequence of float
         Ends of the survival intervals, rising; the last interval is open.
     case : str
@@ -96,10 +96,11 @@ def read_labels(
     Raises
     ------
     TrainError
-        A column or a cell is missing, a slide is there twice, a label is unknown, or there is one class only.
+        A column or a cell is missing ("NA" and "nan" are, but as one of `classes`), a row is too long, a slide is there
+        twice, a label is unknown, or there is one class only; and what ``make_cohort`` refuses.
     """
-    rows = _rows(path, f"{case}, patient and label")
-    columns = list(rows[0]) if rows else []
+    rows = rows_of(path, f"{case}, patient and label")
+    columns = list(rows[0][1]) if rows else []
     slide = next((name for name in (case, f"{case}_id") if name in columns), None)
     wanted = ("time", "event") if time_bins else (label,)
     if slide is None or not set(wanted) <= set(columns):
@@ -107,15 +108,15 @@ def read_labels(
             path, f"has the columns {', '.join(columns) or '(none)'}", f"Needed: {case}, {', '.join(wanted)}"
         )
     patient = next((name for name in _PATIENT if name in columns), slide)
-    _check_filled(path, rows, slide, patient, *wanted)
-    ids = [row[slide].strip() for row in rows]
+    refuse_empty(path, rows, (slide, patient, *wanted), classes)
+    ids = [row[slide] for _, row in rows]
     twice = [slide_id for slide_id, count in Counter(ids).items() if count > 1]
     if twice:
         raise TrainError(path, f"{case} {twice[0]} is there twice", f"One row a {case}")
-    patients = [row[patient].strip() for row in rows]
+    patients = [row[patient] for _, row in rows]
     if time_bins:
         return _survival(path, ids, patients, rows, time_bins)
-    texts = [row[label].strip() for row in rows]
+    texts = [row[label] for _, row in rows]
     return make_cohort(path, zip(ids, patients, texts, strict=True), classes)
 
 
@@ -125,11 +126,16 @@ def make_cohort(where: Path, rows: Iterable[tuple[str, str, str]], classes: Sequ
     Raises
     ------
     TrainError
-        A label that is not among `classes`, a class of which nobody is, or one class only.
+        A label that is not among `classes`, a class of which nobody is, one class only, or names of classes or of
+        patients that may be one: "P1" and "p1", "7" and "07" and "7.0".
     """
     rows = list(rows)
     texts = {text for _, _, text in rows}
-    names = tuple(classes) or _in_order(texts)
+    refuse_alike(where, "patients", {patient for i, patient, _ in rows if patient != i})
+    refuse_alike(where, "labels", texts - set(classes))
+    names = tuple(classes) or tuple(sorted(sorted(texts), key=key_of if all(map(NUMBER.fullmatch, texts)) else None))
+    if len(set(names)) < len(names):
+        raise TrainError(where, f"--classes {', '.join(names)} names a class twice", "Once each")
     unknown = sorted(texts - set(names))
     if unknown:
         raise TrainError(where, f"label {unknown[0]!r} is not one of {', '.join(names)}", "Name it with --classes")
@@ -149,12 +155,12 @@ def read_parts(path: Path, cohort: Cohort, *, case: str = "slide") -> Split | No
     TrainError
         A cell says something else.
     """
-    rows = _rows(path, f"{case}, patient and label")
-    if "split" not in rows[0]:
+    rows = rows_of(path, f"{case}, patient and label")
+    if not rows or "split" not in rows[0][1]:
         return None
     parts: tuple[list[str], ...] = ([], [], [])
-    for i, (name, row) in enumerate(zip(cohort.cases, rows, strict=True), 2):
-        part = PARTS.get((row["split"] or "").strip().lower())
+    for name, (i, row) in zip(cohort.cases, rows, strict=True):
+        part = PARTS.get(row["split"].lower())
         if part is None:
             raise TrainError(path, f"line {i}: split {row['split']!r} is none of train, val, test", "Correct it")
         parts[part].append(name)
@@ -167,15 +173,20 @@ def read_patients(path: Path) -> dict[str, str]:
     Raises
     ------
     TrainError
-        A column or a cell is missing.
+        A column or a cell is missing, or a slide is of two patients.
     """
-    rows = _rows(path, "slide, patient and label")
-    slide = next((name for name in ("slide", "slide_id") if rows and name in rows[0]), None)
-    patient = next((name for name in _PATIENT if rows and name in rows[0]), None)
+    rows = rows_of(path, "slide and patient")
+    slide = next((name for name in ("slide", "slide_id") if rows and name in rows[0][1]), None)
+    patient = next((name for name in _PATIENT if rows and name in rows[0][1]), None)
     if slide is None or patient is None:
         raise TrainError(path, "lacks one of the columns slide, patient", "A row a slide")
-    _check_filled(path, rows, slide, patient)
-    return {row[slide].strip(): row[patient].strip() for row in rows}
+    refuse_empty(path, rows, (slide, patient))
+    found: dict[str, str] = {}
+    for i, row in rows:
+        if found.setdefault(row[slide], row[patient]) != row[patient]:
+            what = f"line {i}: slide {row[slide]} is of patient {row[patient]}, and of {found[row[slide]]}"
+            raise TrainError(path, what, "Keep one")
+    return found
 
 
 def match(cohort: Cohort, bags: Collection[str], *, subset: bool = False) -> Cohort:
@@ -193,7 +204,7 @@ def match(cohort: Cohort, bags: Collection[str], *, subset: bool = False) -> Coh
     """
     named: dict[str, Case] = {}
     for i, case in cohort.cases.items():
-        name = i if i in bags else Path(i).stem
+        name = _named(i, bags)
         if name in named:
             raise TrainError("labels and bags", f"two rows mean the bag {name}", "One row a slide")
         named[name] = case
@@ -240,8 +251,14 @@ def k_fold(cohort: Cohort, folds: int, seed: int) -> list[Split]:
     ]
 
 
-def read_splits(path: Path) -> list[Split]:
+def read_splits(path: Path, known: Collection[str] = ()) -> list[Split]:
     """Read CLAM's split tables: one CSV with the columns train, val, test, or a folder of ``splits_<k>.csv``.
+
+    Parameters
+    ----------
+    path : Path
+    known : collection of str
+        Slides, which may stand there with a suffix: pandas writes the number 7 as 7.0 where a column has gaps.
 
     Raises
     ------
@@ -254,11 +271,11 @@ def read_splits(path: Path) -> list[Split]:
         raise TrainError(path, "holds no splits_<k>.csv", "Give CLAM's split tables, or --folds")
     splits = []
     for file in files:
-        rows = _rows(file, "train, val, test")
-        if not rows or not {"train", "val", "test"} <= set(rows[0]):
+        rows = rows_of(file, "train, val, test")
+        if not rows or not {"train", "val", "test"} <= set(rows[0][1]):
             raise TrainError(file, "lacks one of the columns train, val, test", "See CLAM's splits_0.csv")
-        parts = ([(row[name] or "").strip() for row in rows] for name in ("train", "val", "test"))
-        splits.append(Split(*(tuple(filter(None, part)) for part in parts)))
+        parts = ([row[name] for _, row in rows if row[name]] for name in ("train", "val", "test"))
+        splits.append(Split(*(tuple(_named(i, known) for i in part) for part in parts)))
     return splits
 
 
@@ -277,8 +294,8 @@ def check_split(cohort: Cohort, split: Split, name: str) -> None:
     Raises
     ------
     TrainError
-        An unknown slide, a slide or a patient in two parts, an empty part, a class that is not in train, or a
-        validation part of one class (of survival: without an event).
+        An unknown slide, a slide that is there twice, a patient in two parts, an empty part, a class that is not in
+        train, or a validation part of one class (of survival: without an event).
     """
     parts = dict(zip(("train", "validation", "test"), split, strict=True))
     unknown = [i for ids in split for i in ids if i not in cohort.cases]
@@ -286,6 +303,8 @@ def check_split(cohort: Cohort, split: Split, name: str) -> None:
         raise TrainError(name, f"slide {unknown[0]} has no label or no bag", "Remove it from the splits")
     seen: dict[str, str] = {}
     for part, ids in parts.items():
+        if len(set(ids)) < len(ids):
+            raise TrainError(name, f"slide {Counter(ids).most_common(1)[0][0]} is twice in {part}", "Once each")
         for i in ids:
             patient = cohort.cases[i].patient
             if seen.setdefault(patient, part) != part:
@@ -307,33 +326,22 @@ def check_split(cohort: Cohort, split: Split, name: str) -> None:
             raise TrainError(name, f"its {part} part holds no {missing[0]!r}", "Ask for fewer folds, or more slides")
 
 
-def _rows(path: Path, columns: str) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TrainError(path, f"cannot be read ({error})", f"Give a CSV with the columns {columns}") from error
+def _named(i: str, known: Collection[str]) -> str:
+    """Return the one of the `known` slides that is meant: by its name, or without a suffix; else the name."""
+    return next((name for name in (i, Path(i).stem) if name in known), i)
 
 
-def _check_filled(path: Path, rows: list[dict[str, str]], *columns: str) -> None:
-    for i, row in enumerate(rows, 2):
-        for name in columns:
-            if not (row[name] or "").strip():
-                raise TrainError(path, f"line {i}: {name} is empty", "Fill it in, or remove the row")
-
-
-def _survival(
-    path: Path, ids: list[str], patients: list[str], rows: list[dict[str, str]], bins: Sequence[float]
-) -> Cohort:
+def _survival(path: Path, ids: list[str], patients: list[str], rows: Rows, bins: Sequence[float]) -> Cohort:
     ends = np.asarray(bins, np.float64)
-    if not (np.diff(ends) > 0).all() or ends[0] <= 0:
+    refuse_alike(path, "patients", {patient for i, patient in zip(ids, patients, strict=True) if patient != i})
+    if not (np.diff(ends) > 0).all() or not 0 < ends[0] <= ends[-1] < np.inf:
         raise TrainError(
             "time bins", f"{list(bins)} do not rise from above 0", "Give the ends of the intervals in order"
         )
     cases = {}
-    for i, patient, row in zip(ids, patients, rows, strict=True):
+    for i, patient, (_, row) in zip(ids, patients, rows, strict=True):
         try:
-            time, event = float(row["time"]), {"1": True, "0": False}[row["event"].strip().removesuffix(".0")]
+            time, event = float(row["time"]), {"1": True, "0": False}[row["event"].removesuffix(".0")]
             if not 0 <= time < np.inf:
                 raise ValueError(time)
         except (ValueError, KeyError) as error:
@@ -341,14 +349,9 @@ def _survival(
                 path, f"slide {i}: time {row['time']!r}, event {row['event']!r}", "Time >= 0, event 0 or 1"
             ) from error
         cases[i] = Case(i, patient, int(np.searchsorted(ends, time)), time, event)
-    if not any(case.event for case in cases.values()):
-        raise TrainError(path, "no slide has an event", "There is nothing to learn from: add patients with events")
+    if not any(case.event and case.label < len(ends) for case in cases.values()):
+        what = f"no slide has an event until {ends[-1]:g}, the last of the time bins"
+        raise TrainError(path, what, "There is nothing to learn from: add patients with events")
     edges = [0.0, *ends.tolist()]
     names = tuple(f"{a:g} to {b:g}" for a, b in pairwise(edges))
     return Cohort(cases, (*names, f"after {edges[-1]:g}"), tuple(edges[1:]))
-
-
-def _in_order(names: set[str]) -> tuple[str, ...]:
-    if all(name.lstrip("-").isdigit() for name in names):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names))

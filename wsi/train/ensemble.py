@@ -35,7 +35,7 @@ from wsi.train.cohort import Case, Cohort, Split, check_split, write_splits
 from wsi.train.figures import best_threshold
 from wsi.train.folder import bind, card_of, data_row, packed, write_model
 from wsi.train.loop import write_log
-from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, targets_of, train_member
+from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, targets_of, train_member, try_net
 from wsi.train.stains import learn_stains, stains_line
 
 Progress = Callable[[str, int, int], None]
@@ -93,6 +93,7 @@ def train_mil(
     positive = cohort.positive(positive)
     for k, split in enumerate(splits):
         check_split(cohort, split, f"split {k}")
+    try_net(cohort, bags, config)
     _bind(out, cohort, bags, splits, config, seeds, coverage, positive)
     write_splits(out / "splits", splits)
     members: dict[tuple[int, int], Member] = {}
@@ -131,9 +132,8 @@ def train_mil(
         "members": len(nets),
         "temperature": temperature,
         **calibration,
-        # Each member has its own; what an ensemble of Cox models is read by is their mean.
-        **({"baseline": np.mean([head.baseline for head in heads], axis=0).tolist()} if config.head == "cox" else {}),
-        "largest_shift": rounded(shift),
+        **({"baseline": [head.baseline for head in heads]} if config.head == "cox" else {}),
+        "largest_shift": float(f"{shift * (1 + 1e-5):.6g}"),  # six digits, and not below: the farthest is within
         "encoder_sha256": bags.encoder if bags.encoder and len(bags.encoder) == 64 else None,
         "encoder": bags.encoder,
         "weights_sha256": sha256,
@@ -161,7 +161,12 @@ def _bind(out: Path, cohort: Cohort, bags: Bags, splits: Sequence[Split], config
 
 
 def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[int, int], Member]) -> float:
-    """Fit one temperature to what every member says of the slides that stopped it."""
+    """Fit one temperature to what every member says of the slides that stopped it.
+
+    To n slides one more of each class is added, that looks like any of them (so does Platt 1999 with two classes): of
+    slides that are all right, the likeliest temperature alone would make every probability 0 or 1.
+    """
+    n, classes = sum(len(split.validation) for split in splits), range(len(cohort.class_names))
     said = [
         (
             member.head,
@@ -172,7 +177,12 @@ def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[in
     ]
 
     def loss_at(temperature: float) -> float:
-        return float(np.mean([float(replace(h, temperature=temperature).loss(z, targets)) for h, z, targets in said]))
+        each = []
+        for head, z, targets in said:
+            loss = partial(replace(head, temperature=temperature).loss, z)
+            more = [loss(targets._replace(label=torch.full_like(targets.label, c))) for c in classes]
+            each.append((n * loss(targets) + sum(more)) / (n + len(more)))
+        return float(np.mean(each))
 
     return rounded(fit_temperature(loss_at))
 
@@ -204,7 +214,8 @@ def _calibrate(cohort: Cohort, rows: list[dict[str, Any]], positive: Sequence[st
     for row, own in zip(rows, probabilities[np.arange(len(rows)), label].tolist(), strict=True):
         least[row["case"].patient] = min(own, least.get(row["case"].patient, 1.0))
     threshold = conformal_threshold(np.array(list(least.values())), coverage)
-    found["conformal_threshold"] = None if threshold is None else rounded(threshold)
+    # Six decimals, and not above: probabilities of 0.9999999 would all be below a threshold of 1.
+    found["conformal_threshold"] = None if threshold is None else float(np.floor(threshold * 1e6) / 1e6)
     chosen = np.array([name in positive for name in cohort.class_names])
     is_positive = chosen[label]
     if is_positive.any() and not is_positive.all():

@@ -34,8 +34,13 @@ def best_threshold(positive: Array, score: Array) -> float:
 
 
 def concordance(time: Array, event: Array, risk: Array) -> float | None:
-    """Share of comparable pairs whose earlier event has the higher risk, ties half (Harrell); None without pairs."""
-    comparable = (time[:, None] < time[None, :]) & event[:, None]
+    """Share of comparable pairs whose earlier event has the higher risk, ties half (Harrell); None without pairs.
+
+    Whoever was last seen at the time of another's event lived longer, as in Cox's sets at risk; two events of one time
+    say nothing.
+    """
+    later = (time[:, None] < time[None, :]) | ((time[:, None] == time[None, :]) & ~event[None, :])
+    comparable = later & event[:, None]
     if not comparable.any():
         return None
     above = (risk[:, None] > risk[None, :]) + 0.5 * (risk[:, None] == risk[None, :])

@@ -141,6 +141,15 @@ class Loop(Generic[Net]):
         self._optimiser.load_state_dict(optimiser)
 
 
+def finite(logits: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
+    """Return what a network says of cases, (n, k), if it is finite; else a TrainError names the first that is not."""
+    bad = ~logits.isfinite().all(1)
+    if bool(bad.any()):
+        first = ids[int(bad.nonzero()[0, 0])]
+        raise TrainError(first, "what the network says of it is not finite", "Lower --lr, or look at its features")
+    return logits
+
+
 def drawn(ids: Sequence[str], labels: Sequence[int], balance: bool, rng: np.random.Generator) -> list[str]:
     """Shuffle an epoch's cases; with `balance` draw as many so that all classes are equally likely."""
     if not balance:

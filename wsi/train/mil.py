@@ -23,7 +23,7 @@ from wsi.store import PatchStore
 from wsi.train import figures
 from wsi.train.bags import read_bag
 from wsi.train.cohort import Case, Cohort, Split
-from wsi.train.loop import Loop, digits, drawn
+from wsi.train.loop import Loop, digits, drawn, finite
 
 Array = npt.NDArray[Any]
 
@@ -72,6 +72,8 @@ class MilConfig:
             raise ModelError(f"head {self.head!r}", "is not known", f"Known: {', '.join(KINDS)}")
         if self.architecture.startswith("clam") and self.head != "softmax":
             raise ModelError(self.architecture, "learns from single tiles of each class", "Use it with --head softmax")
+        if self.architecture == "noisy-or" and self.head in ("ordinal", "hazard"):  # its first logit is always 0
+            raise ModelError("noisy-or", "says which classes are there, and knows no order", "Use another architecture")
         if self.head == "cox" and self.batch < 2:
             raise TrainError(f"batch={self.batch}", "Cox compares the patients of a batch", "Use --batch 16 or more")
         if min(self.epochs, self.batch, self.patience or 1) < 1 or not 0 < self.lr < float("inf"):
@@ -107,6 +109,8 @@ class Bags:
     Attributes
     ----------
     stats : dict of slide id to BagStats
+    samples : dict of bool to str
+        A slide whose tiles' places are known (True), and one whose are not, as far as there are such.
     in_features : int
     encoder : str, optional
         What made all of the features.
@@ -122,6 +126,7 @@ class Bags:
         self._kept: dict[str, TrainingBag] = {}
         self._left = keep_bytes
         self.stats: dict[str, BagStats] = {}
+        self.samples: dict[bool, str] = {}
         first, self.in_features, self.encoder = "", 0, None
         for slide_id, path in self._paths.items():
             bag = read_bag(path, encoder)
@@ -136,6 +141,7 @@ class Bags:
                     "One encoder for all slides: compute those of the others again",
                 )
             self.stats[slide_id] = stats_of(bag.features)
+            self.samples.setdefault(bag.boxes is not None, slide_id)
             self._keep(slide_id, bag.features, bag.boxes)
 
     def __getitem__(self, slide_id: str) -> TrainingBag:
@@ -220,9 +226,21 @@ def train_member(
     net = run.net
     if config.head == "cox":
         head = replace(head, baseline=_baseline(net, cohort, bags, split, device))
+    ids = (*split.validation, *split.test)
     with torch.inference_mode():
-        logits = {i: _logits(net, bags[i], device).double().cpu().numpy() for i in (*split.validation, *split.test)}
+        logits = dict(zip(ids, _said(net, bags, ids, device).double().cpu().numpy(), strict=True)) if ids else {}
     return Member(net.cpu(), head, logits, run.history, run.best_epoch)
+
+
+def try_net(cohort: Cohort, bags: Bags, config: MilConfig) -> None:
+    """Refuse a network that cannot be made, or that wants of the bags what they do not have."""
+    net = _make(config, Head(config.head, len(cohort.class_names)), bags).eval()
+    with torch.inference_mode():
+        for slide_id in bags.samples.values():
+            try:
+                net(*bags[slide_id])
+            except ValueError as error:
+                raise TrainError(slide_id, str(error), "Give bags with coordinates, or another architecture") from error
 
 
 class _Run(Loop[MilNet]):
@@ -233,11 +251,7 @@ class _Run(Loop[MilNet]):
             cohort, bags, split, config, head, device,
         )  # fmt: skip
         torch.manual_seed(config.seed)
-        arguments = {**config.arguments, "in_features": bags.in_features, "num_classes": head.num_logits}
-        try:
-            net = make_net(config.architecture, **arguments)
-        except TypeError as error:
-            raise ModelError(config.architecture, f"arguments do not fit: {error}", "See its docstring") from error
+        net = _make(config, head, bags)
         net.set_scale(*scale_of([bags.stats[i] for i in split.train]))
         super().__init__(net.to(device), config, config.lr)
 
@@ -254,7 +268,7 @@ class _Run(Loop[MilNet]):
     def judge(self) -> dict[str, Any]:
         if not self.split.validation:
             return {}
-        logits = torch.stack([_logits(self.net, self.bags[i], self.device) for i in self.split.validation])
+        logits = _said(self.net, self.bags, self.split.validation, self.device)
         loss = float(self.head.loss(logits, self._targets(self.split.validation)))
         cases = [self.cohort.cases[i] for i in self.split.validation]
         return {"validation_loss": digits(loss)} | measure(
@@ -313,7 +327,7 @@ def as_dict(config: MilConfig) -> dict[str, Any]:
 
 def _baseline(net: MilNet, cohort: Cohort, bags: Any, split: Split, device: str) -> tuple[float, ...]:
     with torch.inference_mode():
-        risk = np.array([float(_logits(net, bags[i], device)[0]) for i in split.train])
+        risk = _said(net, bags, split.train, device)[:, 0].double().cpu().numpy()
     cases = [cohort.cases[i] for i in split.train]
     time, event = np.array([case.time for case in cases], np.float64), np.array([case.event for case in cases], bool)
     return tuple(breslow(risk, time, event, list(cohort.time_bins)))
@@ -325,9 +339,17 @@ def _flat(cohort: Cohort) -> tuple[float, ...]:
     return tuple(1 - i / n for i in range(1, n))
 
 
-def _logits(net: MilNet, bag: TrainingBag, device: str) -> torch.Tensor:
-    logits: torch.Tensor = net(*_on(bag, device)).logits
-    return logits
+def _make(config: MilConfig, head: Head, bags: Any) -> MilNet:
+    arguments = {**config.arguments, "in_features": bags.in_features, "num_classes": head.num_logits}
+    try:
+        return make_net(config.architecture, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(config.architecture, f"arguments do not fit: {error}", "See its docstring") from error
+
+
+def _said(net: MilNet, bags: Any, ids: Sequence[str], device: str) -> torch.Tensor:
+    """Return the logits (n, k) of some bags."""
+    return finite(torch.stack([net(*_on(bags[i], device)).logits for i in ids]), ids)
 
 
 def _on(bag: TrainingBag, device: str) -> TrainingBag:

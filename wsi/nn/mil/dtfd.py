@@ -47,6 +47,8 @@ class DtfdMil(AttentionMil):
         self, *, in_features: int, num_classes: int = 2, attention: int = 32, groups: int = 4, seed: int = 0,
         **arguments: Any,
     ) -> None:  # fmt: skip
+        if groups < 1:
+            raise TypeError(f"DTFD: groups={groups} must be at least 1")
         super().__init__(in_features=in_features, num_classes=num_classes, attention=attention, **arguments)
         self.groups = groups
         self.seed = seed

@@ -66,8 +66,9 @@ class Head:
         K; for survival, intervals with the open last one.
     temperature : float
         Divides the logits; fitted on validation, 1 while training.
-    baseline : tuple of float
-        Cox: baseline survival S0 at the K - 1 ends of the intervals.
+    baseline : tuple of float, or of tuples
+        Cox: baseline survival S0 at the K - 1 ends of the intervals; of an ensemble a row a member, since what risks
+        are relative to is each member's own.
 
     Examples
     --------
@@ -78,7 +79,7 @@ class Head:
     kind: Kind
     num_classes: int
     temperature: float = 1.0
-    baseline: tuple[float, ...] = ()
+    baseline: tuple[float, ...] | tuple[tuple[float, ...], ...] = ()
 
     @property
     def num_logits(self) -> int:
@@ -96,7 +97,7 @@ class Head:
             surviving = functional.logsigmoid(-z).cumsum(-1).exp()
         elif self.kind == "cox":
             log_baseline = torch.tensor(self.baseline, dtype=z.dtype, device=z.device).clamp(min=1e-30).log()
-            surviving = (z.exp() * log_baseline).exp()  # (..., K - 1)
+            surviving = (z.exp() * log_baseline).exp()  # (..., K - 1); of an ensemble (m, K - 1)
         else:
             surviving = torch.sigmoid(_cumulative(z))  # P(y > j)
         ends = torch.ones_like(surviving[..., :1])

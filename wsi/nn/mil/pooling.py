@@ -72,6 +72,8 @@ class TopKMil(_Linear):
     """
 
     def __init__(self, *, top: int = 10, **arguments: Any) -> None:
+        if top < 1:
+            raise TypeError(f"top-k: top={top} must be at least 1")
         super().__init__(**arguments)
         self.top = top
 
