@@ -90,7 +90,7 @@ def check(path: Path) -> Found:
 
 
 def phi(path: Path) -> Iterator[tuple[str, str, str]]:
-    """List what a slide or folder would disclose if it were shared, as (file, where, what); never the values themselves.
+    """List what a slide or folder would disclose if it were shared, as (file, where, what); never the values.
 
     Of a folder: paths of slides and their names in every text and table, in the names of files and folders, and what
     the slides in it hold. Pictures are named where there are any: nobody can say what is written in them.

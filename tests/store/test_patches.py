@@ -224,8 +224,6 @@ class TestRefuses:
             PatchStore.create(store.path, grid, ARRAYS)
         with pytest.raises(StoreError, match="no such way to keep them"):
             PatchStore.create(tmp_path / "b.zarr", grid, ARRAYS, pixels="gif")
-        with pytest.raises(ValueError, match="quality"):
-            PatchStore.create(tmp_path / "b.zarr", grid, ARRAYS, pixels="jpeg", jpeg_quality=0)
         assert not (tmp_path / "b.zarr").exists()
         zarr.create_group(str(tmp_path / "other.zarr"))
         with pytest.raises(StoreError, match="damaged or no patch store"):

@@ -42,7 +42,7 @@ def grid() -> TileGrid:
 
 @pytest.fixture(scope="module", params=["zstd", "jpeg"])
 def store(request: pytest.FixtureRequest, grid: TileGrid, tmp_path_factory: pytest.TempPathFactory) -> PatchStore:
-    made = PatchStore.create(tmp_path_factory.mktemp("s") / "s.zarr", grid, {}, pixels=request.param, jpeg_quality=80)
+    made = PatchStore.create(tmp_path_factory.mktemp("s") / "s.zarr", grid, {}, pixels=request.param)
     for shard in made.missing():
         made.write(shard, {"pixels": patches()[made.tiles(shard).start : made.tiles(shard).stop]})
     return made
@@ -67,7 +67,7 @@ def test_what_is_kept(store: PatchStore) -> None:
 def test_shards_are_those_that_zarr_would_write(store: PatchStore, tmp_path: Path) -> None:
     """A full shard byte for byte; in the last one Zarr also encodes what lies beyond the array's end."""
     kind = (
-        {"serializer": JpegCodec(80), "compressors": None}
+        {"serializer": JpegCodec(), "compressors": None}
         if store.pixels == "jpeg"
         else {"compressors": ZstdCodec(level=1)}
     )

@@ -82,7 +82,6 @@ class PatchStore:
         arrays: Mapping[str, tuple[tuple[int, ...], str]],
         *,
         pixels: str = "none",
-        jpeg_quality: int = 90,
         attributes: Mapping[str, Any] | None = None,
     ) -> Self:
         """Make an empty store; it appears under its name only when it is whole.
@@ -94,10 +93,8 @@ class PatchStore:
         arrays : mapping of name to (shape of one row, dtype)
             What will be computed for each tile.
         pixels : {"none", "zstd", "jpeg", "verbatim"}
-            How the patches themselves are kept: not at all, without loss, as JPEG (4:2:0), or as the slide's own
+            How the patches themselves are kept: not at all, without loss, as JPEG (90, 4:2:0), or as the slide's own
             JPEG tiles (see ``copy_tiles``).
-        jpeg_quality : int
-            1 to 100.
         attributes : mapping, optional
             JSON-able provenance.
 
@@ -112,7 +109,7 @@ class PatchStore:
         check_kind(pixels)
         if path.exists():
             raise StoreError(path, "is there already", "Open it, or choose another place")
-        codec = JpegCodec(jpeg_quality)
+        codec = JpegCodec()
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
         shutil.rmtree(draft, ignore_errors=True)
