@@ -194,6 +194,17 @@ class TestBadInput:
                 slide.read(Box(0, 0, *slide.size), slide.size)
             np.testing.assert_array_equal(slide.read(Box(0, 0, 64, 64), (64, 64)), good)
 
+    def test_damage_in_a_copy_nearer_by(self, tmp_path: Path, pixels: list[np.ndarray]) -> None:
+        """The copy is opened again, not the original, which may be anywhere."""
+        copy = tmp_path / "copy.tif"
+        write_pyramid(copy, pixels[:1])
+        spoil(copy, 40, whole=True)
+        with open_slide("memory://away/a.tif", "openslide", local=str(copy)) as slide:
+            for _ in range(2):
+                with pytest.raises(SlideUnreadable, match="damaged at level 0"):
+                    slide.read(Box(0, 0, *slide.size), slide.size)
+            np.testing.assert_array_equal(slide.read(Box(0, 0, 64, 64), (64, 64)), pixels[0][:64, :64])
+
     def test_a_turned_tiff_is_refused_by_those_who_turn_it_wrong(self, data_dir: Path) -> None:
         for reader in ("openslide", "tiffslide"):
             with pytest.raises(SlideUnreadable, match="orientation 3"):
