@@ -356,6 +356,17 @@ class TestVerbatim:
                 expected = slide.read(Box(column * 128, 0, 128, 128), (128, 128))
                 np.testing.assert_array_equal(simplejpeg.decode_jpeg(stream), expected)
 
+    def test_a_tile_whose_beginning_is_damaged_is_none(self, tmp_path: Path) -> None:
+        path = write_jpeg_pyramid(tmp_path / "a.tif", [picture(256, 128)])
+        with tifffile.TiffFile(path) as tiff:
+            offset = tiff.pages.first.dataoffsets[1]
+        raw = bytearray(path.read_bytes())
+        raw[offset : offset + 2] = bytes(2)
+        path.write_bytes(raw)
+        with open_slide(path, "tiff") as slide:
+            first, second = slide.jpeg_tiles(0, [(0, 0), (1, 0)])
+            assert first is not None and second is None
+
     def test_only_jpeg(self, tmp_path: Path) -> None:
         write_pyramid(tmp_path / "a.tif", [picture(200, 100)])
         with (

@@ -181,7 +181,7 @@ class TiffReader(Slide):
         streams: list[bytes | None] = []
         for count, data in zip(*self._blobs(level, tiles)[1:], strict=True):
             whole = bytes(data).rstrip(b"\0")  # writers may round lengths up
-            is_whole = 0 < count == len(data) and whole.endswith(b"\xff\xd9")
+            is_whole = 0 < count == len(data) and whole.startswith(b"\xff\xd8") and whole.endswith(b"\xff\xd9")
             streams.append(stored.codec.stream(memoryview(whole)) if is_whole else None)
         return streams
 
