@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -172,6 +173,21 @@ class TestBadInput:
             open_slide(tmp_path)
         with pytest.raises(SlideError, match="Known readers"):
             open_slide(tmp_path, "bioformats")
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.svs")
+        end = os.open(tmp_path / "a.svs", os.O_RDWR | os.O_NONBLOCK)  # so that no defect makes this test wait
+        try:
+            with pytest.raises(SlideUnreadable, match="is a pipe"):
+                open_slide(tmp_path / "a.svs")
+        finally:
+            os.close(end)
+
+    def test_the_overview_of_a_vsi_is_not_the_slide(self, tmp_path: Path) -> None:
+        tifffile.imwrite(tmp_path / "Image.VSI", picture(96, 64), photometric="rgb", metadata=None)
+        with pytest.raises(SlideUnreadable, match=r"\.ets"):
+            open_slide(tmp_path / "Image.VSI", mpp=0.25)
 
     @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6])
     def test_truncated(self, tmp_path: Path, pyramid: Path, share: float) -> None:
