@@ -273,6 +273,13 @@ def test_jpeg_strips_cut_short_are_refused_never_grey(tmp_path: Path) -> None:
             np.testing.assert_array_equal(slide.read(Box(0, 0, 96, 32), (96, 32)), tiff.pages.first.asarray()[:32])
         with pytest.raises(SlideUnreadable, match="Premature end"):
             slide.read(Box(0, 0, 96, 64), (96, 64))
+    raw = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        size = raw.index(b"\xff\xc0", tiff.pages.first.dataoffsets[0]) + 5
+    raw[size : size + 4] = (16384).to_bytes(2, "big") * 2
+    path.write_bytes(raw)
+    with open_slide(path, mpp=0.5) as slide, pytest.raises(SlideUnreadable, match="JPEG of 16384 x 16384 px"):
+        slide.read(Box(0, 0, 96, 32), (96, 32))
 
 
 def test_strips_without_limit_are_not_decoded(tmp_path: Path) -> None:

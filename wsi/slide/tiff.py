@@ -45,7 +45,7 @@ _SHRINKS = {"420": (8, 4, 2), "444": (8, 4, 2), "Gray": (8, 4, 2), "422": (2,)}
 _AT_ONCE_BYTES = 1 << 26
 
 #: Of a JPEG; encoders make about ten at most, and each one more costs a pass over all pixels.
-_MAX_SCANS = 64
+MAX_SCANS = 64
 
 #: Adobe's APP14 marker: the three components are RGB, not YCbCr. Aperio leaves it out.
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
@@ -268,8 +268,8 @@ class _Jpeg:
         stream = self.stream(data)
         height, width, _ = self._expected
         if not stream.startswith(self._known):  # an encoder's tiles begin alike, and looking costs a tenth of decoding
-            if stream.count(b"\xff\xda") > _MAX_SCANS:
-                raise ValueError(f"is a JPEG of more than {_MAX_SCANS} scans")
+            if stream.count(b"\xff\xda") > MAX_SCANS:
+                raise ValueError(f"is a JPEG of more than {MAX_SCANS} scans")
             found = simplejpeg.decode_jpeg_header(stream)[:3]
             if found != self._expected:
                 raise ValueError(f"is a JPEG of {found[1]} x {found[0]} px in {found[2]}")
