@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -173,6 +174,21 @@ class TestBadInput:
         with pytest.raises(SlideError, match="Known readers"):
             open_slide(tmp_path, "bioformats")
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.svs")
+        end = os.open(tmp_path / "a.svs", os.O_RDWR | os.O_NONBLOCK)  # so that no defect makes this test wait
+        try:
+            with pytest.raises(SlideUnreadable, match="is a pipe"):
+                open_slide(tmp_path / "a.svs")
+        finally:
+            os.close(end)
+
+    def test_the_overview_of_a_vsi_is_not_the_slide(self, tmp_path: Path) -> None:
+        tifffile.imwrite(tmp_path / "Image.VSI", picture(96, 64), photometric="rgb", metadata=None)
+        with pytest.raises(SlideUnreadable, match=r"\.ets"):
+            open_slide(tmp_path / "Image.VSI", mpp=0.25)
+
     @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6])
     def test_truncated(self, tmp_path: Path, pyramid: Path, share: float) -> None:
         """Either refused at once, or at the first read that needs what is gone; never made up."""
@@ -193,6 +209,17 @@ class TestBadInput:
             with pytest.raises(SlideUnreadable, match="damaged at level 0"):
                 slide.read(Box(0, 0, *slide.size), slide.size)
             np.testing.assert_array_equal(slide.read(Box(0, 0, 64, 64), (64, 64)), good)
+
+    def test_damage_in_a_copy_nearer_by(self, tmp_path: Path, pixels: list[np.ndarray]) -> None:
+        """The copy is opened again, not the original, which may be anywhere."""
+        copy = tmp_path / "copy.tif"
+        write_pyramid(copy, pixels[:1])
+        spoil(copy, 40, whole=True)
+        with open_slide("memory://away/a.tif", "openslide", local=str(copy)) as slide:
+            for _ in range(2):
+                with pytest.raises(SlideUnreadable, match="damaged at level 0"):
+                    slide.read(Box(0, 0, *slide.size), slide.size)
+            np.testing.assert_array_equal(slide.read(Box(0, 0, 64, 64), (64, 64)), pixels[0][:64, :64])
 
     def test_a_turned_tiff_is_refused_by_those_who_turn_it_wrong(self, data_dir: Path) -> None:
         for reader in ("openslide", "tiffslide"):
@@ -246,6 +273,13 @@ def test_jpeg_strips_cut_short_are_refused_never_grey(tmp_path: Path) -> None:
             np.testing.assert_array_equal(slide.read(Box(0, 0, 96, 32), (96, 32)), tiff.pages.first.asarray()[:32])
         with pytest.raises(SlideUnreadable, match="Premature end"):
             slide.read(Box(0, 0, 96, 64), (96, 64))
+    raw = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        size = raw.index(b"\xff\xc0", tiff.pages.first.dataoffsets[0]) + 5
+    raw[size : size + 4] = (16384).to_bytes(2, "big") * 2
+    path.write_bytes(raw)
+    with open_slide(path, mpp=0.5) as slide, pytest.raises(SlideUnreadable, match="JPEG of 16384 x 16384 px"):
+        slide.read(Box(0, 0, 96, 32), (96, 32))
 
 
 def test_strips_without_limit_are_not_decoded(tmp_path: Path) -> None:

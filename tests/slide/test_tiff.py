@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,28 @@ class TestLayouts:
             assert (slide.reader, slide.mpp, slide.mpp_source) == ("tiff", (0.23, 0.23), "vendor:ome-tiff")
             assert slide.level_sizes == ((600, 400), (300, 200), (150, 100))
             np.testing.assert_array_equal(slide.read(Box(0, 0, 600, 400), (150, 100)), halved(halved(full)))
+
+    def test_ome_text_that_lists_its_pictures_in_another_order(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.ome.tif"
+        with tifffile.TiffWriter(path, ome=True) as tiff:
+            for side, mpp in [(256, 0.25), (128, 8.0)]:
+                metadata = {"axes": "YXS", "PhysicalSizeX": mpp, "PhysicalSizeY": mpp}
+                tiff.write(picture(side, side), tile=(64, 64), photometric="rgb", metadata=metadata)
+        with tifffile.TiffFile(path) as tiff:
+            head, first, second, _ = re.split(r"(?=<Image |</OME>)", tiff.ome_metadata or "")
+        tifffile.tiffcomment(path, (head + second + first + "</OME>").encode())
+        with open_slide(path) as slide:
+            assert slide.size == (256, 256) and slide.mpp == (0.25, 0.25)
+
+    def test_ome_channels_are_no_grey_slide(self, tmp_path: Path) -> None:
+        channels = np.stack([picture(128, 96, seed)[..., 0] for seed in range(3)])
+        metadata = {"axes": "CYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+        tifffile.imwrite(
+            tmp_path / "a.ome.tif", channels, tile=(64, 64), photometric="minisblack", ome=True, metadata=metadata
+        )
+        for mpp in (None, 0.5):
+            with pytest.raises(SlideUnreadable, match="3 channels"):
+                open_slide(tmp_path / "a.ome.tif", mpp=mpp)
 
     def test_philips(self, tmp_path: Path) -> None:
         """Levels are padded to whole tiles: what lies where is told by the text, not by their sizes."""
@@ -332,6 +355,17 @@ class TestVerbatim:
             for column, stream in enumerate(slide.jpeg_tiles(0, [(0, 0), (1, 0)])):
                 expected = slide.read(Box(column * 128, 0, 128, 128), (128, 128))
                 np.testing.assert_array_equal(simplejpeg.decode_jpeg(stream), expected)
+
+    def test_a_tile_whose_beginning_is_damaged_is_none(self, tmp_path: Path) -> None:
+        path = write_jpeg_pyramid(tmp_path / "a.tif", [picture(256, 128)])
+        with tifffile.TiffFile(path) as tiff:
+            offset = tiff.pages.first.dataoffsets[1]
+        raw = bytearray(path.read_bytes())
+        raw[offset : offset + 2] = bytes(2)
+        path.write_bytes(raw)
+        with open_slide(path, "tiff") as slide:
+            first, second = slide.jpeg_tiles(0, [(0, 0), (1, 0)])
+            assert first is not None and second is None
 
     def test_only_jpeg(self, tmp_path: Path) -> None:
         write_pyramid(tmp_path / "a.tif", [picture(200, 100)])

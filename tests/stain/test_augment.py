@@ -56,5 +56,9 @@ def test_what_is_refused():
     for strength in (-0.1, 1.5, float("nan")):
         with pytest.raises(StainError, match="strength"):
             StainAugment(strength)
-    with pytest.raises(StainError, match="alike"):
-        StainAugment(stains=Stains(((0.65, 0.70, 0.29), (0.58, 0.77, 0.29)), (1.0, 1.0)))
+    for alike in (
+        ((0.65, 0.70, 0.29), (0.58, 0.77, 0.29)),
+        ((0.56947, 0.61147, 0.54937), (0.568, 0.45109, 0.68839)),  # two factors together amplify more than one alone
+    ):
+        with pytest.raises(StainError, match="alike"):
+            StainAugment(1.0, Stains(alike, (1.0, 1.0)))

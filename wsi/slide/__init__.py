@@ -67,11 +67,16 @@ def open_slide(
     name = os.fspath(path)
     given = None if mpp is None else GivenMpp(mpp, mpp_source)
     check_reading(reader, decode)
+    if name.lower().endswith(".vsi"):  # a TIFF of the overview alone, which would be read as the slide
+        what = "is Olympus' VSI, whose pixels lie in .ets files that no reader here knows"
+        raise SlideUnreadable(name, what, "Export it as OME-TIFF or pyramidal TIFF")
     if not is_url(name):
         if not Path(name).exists():
             raise SlideNotFound(name, "there is no such file", "Check the path")
         if Path(name).is_dir():
             raise SlideUnreadable(name, "is a folder, not a slide", "Name the slide file inside it")
+        if not Path(name).is_file():  # opening a pipe waits for whoever writes into it
+            raise SlideUnreadable(name, "is a pipe or a device, not a file", "Copy the slide to a disk")
         if not os.access(name, os.R_OK):
             raise SlideUnreadable(name, "may not be read by this user", "Check the file's permissions")
     if reader != "auto":

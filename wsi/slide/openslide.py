@@ -42,7 +42,7 @@ class OpenSlideReader(Slide):
         except openslide.OpenSlideError as error:
             raise SlideUnreadable(path, f"is damaged or incomplete ({_brief(error)})", _AGAIN) from error
         properties = self._slide.properties
-        self.path = path
+        self.path = self._file = path
         self.vendor = properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")
         self.level_sizes = self._slide.level_dimensions
         self._given = given
@@ -79,7 +79,7 @@ class OpenSlideReader(Slide):
         except openslide.OpenSlideError as error:
             # An OpenSlide handle stays in error once it met one: open a fresh one for the reads to come.
             # The old one closes with its last reference; other threads may be reading from it.
-            self._slide = openslide.OpenSlide(self.path)
+            self._slide = openslide.OpenSlide(self._file)
             raise SlideUnreadable(
                 self.path,
                 f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({_brief(error)})",

@@ -35,6 +35,7 @@ _LOSSLESS = {1, 5, 8, 32946, 50000}
 _JPEG2000 = {33005, 34712}
 _JPEG = 7
 _RGB, _YCBCR, _GREY = 2, 6, 1
+_MICRONS = ("\N{MICRO SIGN}m", "\N{GREEK SMALL LETTER MU}m", "um")
 
 #: By how much libjpeg may reduce while decoding, by chroma subsampling: the reduced picture is within 45 dB of the area
 #: average on H&E. 4:2:2 loses its chroma rows from 1/4 on.
@@ -44,7 +45,7 @@ _SHRINKS = {"420": (8, 4, 2), "444": (8, 4, 2), "Gray": (8, 4, 2), "422": (2,)}
 _AT_ONCE_BYTES = 1 << 26
 
 #: Of a JPEG; encoders make about ten at most, and each one more costs a pass over all pixels.
-_MAX_SCANS = 64
+MAX_SCANS = 64
 
 #: Adobe's APP14 marker: the three components are RGB, not YCbCr. Aperio leaves it out.
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
@@ -96,7 +97,7 @@ class TiffReader(Slide):
     def _describe(self, tiff: tifffile.TiffFile) -> None:
         first = tiff.pages.first
         self.vendor, found, source = _vendor(tiff)
-        pages = _level_pages(tiff, self.vendor)
+        pages = _level_pages(self.path, tiff, self.vendor)
         if pages is None:
             raise UnknownFormat(self.path, "is no tiled TIFF pyramid that this reader is sure of", _ELSEWHERE)
         self._levels = tuple(_level(self.path, page, self._source) for page in pages)
@@ -173,7 +174,7 @@ class TiffReader(Slide):
         streams: list[bytes | None] = []
         for count, data in zip(*self._blobs(level, tiles)[1:], strict=True):
             whole = bytes(data).rstrip(b"\0")  # writers may round lengths up
-            is_whole = 0 < count == len(data) and whole.endswith(b"\xff\xd9")
+            is_whole = 0 < count == len(data) and whole.startswith(b"\xff\xd8") and whole.endswith(b"\xff\xd9")
             streams.append(stored.codec.stream(memoryview(whole)) if is_whole else None)
         return streams
 
@@ -259,8 +260,8 @@ class _Jpeg:
         stream = self.stream(data)
         height, width, _ = self._expected
         if not stream.startswith(self._known):  # an encoder's tiles begin alike, and looking costs a tenth of decoding
-            if stream.count(b"\xff\xda") > _MAX_SCANS:
-                raise ValueError(f"is a JPEG of more than {_MAX_SCANS} scans")
+            if stream.count(b"\xff\xda") > MAX_SCANS:
+                raise ValueError(f"is a JPEG of more than {MAX_SCANS} scans")
             found = simplejpeg.decode_jpeg_header(stream)[:3]
             if found != self._expected:
                 raise ValueError(f"is a JPEG of {found[1]} x {found[0]} px in {found[2]}")
@@ -382,15 +383,21 @@ def _vendor(tiff: tifffile.TiffFile) -> tuple[str, tuple[float, float] | None, s
     if tiff.is_philips:
         return "philips", _philips(text)[0], "vendor:philips"
     if tiff.is_ome:
-        size = [
-            re.search(rf'PhysicalSize{axis}="([^"]+)"', text)
-            for axis in "XY"
-            if not re.search(rf'PhysicalSize{axis}Unit="(?!µm|&#181;m)', text)
-        ]
-        if len(size) == 2 and size[0] and size[1]:
-            return "ome-tiff", (float(size[0][1]), float(size[1][1])), "vendor:ome-tiff"
-        return "ome-tiff", None, "vendor:ome-tiff"
+        said = _ome_pixels(text)
+        axes = ("PhysicalSizeX", "PhysicalSizeY")
+        size = [said[axis] for axis in axes if axis in said and said.get(f"{axis}Unit", "um") in _MICRONS]
+        return "ome-tiff", (float(size[0]), float(size[1])) if len(size) == 2 else None, "vendor:ome-tiff"
     return "generic-tiff", _tag_mpp(first), "tiff-tags"
+
+
+def _ome_pixels(text: str) -> dict[str, str]:
+    """What OME-XML says of the picture that lies in the file's first page: texts list pictures in any order."""
+    for pixels in defusedxml.ElementTree.fromstring(text.strip()).iter():
+        if pixels.tag.rpartition("}")[2] == "Pixels":
+            pages = [int(data.get("IFD", 0)) for data in pixels if data.tag.endswith("TiffData")]
+            if 0 in pages or not pages:
+                return dict(pixels.attrib)
+    return {}
 
 
 def _philips(text: str) -> tuple[tuple[float, float] | None, list[int]]:
@@ -426,7 +433,7 @@ def _tag_mpp(page: tifffile.TiffPage) -> tuple[float, float] | None:
     return x, y
 
 
-def _level_pages(tiff: tifffile.TiffFile, vendor: str) -> list[tifffile.TiffPage] | None:
+def _level_pages(path: str, tiff: tifffile.TiffFile, vendor: str) -> list[tifffile.TiffPage] | None:
     """Choose the pages that are the pyramid, largest first; None where that is not sure."""
     first = tiff.pages.first
     others: list[Any] = list(tiff.pages[1:])
@@ -434,8 +441,12 @@ def _level_pages(tiff: tifffile.TiffFile, vendor: str) -> list[tifffile.TiffPage
         return None
     if vendor == "ome-tiff":
         # What lies in this file: tifffile's series would look for it in other files that the text may name.
-        if re.search(r'Size[ZT]="(?!1")', first.description):
+        said = _ome_pixels(first.description)
+        if int(said.get("SizeZ", 1)) > 1 or int(said.get("SizeT", 1)) > 1:
             return None
+        if int(said.get("SizeC", 1)) > first.samplesperpixel:
+            what = f"holds {said['SizeC']} channels in pages of their own, not RGB pixels"
+            raise SlideUnreadable(path, what, "Export a brightfield RGB image")
         subs: list[Any] = list(first.pages or []) if first.subifds else []
         pages = [first, *subs]
     elif vendor in ("generic-tiff", "philips"):

@@ -17,7 +17,7 @@ import tiffslide
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable
 from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, extent, numbers_in, refuse_turned, resolve_mpp
-from wsi.slide.tiff import jpeg_head
+from wsi.slide.tiff import MAX_SCANS, jpeg_head
 from wsi.slide.tiffcheck import MAX_TILE_BYTES
 from wsi.units import Box
 
@@ -140,7 +140,11 @@ def _whole(decode: Callable[..., Any]) -> Callable[..., Any]:
 
     def decode_whole(data: bytes | None, *args: Any, jpegtables: bytes | None = None, **options: Any) -> Any:
         if data is not None and options.get("jpegheader") is None:  # NDPI's parts have no head and no end
-            simplejpeg.decode_jpeg(jpeg_head(jpegtables, "") + bytes(data)[2:])
+            stream = jpeg_head(jpegtables, "") + bytes(data)[2:]
+            height, width = simplejpeg.decode_jpeg_header(stream)[:2]
+            if height * width * 3 > MAX_TILE_BYTES or stream.count(b"\xff\xda") > MAX_SCANS:
+                raise ValueError(f"is a JPEG of {width} x {height} px, or of more than {MAX_SCANS} scans")
+            simplejpeg.decode_jpeg(stream)
         return decode(data, *args, jpegtables=jpegtables, **options)
 
     return decode_whole
