@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 
@@ -39,6 +40,8 @@ for group in (export, evaluate, train):
 
 def main() -> None:
     """Run the command line; exit 0 done, 2 a wrong call or bad input, 3 some slides failed, 130 stopped, 1 a bug."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: names that the terminal's encoding has not
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs each odd tag; what matters is an error of ours
     try:
         app()
