@@ -18,6 +18,7 @@ from wsi.archive import find_slides, tile_archive
 from wsi.archive.claims import Claim
 from wsi.errors import OutputError
 from wsi.result import read_result
+from wsi.scored import scored_slides
 from wsi.store import PatchStore
 
 
@@ -83,8 +84,8 @@ def test_who_was_overtaken_writes_no_result(slides: Path, tmp_path: Path, monkey
 def test_half_written_files_of_a_killed_run_are_swept(slides: Path, tmp_path: Path) -> None:
     own = tmp_path / "r/s0"
     own.mkdir(parents=True)
-    (tmp_path / "r/.slides.csv.0123456789ab.draft").write_text("slide_i")
-    (tmp_path / "r/.run.json.0123456789ab.draft").write_text("{")
+    (tmp_path / "r/.slides.csv.0123.draft").write_text("slide_i")
+    (tmp_path / "r/.run.json.0123.draft").write_text("{")
     (own / ".result.json.0123.draft").write_text("{")
     (own / ".store.zarr.77.draft").mkdir()
     (own / ".store.zarr.77.draft/zarr.json").write_text("{")
@@ -176,7 +177,7 @@ def test_a_kill_while_results_are_thrown_away(
         pass
 
     def some(path: Path, **_: object) -> None:
-        (Path(path) / "store.zarr/zarr.json").unlink()
+        min(path.rglob("zarr.json")).unlink()
         raise Killed
 
     refs = find_slides([str(slides)])
@@ -184,5 +185,6 @@ def test_a_kill_while_results_are_thrown_away(
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr("shutil.rmtree", some)
         tile_archive(refs, tmp_path / "r", CONFIG, workers=0, force=True)
+    assert set(scored_slides(tmp_path / "r")) == {"s1"}
     assert not tile_archive(refs, tmp_path / "r", CONFIG, workers=0).failed
     assert digest(tmp_path / "r") == digest(whole)

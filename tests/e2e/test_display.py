@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.archive.make import write_slides
-from tests.e2e.conftest import rows
+from tests.e2e.conftest import Run, rows
 from wsi.archive import Event
 from wsi.cli.display import Pace
 
@@ -80,3 +80,19 @@ def test_log_json_on_stdout_is_json_alone(tmp_path: Path) -> None:
     out, err = start(tmp_path / "s", tmp_path / "r", "--log-json", "-").communicate()
     kinds = [json.loads(line)["kind"] for line in out.splitlines()]
     assert kinds[0] == "begin" and kinds[-1] == "done" and "1 of 1 slides tiled" in err
+
+
+def test_closed_streams_do_no_harm(tmp_path: Path) -> None:
+    """As some schedulers start programs; a worker needs them, and what is for people goes nowhere, not to stdout."""
+    write_slides(tmp_path / "s", 1)
+    words = f"{sys.executable} -c 'from wsi.cli import main; main()' tile {tmp_path}/s --mpp 1 --tile 32"
+    done = subprocess.run(["sh", "-c", f"{words} -o {tmp_path}/r --json <&- 2>&-"], capture_output=True, check=False)
+    assert done.returncode == 0 and len(json.loads(done.stdout)["tiled"]) == 1
+
+
+def test_ctrl_c_before_a_verb_has_begun(wsi: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wsi.cli.app", stopped)
+    assert wsi("doctor") == (130, "", "")

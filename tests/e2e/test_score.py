@@ -580,6 +580,15 @@ class TestOtherVerbs:
         code, stdout, _ = wsi("info", slides / "a.svs")
         assert "900 x 700 px" in stdout and "vendor:aperio" in stdout
 
+    def test_a_name_that_is_not_utf_8_can_be_printed(self, wsi: Run, slides: Path, tmp_path: Path) -> None:
+        try:
+            odd = shutil.copy(slides / "a.svs", os.fsdecode(bytes(tmp_path) + b"/\xff.svs"))
+        except OSError:
+            pytest.skip("the file system of the temporary folder takes no names but UTF-8")
+        for verb in ("info", "check"):
+            code, stdout, _ = wsi(verb, odd)
+            assert code == 0 and r"\udcff.svs" in stdout
+
     def test_doctor(self, wsi: Run) -> None:
         code, stdout, _ = wsi("doctor", "--json")
         facts = json.loads(stdout)

@@ -24,7 +24,7 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
     ids = []
     for ref, stem in zip(refs, stems, strict=True):
         odd = stem in _OUR_FILES or stem[0] == "." or len(os.fsencode(stem)) > _MAX_STEM
-        path, whose = absolute(ref.path), None if odd else slide_of(folder / stem)
+        path, whose = absolute(ref.path), None if odd else owner_of(folder / stem)
         if odd or (whose != path and (whose is not None or count[stem.lower()] > 1)):
             place = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
             stem = f"{stem.lstrip('.')[: _MAX_STEM // 4]}-{place}"
@@ -118,7 +118,7 @@ def bind(
         own = folder / slide_id
         result = None if force else read_result(own)
         if force:
-            remove_folder(own)
+            _throw_away(own)
         elif result is not None and result.numbers.get("mpp_given") != ref.mpp:
             given = [value or "the file's own" for value in (result.numbers.get("mpp_given"), ref.mpp)]
             raise ConfigMismatch(own, f"was made at {given[0]} microns per pixel, now {given[1]} is asked for", remedy)
@@ -131,9 +131,21 @@ def bind(
     write_json(path, {"use": "research only", **about})
 
 
+def _throw_away(own: Path) -> None:
+    """Remove a slide's folder, so that a kill leaves neither what counts as done nor what is not known as ours."""
+    (own / "result.json").unlink(missing_ok=True)
+    for path in own.glob("*"):
+        if path.name != "store.zarr":
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    remove_folder(own / "store.zarr")
+    shutil.rmtree(own, ignore_errors=True)
+
+
 def sweep_books(folder: Path) -> None:
-    """Remove half-written tables, and half-removed slides, that a killed process left. Only for who has ``BOOKS``."""
-    _remove(folder.glob(f".*.{'[0-9a-f]' * 12}.draft"))
+    """Remove half-written tables that a killed process left. Only for who has claimed ``BOOKS``."""
+    for name in (*_OUR_FILES, CLAIMS):
+        for path in folder.glob(f".{name}.*.draft"):
+            path.unlink(missing_ok=True)
 
 
 def look_again(own: Path) -> None:
@@ -151,16 +163,12 @@ def sweep(own: Path) -> None:
     if not own.is_dir():
         return
     for pattern in (".*.draft", "*.partial"):  # ours, and Zarr's
-        _remove(own.rglob(pattern))
+        for path in own.rglob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     (own / _FAILURE).unlink(missing_ok=True)
-
-
-def _remove(leftovers: Iterable[Path]) -> None:
-    for path in leftovers:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def write_failure(own: Path, failure: Row) -> None:
@@ -277,7 +285,7 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> N
         pyarrow.parquet.write_table(table, file)
 
 
-def slide_of(own: Path) -> str | None:
+def owner_of(own: Path) -> str | None:
     """Return the path of the slide whose folder it is: finished, failed, or begun; None where it does not say."""
     result = read_result(own)
     known = _failure(own) if result is None else result.numbers

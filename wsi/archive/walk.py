@@ -19,9 +19,9 @@ from wsi.archive.folder import (
     Tables,
     bind,
     look_again,
+    owner_of,
     read_failure,
     slide_ids,
-    slide_of,
     sweep,
     sweep_books,
     write_failure,
@@ -221,7 +221,7 @@ class _Run:
         look_again(self._folder / slide_id)
         if self._is_finished(slide_id):  # it has ended between the two looks
             self._claims.release(claim)
-        elif slide_of(self._folder / slide_id) not in (None, absolute(self._refs[slide_id].path)):
+        elif owner_of(self._folder / slide_id) not in (None, absolute(self._refs[slide_id].path)):
             self._claims.release(claim)
             self._rename(slide_id)
         else:

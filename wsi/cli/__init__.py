@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
 
 import typer
@@ -39,9 +41,17 @@ for group in (export, evaluate, train):
 
 def main() -> None:
     """Run the command line; exit 0 done, 2 a wrong call or bad input, 3 some slides failed, 130 stopped, 1 a bug."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # whoever starts us may have closed stdin, stdout or stderr
+        os.set_inheritable(opened, True)
+    os.close(opened)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: names that the terminal's encoding has not
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs each odd tag; what matters is an error of ours
     try:
         app()
+    except KeyboardInterrupt:  # before typer sees to it
+        raise SystemExit(130) from None
     except WsiError as error:
         print(f"wsi: {error}", file=sys.stderr)
         raise SystemExit(2) from None
