@@ -76,6 +76,24 @@ def test_what_qupath_would_refuse_is_told(tmp_path: Path, feature: dict, what: s
 
 
 @pytest.mark.parametrize(
+    ("feature", "what"),
+    [
+        (GOOD | {"id": ["a"]}, "UUID"),
+        (GOOD | {"properties": [1]}, "properties are no object"),
+        (with_(measurements=[1]), "finite"),
+        (with_(measurements=7), "finite"),
+        (GOOD | {"geometry": {"type": ["Polygon"], "coordinates": []}}, "geometry is none"),
+        (GOOD | {"geometry": {"type": "Polygon", "coordinates": [1, 2]}}, "geometry is none"),
+    ],
+)
+def test_json_of_other_shapes_is_told_and_ends_nothing(tmp_path: Path, wsi: Run, feature: dict, what: str):
+    path = geojson(tmp_path / "a.geojson", feature)
+    assert any(what in line for line in problems(path))
+    code, _, err = wsi("check", path)
+    assert code in (0, 2, 3) and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
     "classification", ["Tumor", None, {}, {"names": ["A", "B"], "color": [1, 2, 3]}, {"name": "A", "colorRGB": -1}]
 )
 def test_what_qupath_accepts_is_no_problem(tmp_path: Path, classification):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +17,8 @@ from PIL import Image
 from tests.array_slide import ArraySlide
 from wsi import tissue
 from wsi.annotations import read_mask
-from wsi.errors import AnnotationError, SlideError, StainError
-from wsi.files import opened_image, replacing
+from wsi.errors import AnnotationError, SlideError, StainError, is_output_error
+from wsi.files import opened_image, remove_folder, replacing, replacing_folder, write_csv
 from wsi.stain import fit
 
 
@@ -30,6 +34,69 @@ def test_a_file_is_the_old_one_until_the_block_ends_well(tmp_path: Path, sync: b
         file.write(b"half")
         raise KeyboardInterrupt
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+class Killed(BaseException):
+    """Nothing after it is done, as after a kill."""
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_kill_while_a_folder_is_replaced_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """At the first rename, at the second, and while what was there before is removed."""
+    path, steps = tmp_path / "a.zarr", [0]
+    path.mkdir()
+    (path / "mine").write_text("old")
+
+    def killing(function: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            steps[0] += 1
+            if steps[0] >= nth:
+                raise Killed
+            return function(*arguments, **more)
+
+        return call
+
+    with monkeypatch.context() as patched, pytest.raises(Killed), replacing_folder(path) as draft:
+        draft.mkdir()
+        (draft / "mine").write_text("new")
+        patched.setattr(Path, "rename", killing(Path.rename))
+        patched.setattr(shutil, "rmtree", killing(shutil.rmtree))
+    with pytest.raises(KeyboardInterrupt), replacing_folder(path):
+        raise KeyboardInterrupt
+    assert (path / "mine").read_text() == ("new" if nth == 3 else "old")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_while_a_folder_is_removed_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        remove_folder(tmp_path / "a")
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".a.") and left.name.endswith(".draft")
+
+
+def test_no_cell_breaks_a_row_of_a_table(tmp_path: Path) -> None:
+    cells = ["plain", "a,b", 'a"b', "a\nb", "a\rb", "a\r\nb", "\u00e9", ""]
+    write_csv(tmp_path / "a.csv", ["x", "y"], [{"x": cell, "y": 1} for cell in cells])
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["x", "y"], *([cell, "1"] for cell in cells)]
+    assert (tmp_path / "a.csv").read_bytes().startswith(b"x,y\nplain,1\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "output"), [("r/a/store.zarr", True), ("r", True), ("raw/a.svs", False), (None, False)]
+)
+def test_whose_error_it_is(tmp_path: Path, name: str | None, output: bool) -> None:
+    """A failing disk under the slides is not the results', whatever their names begin with."""
+    error = OSError(errno.EIO, "Input/output error", name and str(tmp_path / name))
+    assert is_output_error(error, tmp_path / "r") == output
 
 
 def test_what_cannot_be_begun_says_why(tmp_path: Path) -> None:

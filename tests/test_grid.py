@@ -6,7 +6,8 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+import shapely
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from wsi.errors import GridError
@@ -118,3 +119,23 @@ class TestLevels:
         for arguments, says in (({"tile_px": 0}, "tile=0"), ({"tile_px": 301}, "smaller than one tile")):
             with pytest.raises(GridError, match=says):
                 TileGrid.of_level((1000, 600), (500, 300), slide_mpp=Mpp(0.5, 0.5), **arguments)
+
+
+@given(st.integers(0, 2**32), st.integers(5, 90))
+@settings(max_examples=50, deadline=None)
+def test_what_an_area_covers_of_each_tile(seed: int, stride: int):
+    """Against each tile cut by itself; shapes that touch edges of tiles among them."""
+    rng = np.random.default_rng(seed)
+    grid = TileGrid.cover((300, 200), slide_mpp=Mpp(0.5, 0.5), mpp=0.5, tile_px=30, stride_px=stride)
+    grid = grid.keep(rng.random(len(grid)) < 0.8)
+    shapes = [shapely.Point(*rng.random(2) * 300).buffer(float(r)) for r in rng.random(6) * 60 + 1]
+    shapes += [
+        shapely.box(*at, *(at + size)) for at, size in zip(rng.integers(0, 9, (3, 2)) * 30, (30, 60, 15), strict=True)
+    ]
+    area = shapely.difference(shapely.union_all(shapes), shapely.Point(150, 100).buffer(20))
+    found = grid.covered(area)
+    expected = [shapely.box(x, y, x + w, y + h).intersection(area).area / (w * h) for x, y, w, h in grid.boxes()]
+    assert np.allclose(found, expected, rtol=0, atol=1e-9)
+    assert (
+        not grid.covered(shapely.MultiPolygon()).any() and not grid.covered(shapely.LineString([(0, 0), (99, 9)])).any()
+    )

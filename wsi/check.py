@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def check(path: Path) -> Found:
 
 
 def phi(path: Path) -> Iterator[tuple[str, str, str]]:
-    """List what would leave the house with a slide or a folder, as (file, where, what); never the values themselves.
+    """List what a slide or folder would disclose if it were shared, as (file, where, what); never the values themselves.
 
     Of a folder: paths of slides and their names in every text and table, in the names of files and folders, and what
     the slides in it hold. Pictures are named where there are any: nobody can say what is written in them.
@@ -100,7 +101,8 @@ def phi(path: Path) -> Iterator[tuple[str, str, str]]:
     [('run.json', 'text', 'path of a file')]
     """
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-    ids = {slide_id for file in files if file.name == "result.json" for slide_id in _names_in(file)}
+    results = [read_result(file.parent) for file in files if file.name == "result.json"]
+    ids = {str(result.numbers["slide_id"]) for result in results if result}
     for file in files:
         shown = str(file.relative_to(path)) if path.is_dir() else file.name
         name = file.name.lower()
@@ -125,11 +127,6 @@ def phi(path: Path) -> Iterator[tuple[str, str, str]]:
     for slide_id in sorted(ids):
         if any(slide_id in part for file in files for part in file.relative_to(path).parts[:-1]):
             yield slide_id, "name of a folder", "name of a slide"
-
-
-def _names_in(file: Path) -> list[str]:
-    result = read_result(file.parent)
-    return [str(result.numbers["slide_id"])] if result else []
 
 
 def _text(file: Path) -> str:
@@ -342,10 +339,7 @@ def _annotations(path: Path) -> Found:
         drawn = read_annotations(path, frame=_SOME_SLIDE)
     except AnnotationError as error:
         return Found(str(path), "unknown", problems=[f"as annotations: {error.what}. {error.remedy}".strip()])
-    groups: dict[str, int] = {}
-    for each in drawn:
-        groups[each.group or "(none)"] = groups.get(each.group or "(none)", 0) + 1
-    found.facts = {"outlines": len(drawn), "groups": groups}
+    found.facts = {"outlines": len(drawn), "groups": dict(Counter(each.group or "(none)" for each in drawn))}
     if not drawn:
         found.problems.append("holds nothing")
     if path.name.lower().endswith((".geojson", ".geojson.gz")):

@@ -104,9 +104,8 @@ def embed_slide(
         else:
             slide = open_.enter_context(slide_of(store, slide_path))
             runs = [store.tiles(shard) for shard in missing]
-            batches = _cut(
-                open_.enter_context(closing(stream(slide, store.grid, runs, batch_size=batch_size, threads=threads)))
-            )
+            cut = open_.enter_context(closing(stream(slide, store.grid, runs, batch_size=batch_size, threads=threads)))
+            batches = ((batch.tiles, batch.rgb, batch.unreadable) for batch in cut)
         _fill(store, name, encoder, missing, batches, batch_size, lambda done: report(done, len(store)))
     unreadable = store.get("unreadable") if len(store) else np.zeros(0, bool)
     numbers = {
@@ -214,11 +213,6 @@ def _kept(store: PatchStore, missing: list[int], size: int) -> _Batches:
         for start in range(tiles.start, tiles.stop, size):
             rows = range(start, min(start + size, tiles.stop))
             yield rows, store.read(rows), marks[rows.start : rows.stop]
-
-
-def _cut(batches: Iterator[Any]) -> _Batches:
-    for batch in batches:
-        yield batch.tiles, batch.rgb, batch.unreadable
 
 
 def _check_view(store: PatchStore, encoder: PatchModel) -> None:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 
 class WsiError(Exception):
@@ -144,5 +145,5 @@ def is_output_error(error: OSError, folder: str | os.PathLike[str]) -> bool:
     """Whether an ``OSError`` says that `folder` cannot be written to (and not that something cannot be read)."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
         return True
-    inside = os.path.abspath(os.fsdecode(error.filename or "")).startswith(os.path.abspath(folder))  # noqa: PTH100
+    inside = Path(os.fsdecode(error.filename or "")).absolute().is_relative_to(Path(folder).absolute())
     return inside and error.errno in {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ESTALE}

@@ -6,13 +6,14 @@ import csv
 import gc
 import gzip
 import hashlib
-import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,6 +46,50 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Name a temporary folder beside `path` that takes its place when the block ends well; else it is removed.
+
+    What stood there before stays until then. Killed between the two renames, the next call brings it back first.
+
+    Examples
+    --------
+    >>> with replacing_folder("out/a.zarr") as folder:  # doctest: +SKIP
+    ...     folder.mkdir()
+    """
+    path = Path(path)
+    draft, old = (path.with_name(f".{path.name}.{kind}") for kind in ("draft", "old"))
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        yield draft
+        if path.exists():
+            path.rename(old)
+        draft.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Remove a folder, if it is there, under a temporary name: a kill leaves no half of it under its own.
+
+    Examples
+    --------
+    >>> remove_folder("out/store.zarr")
+    """
+    draft = _draft(path)
+    with suppress(FileNotFoundError):
+        Path(path).rename(draft)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def time_beside(path: str | os.PathLike[str]) -> float:
@@ -95,6 +140,27 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     return raw
 
 
+def in_one_go(spans: Iterable[tuple[int, int, int]], gap: int, most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Group (offset, length, mark), sorted, by what one read covers: nearer than `gap`, and up to `most` bytes at once.
+
+    Examples
+    --------
+    >>> list(in_one_go([(0, 9, 0), (10, 5, 1), (90, 5, 2)], 4, 1000))
+    [[(0, 9, 0), (10, 5, 1)], [(90, 5, 2)]]
+    """
+    run: list[tuple[int, int, int]] = []
+    stop = 0
+    for span in spans:
+        offset, length, _ = span
+        if run and (offset > stop + gap or max(stop, offset + length) - run[0][0] > most):
+            yield run
+            run = []
+        stop = max(stop, offset + length) if run else offset + length
+        run.append(span)
+    if run:
+        yield run
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Return the hexadecimal SHA-256 of a file.
 
@@ -136,7 +202,7 @@ def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Hold the collector of cycles while millions of objects are made that stay: it would look at them again and again.
+    """Pause garbage collection while millions of long-lived objects are built, which it would scan again and again.
 
     Examples
     --------
@@ -162,9 +228,11 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
 
 def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a table; None is an empty cell."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    lines: list[str] = []
+    # It quotes the characters of its line ends alone: given both, no cell breaks a row.
+    sink = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    writer = csv.DictWriter(sink, columns, restval="", lineterminator="\r\n")
     writer.writeheader()
     writer.writerows(rows)
     with replacing(path) as file:
-        file.write(text.getvalue().encode(errors="backslashreplace"))
+        file.write("".join(lines).encode(errors="backslashreplace"))

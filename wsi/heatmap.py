@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
 import imagecodecs
 import numpy as np
@@ -65,6 +65,11 @@ class Heatmap:
             )
         object.__setattr__(self, "values", values)
 
+    @classmethod
+    def of(cls, grid: TileGrid, probabilities: npt.NDArray[Any], positive: npt.NDArray[np.bool_] | list[int]) -> Self:
+        """Make that of the probability (n, k) of some classes together: their numbers, or bool (k,)."""
+        return cls(grid, probabilities[:, positive].sum(axis=1).clip(0, 1))
+
     def raster(self) -> npt.NDArray[np.float32]:
         """Return the values as an image.
 
@@ -90,11 +95,6 @@ class Heatmap:
         np.divide(total, weight, out=mean, where=weight > 0, casting="same_kind")
         return mean
 
-    @property
-    def _has_gaps(self) -> bool:
-        """Whether the stride is longer than the tile."""
-        return any(t < s * (1 - 1e-9) for t, s in zip(self.grid.tile, self.grid.stride, strict=True))
-
     def regions(self, threshold: float, within: Box) -> list[shapely.Polygon]:
         """Return the areas where the raster is at least `threshold`; of tiles with gaps between them, the tiles.
 
@@ -111,9 +111,8 @@ class Heatmap:
             not. By falling area, then x and y.
         """
         limit = shapely.box(within.x, within.y, within.x + within.w, within.y + within.h)
-        if self._has_gaps:
-            x, y, w, h = self.grid.keep(self.values >= threshold).boxes().T
-            shapes = list(shapely.box(x, y, x + w, y + h))
+        if any(t < s * (1 - 1e-9) for t, s in zip(self.grid.tile, self.grid.stride, strict=True)):  # gaps between tiles
+            shapes = list(self.grid.keep(self.values >= threshold).polygons())
         else:
             stride = np.array(self.grid.stride)
             with np.errstate(invalid="ignore"):

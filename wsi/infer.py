@@ -26,29 +26,27 @@ def score_tiles(
     batch_size: int,
     threads: int,
     stain: StainTransform | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
     spent: dict[str, float] | None = None,
 ) -> str | None:
     """Compute what is missing of ``probabilities``, ``features`` and, where kept as zstd or JPEG, ``pixels``.
 
-    Where the store has ``probabilities_alone``, that is what the model says, and ``probabilities`` is left to who lets
-    the tiles inform each other (``wsi.context``).
+    Where the store has ``probabilities_alone``, the network's output goes there, and ``probabilities`` is filled later
+    by ``wsi.context.in_context``.
 
     A patch of which a part cannot be decoded is ``unreadable``: it has no numbers (NaN in the store).
 
     Parameters
     ----------
-    slide : Slide
     store : PatchStore
         Made for this slide's grid; written shard by shard.
-    model : PatchModel
     batch_size : int
         Patches a forward pass. Batches never span two shards.
     threads : int
         Reader threads.
     stain : StainTransform, optional
         Applied to the patches that the model sees; kept pixels stay as they were read.
-    progress : callable, optional
+    progress : callable
         Called with the number of tiles done in all.
     spent : dict, optional
         Seconds of this thread are added under ``tiles_waiting`` (for patches), ``tiles_stain``, ``tiles_forward`` and
@@ -87,8 +85,7 @@ def score_tiles(
         for tiles, rgb, unreadable, problem in batches:
             lap("tiles_waiting")
             first_problem = first_problem or problem
-            if progress is not None:
-                progress(done)
+            progress(done)
             tiles_rgb: Any = model.upload(rgb) if placed.device == "cuda" else rgb
             placed.tensor(tiles_rgb, mean, std, x[: len(rgb)], dtype=model.input_dtype)
             filled = pass_size(len(rgb), batch_size)
@@ -109,8 +106,7 @@ def score_tiles(
                 parts = {name: [] for name in wanted}
                 missing.pop(0)
             lap("tiles_write")
-    if progress is not None:
-        progress(done)
+    progress(done)
     return first_problem
 
 

@@ -42,15 +42,11 @@ def write_outputs(
     ----------
     folder : Path
         Its name is the slide's id.
-    slide : Slide
-    tissue : TissueMask
     grid : TileGrid
         The n tiles that could be read.
     probabilities : float32 (n, k)
     slide_scores : SlideGrade, optional
         None where no MIL model graded the slide.
-    engine : Engine
-    config : ScoreConfig
     """
     model = engine.model.config
     names = model.class_names
@@ -81,11 +77,10 @@ def write_outputs(
     outlines: list[shapely.Polygon] = []
     heatmap = None
     if positive and len(grid):
-        score = probabilities[:, [names.index(name) for name in positive]].sum(axis=1).clip(0, 1)
-        heatmap = Heatmap(grid, score)
+        heatmap = Heatmap.of(grid, probabilities, [names.index(name) for name in positive])
         outlines = heatmap.regions(threshold, slide.bounds)
         path_class = next(c for c, name in zip(classes, names, strict=True) if name == positive[0])
-        regions += positive_regions(outlines, grid, score, positive=positive, path_class=path_class, mpp=slide.mpp)
+        regions += positive_regions(outlines, heatmap, positive=positive, path_class=path_class, mpp=slide.mpp)
     write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=folder.name, metadata=metadata)
     save_overlay(
         folder / "overlay.png",
@@ -129,7 +124,8 @@ def numbers_of(
         warnings.append(
             f"the slide has {max(slide.mpp):.4g} microns per pixel, the model wants {model.mpp:g}: patches are enlarged"
         )
-    mil_positive = mil.config.positive_classes if mil else ()
+    names, called = (mil.config.class_names, mil.config.positive_classes) if mil else ((), ())
+    said = {} if slide_scores is None else dict(zip(names, slide_scores.probabilities.tolist(), strict=True))
     if slide_scores is None:
         reasons["grade"] = "no MIL model" if mil is None else nothing
     if not positive:
@@ -155,6 +151,8 @@ def numbers_of(
     if stain is not None and stain.fallback:
         flags.append("stain-fallback")
         warnings.append(f"stains could not be measured ({stain.fallback}): tiles are as scanned")
+    # What of the regions, which are whole tiles, is tissue.
+    common = shapely.intersection(shapely.union_all(outlines), shapely.union_all(tissue_outlines))
     return {
         "slide_id": slide_id,
         "slide": absolute(slide.path),
@@ -162,26 +160,15 @@ def numbers_of(
         "stain": None if stain is None else json.loads(stain.to_json()),
         "use": "research only",
         "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
-        "probabilities": (
-            {
-                name: None if slide_scores is None else rounded(float(slide_scores.probabilities[i]))
-                for i, name in enumerate(mil.config.class_names)
-            }
-            if mil
-            else None
-        ),
-        "positive_probability": (
-            rounded(sum(float(slide_scores.probabilities[mil.config.class_names.index(n)]) for n in mil_positive))
-            if mil and slide_scores and mil_positive
-            else None
-        ),
+        "probabilities": {name: rounded(said[name]) if said else None for name in names} if mil else None,
+        "positive_probability": rounded(sum(said[name] for name in called)) if said and called else None,
         "uncertainty": None if doubts is None else doubts.as_json(),
         "n_tiles": len(grid),
         "tissue_mm2": rounded(tissue.area_mm2),
-        "positive_mm2": None if "positive_mm2" in reasons else rounded(_mm2(_common(outlines, tissue_outlines), slide)),
-        "largest_region_um": None
-        if "largest_region_um" in reasons
-        else rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)),
+        "positive_mm2": None if "positive_mm2" in reasons else rounded(_mm2(common, slide)),
+        "largest_region_um": (
+            rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)) if outlines else None
+        ),
         "class_names": list(model.class_names),
         "positive_classes": list(positive),
         "threshold": threshold,
@@ -209,11 +196,6 @@ def _positive_of(engine: Engine, config: ScoreConfig) -> tuple[tuple[str, ...], 
     model = engine.model.config
     threshold = model.threshold if config.threshold is None else config.threshold
     return config.positive or model.positive_classes, threshold
-
-
-def _common(regions: list[shapely.Polygon], tissue: list[shapely.Polygon]) -> shapely.Geometry:
-    """What of the regions, which are whole tiles, is tissue."""
-    return shapely.intersection(shapely.union_all(regions), shapely.union_all(tissue))
 
 
 def _mm2(outline: shapely.Geometry, slide: Slide) -> float:

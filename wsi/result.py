@@ -125,19 +125,16 @@ def called(probabilities: npt.NDArray[Any], positive: npt.NDArray[np.bool_], thr
     return np.asarray(np.where(allowed, probabilities, -1.0).argmax(axis=1), np.int64)
 
 
-class Clock:
+class Clock(Stopwatch):
     """Seconds spent in each stage, told to whoever watches."""
 
     def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
+        super().__init__()
         self._progress = progress
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
         """Time a stage; what is given reports how much of it is done out of how much."""
-        begun = time.perf_counter()
-        self._progress(name, 0, 0)
-        try:
+        with self(name):
+            self._progress(name, 0, 0)
             yield lambda done, total: self._progress(name, done, total)
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter() - begun

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from wsi import __version__
 from wsi.context import in_context
 from wsi.engine import Engine, ScoreConfig
 from wsi.errors import ModelError, SlideUnreadable, StoreError
+from wsi.files import remove_folder
 from wsi.grid import TileGrid
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
@@ -126,7 +126,7 @@ def score_slide(
         total = float(share.sum())
         lost = float(share[unreadable].sum()) / total if total else float(unreadable.any())
         if lost > config.max_unreadable:
-            shutil.rmtree(store.path)  # a better copy of the slide must not meet the marks of this one
+            remove_folder(store.path)  # a better copy of the slide must not meet the marks of this one
             why = f" ({problem})" if problem else ""
             raise SlideUnreadable(
                 path,

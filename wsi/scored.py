@@ -118,7 +118,7 @@ class ScoredSlide:
                 self.folder, "does not say which classes are positive", "Score the slide again, with --positive"
             )
         tiles = self.tiles(self.store())
-        return Heatmap(tiles.grid, tiles.probabilities[:, self.positive].sum(axis=1).clip(0, 1))
+        return Heatmap.of(tiles.grid, tiles.probabilities, self.positive)
 
     def regions(self, threshold: float | None = None) -> list[shapely.Polygon]:
         """Return the areas where the positive classes reach `threshold`, default that of the run, in level-0 pixels.

@@ -31,7 +31,7 @@ def save_sheet(
 ) -> None:
     """Write a PNG with two rows of tiles for each kind of evidence: the highest values, and the lowest.
 
-    With `look` the highest stand there again, where the model looked lit up: each tile by its own scale.
+    With `look`, a further row shows the highest tiles again under Grad-CAM, each on its own colour scale.
 
     Tiles are as scanned. Under each stand its value and its top left corner in level-0 pixels. The same input gives
     the same bytes.
@@ -40,7 +40,6 @@ def save_sheet(
     ----------
     path : path
         Written beside and renamed, so it is whole or not there.
-    slide : Slide
     grid : TileGrid
         n >= 1 tiles.
     evidence : mapping of name to (n,)

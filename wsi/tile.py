@@ -99,23 +99,8 @@ def tile_slide(
     config : TileConfig, optional
     threads : int
         Reading, decoding and encoding at a time.
-    mpp : float, optional
-        Microns per level-0 pixel of the slide, where the file's own are missing or wrong.
-    mpp_source : str
-        Who gave `mpp`.
-    mask : str, optional
-        An image that says where tissue is, see ``tissue_in_image``; default: it is looked for.
-    local : str, optional
-        A copy of the slide, nearer by, to read from.
-    progress : callable
-        Called with the stage, and how much of it is done out of how much.
-
-    Raises
-    ------
-    SlideError, GridError, StoreError, ConfigMismatch
-        One line each that says what to do.
-    OSError
-        `folder` cannot be written to; what was written stays.
+    mpp, mpp_source, mask, local, progress
+        As for ``score_slide``, and so are the errors.
     """
     config = config or TileConfig()
     config.check()
@@ -195,19 +180,18 @@ def keep_tiles(
     store: PatchStore,
     *,
     threads: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
     spent: dict[str, float] | None = None,
 ) -> None:
     """Fill the missing pixels of a store, shard by shard: copied where it is verbatim, else read and encoded.
 
     Parameters
     ----------
-    slide : Slide
     store : PatchStore
         Made for a grid of this slide; one that keeps no pixels is left as it is.
     threads : int
         The bytes written do not depend on it.
-    progress : callable, optional
+    progress : callable
         Called with the number of tiles done in all.
     spent : dict, optional
         Seconds of this thread are added under ``tiles_waiting`` (for patches), ``tiles_encode`` and ``tiles_write``.
@@ -224,8 +208,7 @@ def keep_tiles(
         return
     missing = store.missing("pixels") if store.pixels != "none" else []
     done = len(store) - sum(len(store.tiles(shard)) for shard in missing)
-    if progress is not None:
-        progress(done)
+    progress(done)
     chunks: list[bytes | None] = []
     runs = [store.tiles(shard) for shard in missing]
     lap = Laps({} if spent is None else spent)
@@ -242,8 +225,7 @@ def keep_tiles(
                 chunks = []
                 lap("tiles_write")
             done += len(tiles)
-            if progress is not None:
-                progress(done)
+            progress(done)
 
 
 def _numbers(

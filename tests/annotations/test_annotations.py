@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import shapely
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from tests.annotations.make import asap_xml, mask_tiff
-from wsi.annotations import Annotation, lesion_area, rasterize, read_annotations, read_mask
+from wsi.annotations import Annotation, Frame, lesion_area, rasterize, read_annotations, read_mask
 from wsi.annotations.base import valid
 from wsi.annotations.convert import write_annotations
 from wsi.errors import AnnotationError
@@ -132,6 +133,38 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path):
             read_mask(path, size=size)
     with pytest.raises(AnnotationError, match="finer"):
         read_mask(path, downsample=2, size=(2048, 1024))
+
+
+@pytest.mark.parametrize(("slide", "scale"), [((800, 608), 2), ((820, 623), 2.05), ((390, 290), 1), ((404, 306), 1)])
+def test_a_mask_of_a_small_slide_lies_where_it_did(tmp_path: Path, slide: tuple[int, int], scale: float):
+    """Of 400 x 304 px: half of the slide, a little less, padded to whole tiles, and a few pixels short."""
+    mask = np.zeros((304, 400), np.uint8)
+    mask[64:128, 200:300] = 1
+    path = mask_tiff(tmp_path / "a.tif", mask)
+    (found,) = read_annotations(path, frame=Frame(size=slide))
+    assert np.array(found.geometry.bounds) == pytest.approx(np.array([200, 64, 300, 128]) * scale, rel=1e-3)
+    if scale == int(scale):
+        assert (read_mask(path, downsample=4, size=slide) == mask[:: 4 // int(scale), :: 4 // int(scale)]).all()
+        return
+    with pytest.raises(AnnotationError, match="whole fraction"):
+        read_mask(path, downsample=8, size=slide)
+
+
+def test_where_in_its_pixel_a_mask_is_asked(tmp_path: Path):
+    """As outlines are: a mask and its outline are one area, wherever in a pixel it is looked for."""
+    mask = np.zeros((96, 128), np.uint8)
+    mask[21:70, 37:111] = 1
+    path = mask_tiff(tmp_path / "a.tif", mask)
+    for at in (0.0, 0.5):
+        drawn = rasterize(shapely.box(37, 21, 111, 70), (16, 12), 8, at=at)
+        assert (read_mask(path, downsample=8, at=at).astype(bool) == drawn).all()
+
+
+def test_a_mask_whose_channels_lie_apart(tmp_path: Path):
+    mask = np.zeros((3, 64, 80), np.uint8)
+    mask[0, 10:20, 30:50] = 255
+    tifffile.imwrite(tmp_path / "a.tif", mask, photometric="rgb", planarconfig="separate", metadata=None)
+    assert (read_mask(tmp_path / "a.tif", downsample=1) == mask[0]).all()
 
 
 def test_masks_as_png_and_in_colour(tmp_path: Path):

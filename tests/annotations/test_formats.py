@@ -240,11 +240,30 @@ def test_a_gigabyte_of_geojson_is_refused_with_its_size(tmp_path: Path):
         ("a.tsv", "a\tb\n1\t2\n"),
         ("a.tsv", "group\tcoords_x\tcoords_y\na\t1,2,3\t4,5\n"),
         ("a.tsv", "group\tcoords_x\tcoords_y\na\t1,2,x\t4,5,6\n"),
+        ("a.json", '{"item": {}, "annotations": [{"name": "a", "keypoint": {"x": 1%s, "y": 2}}]}' % ("0" * 400)),
+        (
+            "a.json",
+            '{"item": {}, "annotations": [{"name": "a", "ellipse": '
+            '{"center": {"x": 1, "y": 2}, "radius": {"x": 1, "y": 2}, "angle": "steep"}}]}',
+        ),
     ],
 )
 def test_what_is_damaged_is_refused_by_name(tmp_path: Path, name: str, text: str):
     with pytest.raises(AnnotationError, match=rf"a\{name[1:]}"):
         written(tmp_path, text, name)
+
+
+def test_a_table_with_the_line_ends_of_old_macs(tmp_path: Path):
+    (one,) = written(tmp_path, "group\tcoords_x\tcoords_y\ra\t1,9,9\t1,1,9\r", "a.tsv")
+    assert one.group == "a" and one.geometry.area == 32
+
+
+def test_a_picture_is_no_mask(tmp_path: Path):
+    """Of 255 greys each speck would be an outline: half a minute for these 300 px, and hours for a slide's."""
+    values = np.random.default_rng(0).integers(0, 255, (300, 300), np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    with pytest.raises(AnnotationError, match="254 values, as pictures do"):
+        read_annotations(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(

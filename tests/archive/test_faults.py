@@ -83,8 +83,8 @@ def test_who_was_overtaken_writes_no_result(slides: Path, tmp_path: Path, monkey
 def test_half_written_files_of_a_killed_run_are_swept(slides: Path, tmp_path: Path) -> None:
     own = tmp_path / "r/s0"
     own.mkdir(parents=True)
-    (tmp_path / "r/.slides.csv.0123.draft").write_text("slide_i")
-    (tmp_path / "r/.run.json.0123.draft").write_text("{")
+    (tmp_path / "r/.slides.csv.0123456789ab.draft").write_text("slide_i")
+    (tmp_path / "r/.run.json.0123456789ab.draft").write_text("{")
     (own / ".result.json.0123.draft").write_text("{")
     (own / ".store.zarr.77.draft").mkdir()
     (own / ".store.zarr.77.draft/zarr.json").write_text("{")
@@ -122,7 +122,7 @@ def test_a_kill_on_nfs_between_making_and_removing_a_file(
         patched.setattr(os, "unlink", unlink)
         with pytest.raises(Killed):
             tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0)
-    assert Path(removed[-1]).exists()
+    assert Path(removed[nth - 1]).exists()
     tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0)
     assert digest(tmp_path / "r") == digest(whole)
     assert not list((tmp_path / "r").rglob("*.draft"))
@@ -147,4 +147,42 @@ def test_a_file_system_that_remembers_what_was_missing(
     monkeypatch.setattr("wsi.archive.jobs.read_result", remembering)
     monkeypatch.setattr("wsi.archive.folder.time_beside", made)
     assert len(tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0).done) == 2
+    assert digest(tmp_path / "r") == digest(whole)
+
+
+def test_a_full_disk_leaves_no_claim_that_the_next_run_would_wait_for(
+    slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim's name takes no space, and what stands in it does."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "planted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(OutputError, match="planted"):
+            tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0)
+    assert not (tmp_path / "r/.claims").exists()
+    tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0)
+    assert digest(tmp_path / "r") == digest(whole)
+
+
+def test_a_kill_while_results_are_thrown_away(
+    slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a store under its own name would be damaged, and half of a slide's folder would count as done."""
+
+    class Killed(BaseException):
+        pass
+
+    def some(path: Path, **_: object) -> None:
+        (Path(path) / "store.zarr/zarr.json").unlink()
+        raise Killed
+
+    refs = find_slides([str(slides)])
+    tile_archive(refs, tmp_path / "r", CONFIG, workers=0)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("shutil.rmtree", some)
+        tile_archive(refs, tmp_path / "r", CONFIG, workers=0, force=True)
+    assert not tile_archive(refs, tmp_path / "r", CONFIG, workers=0).failed
     assert digest(tmp_path / "r") == digest(whole)

@@ -7,15 +7,19 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.archive.make import CONFIG
 from tests.e2e.conftest import rows
-from wsi.archive import Cache, SlideRef, find_slides, tile_archive
-from wsi.archive.folder import slide_ids
+from wsi.archive import Cache, Event, SlideRef, find_slides, tile_archive
+from wsi.archive.folder import BOOKS, slide_ids
 from wsi.archive.jobs import Task, failure
+from wsi.archive.walk import _Run
+from wsi.files import time_beside, write_csv
+from wsi.result import SlideResult, read_result
 
 
 def test_a_stem_that_can_be_no_folder_gets_another_name(tmp_path: Path) -> None:
@@ -54,3 +58,123 @@ def test_what_cannot_be_written_of_such_a_name_says_so() -> None:
     except UnicodeEncodeError as error:
         row = failure(Task("x", SlideRef("b\udcffd.svs"), "x"), "export", error)
         assert row["remedy"] == "Rename it" and "not UTF-8" in row["error"]
+
+
+def named(folder: Path, *slides: Path) -> list[SlideRef]:
+    """Copies of slides, all with one name."""
+    refs = []
+    for number, slide in enumerate(slides):
+        (folder / str(number)).mkdir(parents=True)
+        refs.append(SlideRef(str(shutil.copy(slide, folder / f"{number}/same.svs"))))
+    return refs
+
+
+def test_two_runs_at_once_with_slides_of_one_name(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own list, and finds the name free when it begins."""
+    one, two = named(tmp_path, slides / "s0.svs", slides / "s1.svs")
+    weigh = _Run.weigh
+
+    def other_first(self: _Run) -> None:
+        monkeypatch.setattr(_Run, "weigh", weigh)
+        tile_archive([one], tmp_path / "r", CONFIG, workers=0)
+        weigh(self)
+
+    monkeypatch.setattr(_Run, "weigh", other_first)
+    (row,) = tile_archive([two], tmp_path / "r", CONFIG, workers=0).done
+    assert row["slide"] == two.path and row["slide_id"].startswith("same-")
+    assert {row["slide"] for row in rows(tmp_path / "r/slides.csv")} == {one.path, two.path}
+
+
+def test_a_name_belongs_to_the_slide_that_was_begun_under_it(slides: Path, tmp_path: Path) -> None:
+    one, two = named(tmp_path, slides / "s0.svs", slides / "s1.svs")
+
+    def stop(event: Event) -> None:
+        if event.stage == "finish":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tile_archive([one], tmp_path / "r", CONFIG, workers=0, tell=stop)
+    for ref, starts in ((two, "same-"), (one, "same")):
+        (row,) = tile_archive([ref], tmp_path / "r", CONFIG, workers=0).done
+        assert row["slide"] == ref.path and row["slide_id"].startswith(starts)
+    assert row["slide_id"] == "same"
+
+
+def test_labels_of_other_runs_slides_stay(slides: Path, tmp_path: Path) -> None:
+    refs = [SlideRef(str(slides / f"s{i}.svs"), label=f"l{i}", patient=f"p{i}") for i in range(2)]
+    for ref in refs:
+        tile_archive([ref], tmp_path, CONFIG, workers=0)
+    found = rows(tmp_path / "slides.csv")
+    assert [(row["label"], row["patient"]) for row in found] == [("l0", "p0"), ("l1", "p1")]
+    assert pq.read_table(tmp_path / "slides.parquet")["label"].to_pylist() == ["l0", "l1"]
+
+
+def test_the_last_table_has_what_another_machine_finished_a_moment_ago(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS believes that it is not there, as it was not, until a file is made beside it."""
+    refs = find_slides([str(slides)])
+    tile_archive(refs[1:], tmp_path, CONFIG, workers=0)
+    fresh: set[str] = set()
+
+    def remembering(own: Path) -> SlideResult | None:
+        return read_result(own) if own.name == "s0" or own.name in fresh else None
+
+    def made(path: Path) -> float:
+        fresh.add(path.parent.name)
+        return time_beside(path)
+
+    monkeypatch.setattr("wsi.archive.folder.read_result", remembering)
+    monkeypatch.setattr("wsi.archive.folder.time_beside", made)
+    tile_archive(refs[:1], tmp_path, CONFIG, workers=0)
+    assert [row["slide_id"] for row in rows(tmp_path / "slides.csv")] == ["s0", "s1"]
+
+
+def test_a_sleeper_that_overwrites_the_last_table_mends_it(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read what is finished, and sleeps; its claim is taken over, by a run that finishes another slide."""
+    refs = find_slides([str(slides)])
+
+    def slept(path: Path, *table: Any) -> None:
+        if path.name == "slides.csv" and rows_of(table) == ["s0"] and not (tmp_path / "s1").exists():
+            for claim in (tmp_path / ".claims").glob(f"{BOOKS}.*"):
+                claim.unlink()
+            tile_archive(refs[1:], tmp_path, CONFIG, workers=0)
+        write_csv(path, *table)
+
+    def rows_of(table: tuple[Any, ...]) -> list[str]:
+        return [row["slide_id"] for row in table[1]]
+
+    monkeypatch.setattr("wsi.archive.folder.write_csv", slept)
+    tile_archive(refs[:1], tmp_path, CONFIG, workers=0)
+    assert [row["slide_id"] for row in rows(tmp_path / "slides.csv")] == ["s0", "s1"]
+
+
+def test_a_slide_whose_file_has_changed_is_not_taken_for_done(slides: Path, tmp_path: Path) -> None:
+    slide, changed = Path(shutil.copy(slides / "s0.svs", tmp_path)), (slides / "s0.svs").read_bytes() + b"more"
+    refs = [SlideRef(str(slide)), SlideRef(str(slides / "s1.svs"))]
+    tile_archive(refs, tmp_path / "r", CONFIG, workers=0)
+    slide.write_bytes(changed)
+    summary = tile_archive(refs, tmp_path / "r", CONFIG, workers=0)
+    assert [row["slide_id"] for row in summary.done] == ["s1"]
+    assert f"{len(changed) - 4} bytes, now {len(changed)}" in summary.failed[0]["error"]
+    assert "this slide alone with --force" in rows(tmp_path / "r/failures.csv")[0]["remedy"]
+    tile_archive(refs[:1], tmp_path / "r", CONFIG, workers=0, force=True)
+    assert len(tile_archive(refs, tmp_path / "r", CONFIG, workers=0).done) == 2
+
+
+def test_a_slide_whose_file_changes_half_way_is_not_gone_on_with(slides: Path, tmp_path: Path) -> None:
+    slide = Path(shutil.copy(slides / "s0.svs", tmp_path))
+
+    def stop(event: Event) -> None:
+        if event.stage == "tiles" and event.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tile_archive([SlideRef(str(slide))], tmp_path / "r", CONFIG, workers=0, tell=stop)
+    slide.write_bytes(slide.read_bytes() + b"more")
+    (row,) = tile_archive([SlideRef(str(slide))], tmp_path / "r", CONFIG, workers=0).failed
+    assert "made with another file_bytes" in row["error"] and "Delete it" in row["remedy"]

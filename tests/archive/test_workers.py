@@ -200,6 +200,16 @@ def test_a_limit_met_in_the_last_moment_does_not_fail_the_next_slide(slides: Pat
     assert [row["slide_id"] for row in summary.done] == ["s0", "s1"] and not summary.failed
 
 
+def test_ctrl_c_is_nothing_to_a_worker_that_begins(
+    slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reaches the whole group, and would be a traceback of whatever is being imported."""
+    code = "import os, signal, sys\nif 'wsi.archive.worker' in sys.orig_argv: os.kill(os.getpid(), signal.SIGINT)"
+    at_start(code, tmp_path, monkeypatch)
+    assert len(tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG).done) == 2
+    assert digest(tmp_path / "r") == digest(whole)
+
+
 def test_workers_that_begin_no_slide_end_the_run(slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, wsi.archive.jobs as jobs\njobs.Task.from_json = lambda said: os._exit(9)"
     at_start(code, tmp_path, monkeypatch)

@@ -159,8 +159,10 @@ def test_subgroups_are_what_their_slides_give_alone(tmp_path: Path):
         assert row["auroc"] == alone.results["auroc_max_probability"].value
         assert row["froc_gap"] == pytest.approx(row["froc"] - report.results["froc"].value)
     assert rows["centre", "b"]["froc"] < rows["centre", "a"]["froc"] - 0.2
-    assert all(row["froc_gap_low"] <= row["froc_gap"] <= row["froc_gap_high"] for row in rows.values())
+    gaps = [rows["centre", centre] for centre in "ab"]
+    assert all(row["froc_gap_low"] <= row["froc_gap"] <= row["froc_gap_high"] for row in gaps)
     every = rows["mpp", "0.243"]
+    assert every["froc_gap_low"] is None, "of all it is 0, however they are drawn"
     assert every["froc"] == report.results["froc"].value and every["froc_gap"] == every["auroc_gap"] == 0
     write_report(tmp_path / "out", report)
     assert (tmp_path / "out/froc_subgroups.png").exists()
@@ -326,3 +328,20 @@ def test_two_annotations_of_one_slide_and_one_of_many_are_errors(archive: Path):
     (archive / "empty").mkdir()
     with pytest.raises(EvaluationError, match="no detection files"):
         run(archive, results=archive / "empty", reference=None)
+
+
+def test_names_of_exclusions_are_compared_as_those_of_the_reference(archive: Path):
+    """With .tif; and what is left out of all stays out of all where a further row leaves it out of lesions."""
+    (archive / "own.csv").write_text("slide,task,issue,source\nA.tif,all,w,w\na.tif,lesion,w,w\nb.TIF,note,w,w\n")
+    report = run(archive, config=Camelyon16Config(exclusions=archive / "own.csv", n_bootstrap=0))
+    assert [row["slide"] for row in report.tables["slides"]] == ["b", "c", "d"]
+    (archive / "results/a").rename(archive / "a")
+    report = run(archive, config=Camelyon16Config(exclusions=archive / "own.csv", n_bootstrap=0))
+    assert [row["slide"] for row in report.tables["slides"]] == ["b", "c", "d"]
+
+
+def test_detection_files_that_differ_by_case_alone_are_an_error(archive: Path):
+    run(archive)
+    (archive / "out/detections/A.csv").write_text("0.5,1,2\n")
+    with pytest.raises(EvaluationError, match=r"holds A and a|holds a and A"):
+        run(archive, results=archive / "out/detections", out=archive / "two")

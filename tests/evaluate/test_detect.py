@@ -97,3 +97,36 @@ def test_a_configuration_that_makes_no_sense_is_refused():
     for wrong in ({"method": "x"}, {"threshold": 1.5}, {"radius_um": -1.0}, {"radius_um": float("nan")}):
         with pytest.raises(EvaluationError):
             DetectConfig(**wrong)
+
+
+def test_with_gaps_between_tiles_a_detection_lies_on_its_tile():
+    grid = TileGrid.cover((1000, 600), slide_mpp=Mpp(0.5, 0.5), mpp=0.5, tile_px=50, stride_px=200)
+    values = np.zeros(len(grid), np.float32)
+    values[7] = 1
+    for method in ("nms", "components"):
+        (found,) = detect(Heatmap(grid, values), 0.5, DetectConfig(method))
+        box = grid.box(7)
+        assert found.tolist() == [1, box.x + 25, box.y + 25]
+
+
+@given(st.integers(0, 2**32), st.sampled_from([16, 40, 64, 100]))
+@settings(max_examples=60, deadline=None)
+def test_every_detection_lies_on_the_slide_and_on_a_tile_with_its_score(seed: int, stride: int):
+    """The last tiles of a grid that overlaps reach outside, with cells that nobody could click on."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(64, 400)), int(rng.integers(64, 400))
+    grid = TileGrid.cover(size, slide_mpp=Mpp(0.5, 0.5), mpp=0.5, tile_px=64, stride_px=stride)
+    heatmap = Heatmap(grid, (rng.integers(0, 17, len(grid)) / 16).astype(np.float32))
+    raster, boxes = heatmap.raster(), grid.boxes()
+    for method in ("nms", "components"):
+        for p, x, y in detect(heatmap, 0.5, DetectConfig(method, 0.25, 30), size=size):
+            assert 0 <= x < size[0] and 0 <= y < size[1]
+            assert raster[int(y / stride), int(x / stride)] == p
+            assert ((boxes[:, :2] <= (x, y)) & ((x, y) < boxes[:, :2] + boxes[:, 2:])).all(axis=1).any()
+
+
+def test_a_first_line_with_a_number_in_it_is_no_header(tmp_path: Path):
+    for line in ('"0,9",100,200', "O.9,100,200", "x,y,0.9"):
+        (tmp_path / "a.csv").write_text(line + "\n")
+        with pytest.raises(EvaluationError, match="line 1"):
+            read_detections(tmp_path / "a.csv")

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.conftest import Run
+from tests.evaluate.make import scored
 from wsi.errors import EvaluationError, OutputError
 from wsi.evaluate import plots
 from wsi.evaluate.report import REPORTING_ITEMS, Report, leaderboard, packaged_rows, read_about, write_report
@@ -105,3 +107,39 @@ def test_answers_that_are_none_and_folders_that_cannot_be_written(tmp_path: Path
     assert read_about(tmp_path / "a.json") == {"funding": "none"} and read_about(None) == {}
     with pytest.raises(OutputError):
         write_report(tmp_path / "a.json" / "out", Report("t", "t", {}, {}, {}))
+
+
+def test_what_no_report_wrote_is_not_written_over(tmp_path: Path, wsi: Run):
+    """A table of labels that has the name of one of ours, in the folder that is asked for."""
+    (tmp_path / "cases.csv").write_text(text := "id,label,score\na,0,0.1\nb,1,0.2\nc,1,0.3\nd,0,0.4\n")
+    words = ("evaluate", "slides", tmp_path / "cases.csv", "--bootstrap", 10)
+    code, _, err = wsi(*words, "-o", tmp_path)
+    assert code == 2 and "cases.csv: is there already" in err and "another folder" in err
+    assert (tmp_path / "cases.csv").read_text() == text and len(list(tmp_path.iterdir())) == 1
+    for _ in range(2):  # but a report may be made again
+        assert wsi(*words, "-o", tmp_path / "out")[0] == 0
+    assert {"report.json", "cases.csv", "index.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "words"),
+    [
+        ("camelyon16", "detections/a.csv", ("--annotations", "{}/xml")),
+        ("camelyon17", "submission.csv", ("--reference", "{}/reference.csv")),
+        ("segmentation", "slides.csv", ("--annotations", "{}/xml", "--labels", "{}/slides.csv")),
+    ],
+)
+def test_files_of_others_outlive_each_task(tmp_path: Path, wsi: Run, task: str, name: str, words: tuple[str, ...]):
+    slide = "patient_001_node_0" if task == "camelyon17" else "a"
+    scored(tmp_path / "results", slide, np.full((4, 4), 0.75))
+    (tmp_path / "xml").mkdir()
+    (tmp_path / "reference.csv").write_text("patient,stage\npatient_001.zip,pN0\n")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text := "slide_id,patient\na,1\n")
+    words = (*(word.format(tmp_path) for word in words), "--bootstrap", 10)
+    code, _, err = wsi("evaluate", task, tmp_path / "results", *words, "-o", tmp_path)
+    assert code == 2 and "is there already" in err and (tmp_path / name).read_text() == text
+    assert not (tmp_path / "report.json").exists()
+    for _ in range(2):
+        code, _, err = wsi("evaluate", task, tmp_path / "results", *words, "-o", tmp_path / "out")
+        assert code == 0, err

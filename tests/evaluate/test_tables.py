@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
+from tests.conftest import Run
 from tests.evaluate.make import scored
 from tests.metrics.made_up import scores_of_129
 from wsi.errors import EvaluationError
-from wsi.evaluate.cases import TableConfig, divided, read_cases
+from wsi.evaluate.cases import Cases, TableConfig, divided, read_cases
 from wsi.evaluate.report import write_report
 from wsi.evaluate.tables import evaluate_table
 from wsi.metrics.compare import auroc_difference
@@ -55,7 +57,9 @@ def test_129_slides(made: Path):
     assert found["brier"].value == pytest.approx(brier_score_loss(truth, one))
     assert found["prevalence"].value == pytest.approx(49 / 129)
     assert found["auroc_difference"].value == pytest.approx(area["one"] - area["two"])
-    delong, mcnemar = report.tables["comparison"]
+    assert all(row["p_value"] is None and "over patients" in row["reason"] for row in report.tables["comparison"])
+    alone = replace(cases, patients=cases.ids), replace(other, patients=other.ids)
+    delong, mcnemar = evaluate_table("slides", alone[0], config=config, other=alone[1]).tables["comparison"]
     assert delong["p_value"] == pytest.approx(auroc_difference(truth, one, two).p_value) and 0 < mcnemar["p_value"] <= 1
     assert {row["value"]: row["n"] for row in report.tables["subgroups"]} == {"Macro": 22, "Micro": 27, "None": 80}
     assert all("fewer than 10" in row["reason"] for row in report.tables["subgroups"]), "each size is of one class"
@@ -186,6 +190,8 @@ def test_scores_that_are_no_probabilities_say_nothing_of_calibration(tmp_path: P
         ("id,truth,score\na,0,0.1\n", "no column 'label'"),
         ("id,label,prob_a,prob_b\na,0,0.1,0.9\n", "--score"),
         ("name,label,score\na,0,0.1\n", "name the case"),
+        ("id,label,score,label\na,0,0.1,1\n", "two columns 'label'"),
+        ("id,label,score\na,1,0.1\nb,,0.2\n", "'b' has no label"),
         ("", "no rows"),
     ],
 )
@@ -212,3 +218,59 @@ def test_cases_without_predictions_and_other_cases_are_errors(made: Path):
         read_cases(made / "one.csv", made / "none.csv", QUICK)
     with pytest.raises(EvaluationError, match="cannot be read"):
         read_cases(made / "one.csv", made, QUICK)
+
+
+def test_no_interval_is_narrower_for_patients_who_stand_there_ten_times(made: Path):
+    """The same cases ten times over: whatever has an interval at all has it over patients, and it stays as wide."""
+    config = replace(QUICK, threshold=0.5)
+    once, other = (read_cases(made / f"{n}.csv", made / "labels.csv", config)[0] for n in ("one", "two"))
+    once, other = (replace(each, patients=each.ids) for each in (once, other))
+    tenfold = [
+        Cases(each.ids * 10, np.tile(each.labels, 10), np.tile(each.scores, 10), each.patients * 10)
+        for each in (once, other)
+    ]
+    few = evaluate_table("slides", once, config=config, validation=once, other=other).results
+    many = evaluate_table("slides", tenfold[0], config=config, validation=once, other=tenfold[1]).results
+    for name, estimate in many.items():
+        if estimate.low is not None:
+            assert "over patients" in estimate.method and estimate.low == pytest.approx(few[name].low), name
+    assert many["specificity_given_over_patients"].low < few["specificity_given"].value
+    assert {"sensitivity_given", "prevalence", "auroc_difference", "calibration_slope"} <= {
+        name for name, estimate in many.items() if estimate.value is not None and "independent" in estimate.reason
+    }
+    grades = [
+        Cases(each.ids, each.labels.astype(int), (each.scores > 0.5).astype(int), each.patients)
+        for each in (once, tenfold[0])
+    ]
+    of = [evaluate_table("slides", each, config=replace(QUICK, grades=2)).results for each in grades]
+    assert of[0]["accuracy"].low is not None and of[1]["accuracy"].low is None
+    assert of[1]["accuracy_over_patients"].n == 129 and of[1]["accuracy_over_patients"].low < of[1]["accuracy"].value
+
+
+def test_dates_are_divided_into_ranges_that_can_be_told_apart():
+    found = divided([f"2019{month:02}{day:02}" for month in range(1, 13) for day in (1, 15)])
+    assert sorted(set(found)) == ["20190101 to 20190415", "20190501 to 20190815", "20190901 to 20191215"]
+
+
+def test_validation_cases_need_neither_patients_nor_groups(made: Path, wsi: Run):
+    lines = (made / "labels.csv").read_text().split()
+    (made / "labels.csv").write_text(
+        "\n".join([lines[0] + ",who", *(f"{each},{i}" for i, each in enumerate(lines[1:]))])
+    )
+    (made / "val.csv").write_text("id,label,score\n" + "".join(f"v{i},{i % 2},{0.1 * i}\n" for i in range(9)))
+    words = (
+        "--labels",
+        made / "labels.csv",
+        "--subgroup",
+        "size",
+        "--patient",
+        "who",
+        "--validation",
+        made / "val.csv",
+    )
+    code, out, err = wsi("evaluate", "slides", made / "one.csv", *words, "--bootstrap", 10, "-o", made / "out")
+    assert code == 0 and "sensitivity_validation_0.95" in out, err
+    scored(made / "results", "test_001", np.zeros((2, 2)), mil=0.5)
+    words = ("--labels", made / "labels.csv", "--score", "prob_stroma", "-o", made / "out")
+    code, _, err = wsi("evaluate", "slides", made / "results", *words)
+    assert code == 2 and "--score: is a column of a CSV" in err

@@ -35,9 +35,10 @@ def test_regions_say_what_their_tiles_do():
     mpp = Mpp(0.5, 0.25)
     grid = TileGrid.cover((3000, 2000), slide_mpp=mpp, mpp=1.0, tile_px=30)
     score = np.random.default_rng(0).random(len(grid)).astype(np.float32)
-    outlines = Heatmap(grid, score).regions(0.5, Box(0, 0, 3000, 2000))
+    heatmap = Heatmap(grid, score)
+    outlines = heatmap.regions(0.5, Box(0, 0, 3000, 2000))
     (colour,) = path_classes(["tumour"], ["tumour"])
-    found = positive_regions(outlines, grid, score, positive=["tumour", "dcis"], path_class=colour, mpp=mpp)
+    found = positive_regions(outlines, heatmap, positive=["tumour", "dcis"], path_class=colour, mpp=mpp)
     assert [each.name for each in found] == [f"tumour or dcis {i}" for i in range(1, len(outlines) + 1)]
     x, y, w, h = grid.boxes().T
     for region, outline in zip(found, outlines, strict=True):
@@ -49,7 +50,7 @@ def test_regions_say_what_their_tiles_do():
             "max_probability": float(inside.max()),
         }
     assert len(found) > 20
-    assert positive_regions([], grid, score, positive=["t"], path_class=colour, mpp=mpp) == []
+    assert positive_regions([], heatmap, positive=["t"], path_class=colour, mpp=mpp) == []
 
 
 def test_colours_tell_positive_classes_apart():

@@ -283,3 +283,20 @@ def test_the_emulation_refuses_what_qupath_does(tmp_path: Path):
         path.write_bytes(gzip.compress(json.dumps(bad).encode()))
         with pytest.raises((QuPathRefusesError, TypeError)):
             read_as_qupath(path, (3000, 2000))
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path: Path):
+    marked_results(tmp_path / "r")
+    export_qupath(tmp_path / "r", tmp_path / "out", QuPathConfig(max_tiles=100))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out/objects/a").iterdir()}
+    assert len(before) > 3
+    regions = tmp_path / "r/a/regions.geojson"
+    whole = regions.read_bytes()
+    regions.write_bytes(whole[:-9])
+    with pytest.raises(ResultsError, match="regions"):
+        export_qupath(tmp_path / "r", tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out/objects/a").iterdir()} == before
+    regions.write_bytes(whole)
+    export_qupath(tmp_path / "r", tmp_path / "out")
+    left = sorted(path.name for path in (tmp_path / "out/objects/a").iterdir())
+    assert left == ["regions.geojson.gz", "tiles.geojson.gz"]

@@ -123,6 +123,21 @@ def test_a_store_is_replaced_and_nothing_else(tmp_path: Path, monkeypatch: pytes
         export_bags(tmp_path / "r", tmp_path / "out", "spatialdata")
 
 
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The next export brings the store back, also one that cannot go on."""
+    _, store = exported(tmp_path)
+    (store / "mine").write_text("")
+    store.rename(tmp_path / "out/.a.zarr.old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wsi.export.scverse.write_multiscale", full)
+    with pytest.raises(OSError):
+        export_bags(tmp_path / "r", tmp_path / "out", "spatialdata")
+    assert (store / "mine").exists() and [each.name for each in (tmp_path / "out").iterdir()] == ["a.zarr"]
+
+
 def test_the_command_and_its_pseudonyms(tmp_path: Path, wsi: Run):
     marked_results(tmp_path / "r", "Doe_John", features=4)
     (tmp_path / "key").write_text("0123456789abcdef0123456789abcdef")

@@ -12,7 +12,7 @@ from wsi.stain import METHODS, FitConfig, StainTransform, fit
 from wsi.stain.device import DeviceStain, place
 
 pytestmark = [
-    pytest.mark.skipif(not native.HAVE_CUDA, reason="installed without a CUDA compiler"),
+    pytest.mark.skipif(native.cuda is None, reason="installed without a CUDA compiler"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU that torch sees"),
 ]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -10,16 +10,15 @@ from wsi import native
 
 def test_devices_are_counted_without_a_driver_too():
     assert native.cuda_devices() >= 0
-    assert (native.cuda is not None) == native.HAVE_CUDA
 
 
-@pytest.mark.skipif(not native.HAVE_CUDA, reason="installed without a CUDA compiler")
+@pytest.mark.skipif(native.cuda is None, reason="installed without a CUDA compiler")
 def test_every_stain_kernel_has_its_twin_on_the_gpu():
     maps = {f"{name}{kind}" for name in ("od_map", "sparse_map", "lab_map") for kind in ("", "_tensor")}
     assert maps <= set(dir(native.cuda)) and maps <= set(native.__all__)
 
 
-@pytest.mark.skipif(not native.HAVE_CUDA, reason="installed without a CUDA compiler")
+@pytest.mark.skipif(native.cuda is None, reason="installed without a CUDA compiler")
 def test_arrays_of_the_cpu_are_refused():
     rgb = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(TypeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.nn.make import TILE_PX, write_head, write_model
 from wsi.errors import ModelError, ModelNotFound
+from wsi.files import sha256_of
 from wsi.nn import checkpoint
 from wsi.nn.backbone import TimmNet
 from wsi.nn.checkpoint import find_model, known_models, read_config
@@ -70,6 +72,25 @@ class TestLoads:
         change(folder, weights_sha256=None)
         load_patch_model(str(folder), device="cpu")
 
+    def test_weights_of_a_network_that_was_spread_over_gpus(self, folder: Path) -> None:
+        expected = load_patch_model(str(folder), device="cpu", precision="float32")(patches(2))
+        state = load_file(folder / "weights.safetensors")
+        (folder / "weights.safetensors").unlink()
+        torch.save({f"module.{key}": value for key, value in state.items()}, folder / "pytorch_model.bin")
+        change(folder, weights_sha256=None)
+        found = load_patch_model(str(folder), device="cpu", precision="float32")(patches(2))
+        np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+
+    def test_torchscript_is_known_by_its_own_hash(self, folder: Path) -> None:
+        """Also beside other weights: results of one are not to be taken for those of the other."""
+        net = TimmNet("test_resnet", num_classes=2).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; the zoo is made of it
+            torch.jit.trace(net, torch.zeros(2, 3, TILE_PX, TILE_PX)).save(str(folder / "torchscript_model.pt"))
+            script = load_patch_model(str(folder), device="cpu", torchscript=True)
+        assert script.num_features == 0 and script.sha256 == sha256_of(folder / "torchscript_model.pt")
+        assert load_patch_model(str(folder), device="cpu").sha256 == sha256_of(folder / "weights.safetensors")
+
     def test_a_wsinfer_zoo_folder(self, folder: Path) -> None:
         """Only WSInfer's own keys, a Resize, TorchScript weights: runs when allowed, and shows no features."""
         net = TimmNet("test_resnet", num_classes=2).eval()
@@ -91,8 +112,6 @@ class TestLoads:
         (folder / "config.json").write_text(json.dumps(zoo))
         (folder / "weights.safetensors").unlink()
         exported = torch.export.export(net, (torch.zeros(2, 3, 64, 64),)).module()
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated; the zoo is made of it
             torch.jit.trace(net, torch.zeros(2, 3, 64, 64)).save(str(folder / "torchscript_model.pt"))
@@ -127,7 +146,16 @@ class TestRefuses:
                 {"transform": [{"name": "Normalize", "arguments": {"mean": [0, 0, float("nan")], "std": [1, 1, 1]}}]},
                 "Normalize",
             ),
+            (
+                {"transform": [{"name": "Normalize", "arguments": {"mean": [124, 116, 104], "std": [58, 57, 57]}}]},
+                "by 255",
+            ),
+            ({"transform": [{"name": "Resize", "arguments": {"size": 0}}]}, "Resize"),
             ({"patch_size_pixels": "wide"}, "cannot be used"),
+            ({"patch_size_pixels": 0}, "must be positive"),
+            ({"spacing_um_px": float("nan")}, "must be positive"),
+            ({"threshold": float("nan")}, "threshold is nan"),
+            ({"threshold": 50}, "threshold is 50"),
         ],
     )
     def test_a_wrong_configuration(self, folder: Path, changes: dict[str, Any], says: str) -> None:
@@ -183,6 +211,14 @@ class TestRefuses:
         with pytest.raises(ModelError, match="not unpickled"):
             load_patch_model(str(folder), device="cpu")
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("held", [torch.zeros(3), [torch.zeros(3)], 5, {"state_dict": None}])
+    def test_a_file_without_weights_by_name(self, folder: Path, held: Any) -> None:
+        (folder / "weights.safetensors").unlink()
+        torch.save(held, folder / "pytorch_model.bin")
+        change(folder, weights_sha256=None)
+        with pytest.raises(ModelError, match="holds no weights by name"):
+            load_patch_model(str(folder), device="cpu")
 
     def test_no_weights_no_config(self, folder: Path) -> None:
         (folder / "weights.safetensors").unlink()

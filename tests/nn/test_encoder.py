@@ -118,6 +118,8 @@ def write_transformers(folder: Path, kind: str) -> tuple[Path, dict[str, np.ndar
         "num_attention_heads": 2, "intermediate_size": 12, "layer_norm_eps": 1e-3, "hidden_act": "gelu",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(raw))
+    said = {"do_normalize": True, "image_mean": [0.7, 0.5, 0.6], "image_std": [0.2, 0.25, 0.2]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
     return folder, p
 
 
@@ -157,7 +159,7 @@ def by_the_equations(p: dict[str, np.ndarray], image: np.ndarray, kind: str) -> 
 def test_weights_under_transformers_names_give_the_class_token(tmp_path: Path, kind: str) -> None:
     folder, p = write_transformers(tmp_path / "m", kind)
     encoder = load_encoder(str(folder), precision="float32")
-    x = normalised(patches(16), list(encoder.config.mean), list(encoder.config.std)).double().numpy()
+    x = normalised(patches(16), INPUT["mean"], INPUT["std"]).double().numpy()
     expected = np.stack([by_the_equations(p, image, kind) for image in x])
     np.testing.assert_allclose(encoder(patches(16)).features, expected, atol=2e-4)
 
@@ -175,6 +177,19 @@ def test_recipes_give_networks_of_the_published_size(name: str, architecture: st
 
 def test_a_patch_model_of_ours_is_an_encoder() -> None:
     assert load_encoder("phantom").num_features == load_encoder("phantom").of_size(70).num_features > 0
+
+
+def test_how_transformers_normalises_is_read_and_never_guessed(tmp_path: Path) -> None:
+    folder, _ = write_transformers(tmp_path / "m", "vit")
+    said = folder / "preprocessor_config.json"
+    said.write_text(json.dumps({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    assert load_encoder(str(folder)).config.std == (1, 1, 1)
+    said.write_text(json.dumps({"image_mean": [123.7, 116.3, 103.5], "image_std": [58.4, 57.1, 57.4]}))
+    with pytest.raises(ModelError, match="divide by 255"):
+        load_encoder(str(folder))
+    said.unlink()
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json: is not there"):
+        load_encoder(str(folder))
 
 
 class TestRefused:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import openslide
 import pytest
+import tifffile
 import tiffslide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -127,6 +128,18 @@ class TestMpp:
         with open_slide(tmp_path / "a.svs", reader) as slide:
             assert slide.mpp == (0.2522, 0.2522) and slide.mpp_source == "vendor:aperio"
 
+    def test_a_decimal_comma(self, tmp_path: Path, reader: str) -> None:
+        """Of a scanner whose computer writes numbers so; tiffslide takes it for no number."""
+        text = "Aperio Image Library v12\r\n300x200|AppMag = 20|MPP = 1,0416"
+        shape: dict = {"tile": (64, 64), "photometric": "rgb", "metadata": None}
+        tifffile.imwrite(tmp_path / "a.svs", picture(300, 200), description=text, **shape)
+        if reader == "tiffslide":
+            with pytest.raises(MppError):
+                open_slide(tmp_path / "a.svs", reader)
+            return
+        with open_slide(tmp_path / "a.svs", reader) as slide:
+            assert slide.mpp == (1.0416, 1.0416)
+
     def test_the_users_word_wins(self, pyramid: Path, reader: str) -> None:
         with open_slide(pyramid, reader, mpp=0.25) as slide:
             assert slide.mpp == (0.25, 0.25) and slide.mpp_source == "user"
@@ -185,6 +198,68 @@ class TestBadInput:
         for reader in ("openslide", "tiffslide"):
             with pytest.raises(SlideUnreadable, match="orientation 3"):
                 open_slide(data_dir / "wsi/tiff_orientation/test_orient3.tif", reader, mpp=1.0)
+
+
+GREY, RGBA = picture(96, 64)[..., 0], np.dstack([picture(96, 64), np.full((64, 96), 128, np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("pixels", "stored"),
+    [
+        (GREY, {"photometric": "miniswhite"}),
+        (GREY, {"photometric": "palette", "colormap": np.arange(768, dtype=np.uint16).reshape(3, 256) * 80}),
+        (RGBA, {"photometric": "separated"}),
+        (RGBA[..., :3], {"photometric": "cielab"}),
+        (RGBA[..., :3], {"photometric": "ycbcr"}),
+        (RGBA[..., :3], {"photometric": "rgb", "compression": "aperio_jp2000_ycbc"}),
+        (RGBA, {"photometric": "rgb", "extrasamples": ["assocalpha"]}),
+        (RGBA, {"photometric": "rgb", "extrasamples": ["unspecified"]}),
+    ],
+)
+@pytest.mark.parametrize("layout", [{"tile": (32, 32)}, {"rowsperstrip": 16}])
+def test_colours_that_tiffslide_does_not_convert_are_refused(
+    tmp_path: Path, layout: dict, pixels: np.ndarray, stored: dict
+) -> None:
+    """OpenSlide converts them where they lie in tiles; read as they are stored, white would be black."""
+    tifffile.imwrite(tmp_path / "a.tif", pixels, metadata=None, **layout, **stored)
+    with pytest.raises(SlideUnreadable, match="stores its colours as"):
+        open_slide(tmp_path / "a.tif", "tiffslide", mpp=0.5)
+    with suppress(SlideUnreadable), open_slide(tmp_path / "a.tif", mpp=0.5) as slide:
+        assert slide.reader == "openslide"
+
+
+def test_jpeg_strips_cut_short_are_refused_never_grey(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path,
+        picture(96, 64),
+        photometric="ycbcr",
+        compression="jpeg",
+        subsampling=(2, 2),
+        rowsperstrip=32,
+        metadata=None,
+    )
+    spoil(path, 1)
+    with open_slide(path, mpp=0.5) as slide:
+        assert slide.reader == "tiffslide"
+        with tifffile.TiffFile(path) as tiff:
+            np.testing.assert_array_equal(slide.read(Box(0, 0, 96, 32), (96, 32)), tiff.pages.first.asarray()[:32])
+        with pytest.raises(SlideUnreadable, match="Premature end"):
+            slide.read(Box(0, 0, 96, 64), (96, 64))
+
+
+def test_strips_without_limit_are_not_decoded(tmp_path: Path) -> None:
+    """Hamamatsu's tag allows them, and behind a URL there is no OpenSlide to ask: tiffslide would decode the whole."""
+    path = tmp_path / "a.tif"
+    tags = [(65420, "I", 1, 1, True)]
+    tifffile.imwrite(path, picture(64, 48), photometric="rgb", compression="zlib", rowsperstrip=48, extratags=tags)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        for name in ("ImageWidth", "ImageLength", "RowsPerStrip"):
+            tiff.pages.first.tags[name].overwrite(30_000)
+    with fsspec.open("memory://slides/strips.tif", "wb") as file:
+        file.write(path.read_bytes())
+    with pytest.raises(SlideUnreadable, match="parts of 2700000000 bytes"):
+        open_slide("memory://slides/strips.tif", mpp=0.5)
 
 
 def test_url_through_fsspec(pyramid: Path) -> None:

@@ -183,6 +183,24 @@ class TestLayouts:
         with pytest.raises(UnknownFormat):
             open_slide(tmp_path / "a.tif", "tiff", mpp=1)
 
+    def test_levels_of_another_picture_in_the_file_are_not_its_own(self, tmp_path: Path) -> None:
+        """OpenSlide mixes both."""
+        path, full, other = tmp_path / "a.tif", picture(512, 512), picture(400, 400, seed=7)
+        with tifffile.TiffWriter(path) as tiff:
+            for level, kind in [(full, 0), (halved(full), 1), (other, 0), (halved(other), 1)]:
+                tiff.write(level, tile=(64, 64), photometric="rgb", subfiletype=kind, metadata=None)
+        with open_slide(path, mpp=0.5) as slide:
+            assert slide.level_sizes == ((512, 512), (256, 256))
+            np.testing.assert_array_equal(slide.read(Box(0, 0, 512, 512), (256, 256)), halved(full))
+
+    def test_levels_turned_apart_are_refused(self, tmp_path: Path) -> None:
+        with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+            for i, level in enumerate([picture(128, 96), picture(64, 48)]):
+                turn = [(274, "H", 1, 3 - 2 * i, True)]
+                tiff.write(level, tile=(64, 48), photometric="rgb", subfiletype=i, extratags=turn, metadata=None)
+        with pytest.raises(SlideUnreadable, match="orientation 1 and 3"):
+            open_slide(tmp_path / "a.tif", mpp=0.5)
+
     def test_other_formats_are_left_to_openslide(self, data_dir: Path) -> None:
         with pytest.raises(UnknownFormat):
             open_slide(next((data_dir / "wsi/hamamatsu_ndpi").glob("*.ndpi")), "tiff", mpp=1)

@@ -207,6 +207,16 @@ def test_a_tile_that_is_stored_too_large(layout: dict) -> None:
         check(data, size=1 << 30)
 
 
+def test_strips_alone_may_be_long_as_in_ndpi(layout: dict) -> None:
+    """Hamamatsu's tag on tiles is no excuse: a tile is decoded whole."""
+    check(tiff(strips(t65420=(LONG, [1]), t257=(LONG, [1 << 20]), t278=(LONG, [1 << 20])), **layout))
+    with pytest.raises(SlideUnreadable, match="has tiles of 805306368 bytes"):
+        check(tiff(image(t65420=(LONG, [1]), t322=(LONG, [1 << 14]), t323=(LONG, [1 << 14])), **layout))
+    data = tiff(image(t65420=(LONG, [1]), t325=(LONG, [10, 10, 10, (1 << 27) + 1])), **layout)
+    with pytest.raises(SlideUnreadable, match="has a tile of 134217729 bytes as stored"):
+        check(data, size=1 << 30)
+
+
 def test_a_long_description() -> None:
     data = tiff(image(t270=At(BYTE, (1 << 24) + 1, 16)))
     with pytest.raises(SlideUnreadable, match="has a description of 16777217 bytes, more than 16777216"):

@@ -13,7 +13,7 @@ from tests.slide.make import section
 from tests.stain.make import TRUE_HE, synthetic, two_stains
 from wsi.errors import SlideUnreadable, StainError
 from wsi.stain import FALLBACKS, METHODS, TARGETS, FitConfig, StainTransform, fit, pixels
-from wsi.stain.macenko import measure
+from wsi.stain.macenko import directions, measure
 from wsi.stain.pixels import sample_slide
 from wsi.tissue import TissueMask, find_tissue
 from wsi.units import Box, Mpp
@@ -37,6 +37,20 @@ def test_true_stains_are_found_in_an_image_and_on_a_slide(method):
         transform = fit(method, source)
         assert transform.fallback is None
         np.testing.assert_allclose(transform.source.vectors, TRUE_HE.T, atol=0.06)
+
+
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+def test_tissue_that_varies_by_stain_more_than_by_amount(monkeypatch, signs):
+    """Its mean lies along the second axis, whichever way the eigenvectors point, and no angle wraps around."""
+    rng = np.random.default_rng(0)
+    stains = np.array([[0.65, 0.70, 0.29], [0.2, 0.85, 0.48]])
+    stains /= np.linalg.norm(stains, axis=1, keepdims=True)
+    share = rng.beta(0.5, 0.5, 4096)
+    amounts = np.stack([share, 1 - share]) * (1 + 0.1 * rng.normal(size=4096)).clip(0.5, 2)
+    eigh = np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda matrix: (eigh(matrix)[0], eigh(matrix)[1] * [1, *signs]))
+    found, _ = directions(stains.T @ amounts, 1.0)
+    assert np.degrees(np.arccos((found * stains).sum(1).clip(-1, 1))).max() < 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -171,7 +185,7 @@ def test_no_tile_gives_glass_a_cast(method, name):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_slide_falls_back(method):
     transform = fit(method, ArraySlide(np.full((300, 300, 3), 245, np.uint8), 4.0))
-    assert transform.fallback == "blank" and transform.is_identity
+    assert transform.fallback == "blank" and transform.source is None
 
 
 def test_a_source_much_paler_than_the_target_is_not_blown_up():

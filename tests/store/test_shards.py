@@ -166,7 +166,7 @@ def test_files_are_few_and_no_thread_loses_its_own(tmp_path: Path, monkeypatch: 
         write_shard(tmp_path / f"c/{shard}", [b"%d %d" % (shard, i) for i in range(per_shard)], per_shard)
     opened, closed = [], []
     real_open, real_close = os.open, os.close
-    monkeypatch.setattr(os, "open", lambda *a, **k: opened.append(real_open(*a, **k)) or opened[-1])
+    monkeypatch.setattr(os, "open", lambda *a, **k: opened.append(file := real_open(*a, **k)) or file)
     monkeypatch.setattr(os, "close", lambda file: closed.append(file) or real_close(file))
     reader, wrong = ShardReader(tmp_path, 1, per_shard), []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 import zlib
@@ -13,6 +14,7 @@ import shapely
 from PIL import Image
 
 from tests.train.make import write_labels, write_patches
+from wsi.cli.train import _of_stores
 from wsi.errors import TrainError, WsiError
 from wsi.grid import TileGrid
 from wsi.store import PatchStore
@@ -183,3 +185,15 @@ class TestStores:
             read_stores({"s": store}, drawn, patients={"t": "p"})
         with pytest.raises(TrainError, match="all have the label 'tumour'"):
             read_stores({"s": store}, {"s": drawn["s"][:1]})
+
+    def test_a_mask_smaller_than_its_slide_lies_on_all_of_it(self, tmp_path: Path) -> None:
+        self.a_store(tmp_path / "results/s")
+        numbers = {"slide_id": "s", "size_px": [1000, 1000], "bounds_px": [0, 0, 1000, 1000]}
+        (tmp_path / "results/s/result.json").write_text(json.dumps(numbers))
+        mask = np.zeros((250, 250), np.uint8)
+        mask[:50, :50] = 1
+        (tmp_path / "masks").mkdir()
+        Image.fromarray(mask).save(tmp_path / "masks/s.png")
+        found = _of_stores([tmp_path / "results"], tmp_path / "masks", ["1"], "normal", None, quiet=True)
+        tumour = {name for name, case in found.cohort.cases.items() if case.label == 1}
+        assert tumour == {"s/0", "s/10", "s/11"}, "and tile 1 could not be read"

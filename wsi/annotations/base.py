@@ -113,8 +113,8 @@ def number(text: Any, where: str | os.PathLike[str]) -> float:
     """
     try:
         value = float(text.replace(",", ".") if isinstance(text, str) else text)
-    except (TypeError, ValueError):
-        raise AnnotationError(where, f"has a coordinate that is none: {text!r}") from None
+    except (TypeError, ValueError, OverflowError):  # a whole number of 400 digits
+        raise AnnotationError(where, f"has a coordinate that is none: {text!r:.40}") from None
     if not math.isfinite(value):
         raise AnnotationError(where, f"has a coordinate that is not finite: {text!r}")
     return value

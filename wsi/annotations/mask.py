@@ -23,6 +23,8 @@ U8 = npt.NDArray[np.uint8]
 
 #: A level of more pixels than this is not read: a mask of a whole slide is a pyramid.
 _MAX_PIXELS = 1 << 28
+#: What holds more of them is a picture, of which each speck would become an outline.
+_MOST_VALUES = 64
 #: Masks are padded to whole tiles by some programs.
 _PADDING_PX = 512
 
@@ -37,9 +39,13 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
     scale = _scale(path, levels[1], frame.size or levels[1])
     finest = next((d for d, (w, h) in levels.items() if w * h <= 16_000_000), max(levels))
     values = read_mask(path, downsample=finest)
+    present = (np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1).tolist()
+    if len(present) > _MOST_VALUES:
+        what = f"holds {len(present)} values, as pictures do"
+        raise AnnotationError(path, what, "A mask has a value a class: save it without lossy compression")
     return [
         Annotation(shapely.transform(outline, lambda xy: xy * finest * scale), str(value))
-        for value in np.unique(values[values > 0]).tolist()
+        for value in present
         for outline in mask_polygons(values == value)
     ]
 
@@ -47,7 +53,7 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
 def _scale(path: Path, of_mask: tuple[int, int], of_slide: tuple[int, int]) -> npt.NDArray[np.float64]:
     """Level-0 pixels a pixel of a mask's first level, across and down."""
     exact = np.array(of_slide) / of_mask
-    if all(abs(a - b) <= _PADDING_PX for a, b in zip(of_mask, of_slide, strict=True)):
+    if _fits(of_mask, of_slide, 1):
         return np.ones(2)
     if abs(exact[0] / exact[1] - 1) > 0.05 or exact[0] < 1:
         what = f"is {of_mask[0]} x {of_mask[1]} px, the slide {of_slide[0]} x {of_slide[1]}"
@@ -58,7 +64,16 @@ def _scale(path: Path, of_mask: tuple[int, int], of_slide: tuple[int, int]) -> n
     return whole if is_padded else exact
 
 
-def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None = None) -> U8:
+def _fits(of_mask: tuple[int, int], of_slide: tuple[int, int], scale: int) -> bool:
+    """Whether a mask of one pixel in `scale` is its slide's: as large but for 2 %, or padded to whole tiles."""
+    beyond = [(a * scale - b, a, b) for a, b in zip(of_mask, of_slide, strict=True)]
+    return all(
+        abs(px) <= max(scale, min(_PADDING_PX, 0.02 * b)) or (a % 16 == 0 and 0 < px <= _PADDING_PX)
+        for px, a, b in beyond
+    )
+
+
+def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None = None, at: float = 0.0) -> U8:
     """Read a mask at one pixel in `downsample`, nearest neighbour.
 
     Parameters
@@ -70,11 +85,14 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
     size : (int, int), optional
         Width and height of the slide; the mask must have it, or a whole fraction of it, up to one tile of padding.
         Default: those of the mask.
+    at : float
+        Where in its pixel the value is taken, as in ``rasterize``.
 
     Returns
     -------
     uint8 (rows, columns)
-        Pixel (r, c) is the value at level-0 pixel ``(c * downsample, r * downsample)``.
+        Pixel (r, c) is the value at level-0 pixel ``((c + at) * downsample, (r + at) * downsample)``, as nearly as the
+        levels of a pyramid allow.
 
     Raises
     ------
@@ -91,7 +109,7 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
     scale = 1
     if size is not None:
         scale = max(1, round(size[0] / width))
-        if any(abs(a * scale - b) > max(scale, _PADDING_PX) for a, b in zip((width, height), size, strict=True)):
+        if not _fits((width, height), size, scale):
             raise AnnotationError(
                 path,
                 f"is {width} x {height} px, the slide {size[0]} x {size[1]}",
@@ -108,7 +126,8 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
         raise AnnotationError(path, f"has no level below {w} x {h} px to read", "Save it as a TIFF pyramid")
     values = _pixels(path, (w, h))
     step = downsample // (level * scale)
-    return np.ascontiguousarray(values[::step, ::step])
+    first = int(at * step)
+    return np.ascontiguousarray(values[first::step, first::step])
 
 
 def _levels(path: Path) -> dict[int, tuple[int, int]]:
@@ -149,7 +168,9 @@ def _pixels(path: Path, size: tuple[int, int]) -> U8:
         values = values.astype(np.uint8)
     if values.dtype != np.uint8 or values.ndim not in (2, 3):
         raise AnnotationError(path, f"holds {values.dtype} {values.shape}", "Save the mask with 8 bits a pixel")
-    return values if values.ndim == 2 else np.ascontiguousarray(values[..., 0])
+    if values.ndim == 2:
+        return values
+    return np.ascontiguousarray(values[..., 0] if values.shape[:2] == size[::-1] else values[0])  # planes apart
 
 
 @contextmanager

@@ -54,7 +54,9 @@ def read_table(path: Path, frame: Frame) -> list[Annotation]:
         raise AnnotationError(path, f"is no table in UTF-8 ({error})", "Export it again") from error
     limit = csv.field_size_limit(MAX_BYTES)  # of the whole process
     try:
-        rows = list(csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text[:4096] else ","))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text[:4096] else ","))
+    except csv.Error as error:
+        raise AnnotationError(path, f"is no table ({error})", "Export it again") from error
     finally:
         csv.field_size_limit(limit)
     for line, row in enumerate(rows, 2):
@@ -88,7 +90,7 @@ def _darwin(items: list[Any], path: Path) -> Iterator[Annotation]:
             centre, radius = each["ellipse"]["center"], each["ellipse"]["radius"]
             box = [{axis: centre[axis] + sign * radius[axis] for axis in "xy"} for sign in (-1, 1)]
             circle = shape("ellipse", _points(box, where))
-            geometry = shapely.affinity.rotate(circle, float(each["ellipse"].get("angle", 0)), use_radians=True)
+            geometry = shapely.affinity.rotate(circle, number(each["ellipse"].get("angle", 0), where), use_radians=True)
         elif "bounding_box" in each:
             x, y, w, h = (number(each["bounding_box"][key], where) for key in "xywh")
             geometry = shapely.box(x, y, x + w, y + h)

@@ -8,7 +8,6 @@ import shutil
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import fsspec
@@ -28,7 +27,6 @@ class Cache:
 
     Parameters
     ----------
-    folder : path
     max_bytes : int
         A slide that is larger is read where it is; one for which there is no room now waits.
     """
@@ -51,12 +49,10 @@ class Cache:
         self._own.mkdir()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(self._own, ignore_errors=True)
-        self._claims.__exit__(kind, error, trace)
+        self._claims.__exit__(*error)
 
     def has_room(self, path: str) -> bool:
         """Whether a copy can begin now; also where there will be none."""

@@ -144,9 +144,14 @@ class Claims:
         except FileExistsError:
             return None
         claim = Claim(str(path), uuid.uuid4().hex)
-        with self._lock:
-            self._held[claim] = file
-        _write(file, claim.nonce, 0)
+        try:
+            _write(file, claim.nonce, 0)
+            with self._lock:
+                self._held[claim] = file
+        except BaseException:  # a full disk: empty, it would have to be waited for
+            file.close()
+            path.unlink(missing_ok=True)
+            raise
         for token in tokens:
             (self._folder / f"{name}.{token}").unlink(missing_ok=True)
         if not claim.holds():  # someone was as quick, with a later token
@@ -155,12 +160,12 @@ class Claims:
         return claim
 
     @contextmanager
-    def holding(self, name: str) -> Iterator[None]:
+    def holding(self, name: str) -> Iterator[Claim]:
         """Claim a name for a block, once whoever has it is done with it or dead."""
         while (claim := self.take(name)) is None:
             self._end.wait(_AGAIN_S)
         try:
-            yield
+            yield claim
         finally:
             self.release(claim)
 

@@ -43,7 +43,6 @@ class Cluster:
 
     Parameters
     ----------
-    job : Job
     address : str
         Of the scheduler; or "local": a cluster of `workers` on this machine, for as long as the run takes.
     workers : int, optional
@@ -58,15 +57,12 @@ class Cluster:
         self._cluster: Any = None
 
     def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See ``Staff``."""
         try:
             import dask
             import distributed
         except ImportError as error:
-            remedy = "Install it with: pip install 'wsi[cluster]'"
-            raise WsiError(
-                f"scheduler={self._address!r}", "needs Dask distributed, which is not here", remedy
-            ) from error
+            what, remedy = "needs Dask distributed, which is not here", "Install it with: pip install 'wsi[cluster]'"
+            raise WsiError(f"scheduler={self._address!r}", what, remedy) from error
         if self._address == "local":
             # A slide that has ended two workers would end the next one too.
             with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
@@ -88,7 +84,6 @@ class Cluster:
         return len(self._running) <= len(self._client.ncores())
 
     def give(self, task: Task) -> None:
-        """See ``Staff``."""
         ref, own = task.ref, str(Path(task.own).absolute())  # workers have working directories of their own
         ref = replace(ref, path=absolute(ref.path), mask=absolute(ref.mask) if ref.mask else None)
         claim = task.claim and Claim(str(Path(task.claim.path).absolute()), task.claim.nonce)
@@ -98,7 +93,6 @@ class Cluster:
         future.add_done_callback(self._ended.put)
 
     def wait(self, tell: Tell) -> None:
-        """See ``Staff``."""
         try:
             future = self._ended.get(timeout=0.25)
         except queue.Empty:
@@ -113,20 +107,15 @@ class Cluster:
             return
         error = future.exception() if future.status == "error" else None
         if error is None:
-            raise WsiError(
-                self._address, f"lost the task of {task.slide_id} ({future.status})", "Run the command again"
-            )
+            what = f"lost the task of {task.slide_id} ({future.status})"
+            raise WsiError(self._address, what, "Run the command again")
         if type(error).__name__ != "KilledWorker":
             raise error
         remedy = "A library crashed on this slide, or it needs more memory than a worker has: try another --reader"
-        tell(
-            Event(
-                "failed", task.slide_id, record=failure_row(task, "open", f"ended worker after worker: {error}", remedy)
-            )
-        )
+        record = failure_row(task, "open", f"ended worker after worker: {error}", remedy)
+        tell(Event("failed", task.slide_id, record=record))
 
     def stop(self) -> None:
-        """See ``Staff``."""
         client, cluster, self._client, self._cluster = self._client, self._cluster, None, None
         if client is not None:
             client.cancel(list(self._running))

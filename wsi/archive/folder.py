@@ -15,23 +15,23 @@ The tables are made of what lies in the slides' folders, so they can be lost, ed
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from wsi.archive.slides import SlideRef
 from wsi.errors import ConfigMismatch, OutputError
-from wsi.files import replacing, sha256_of, time_beside, write_csv, write_json
+from wsi.files import remove_folder, replacing, sha256_of, time_beside, write_csv, write_json
 from wsi.result import SlideResult, read_result
 from wsi.slide import absolute
 
@@ -42,6 +42,7 @@ _FAILURE = "failure.json"
 _MAX_STEM = 200  # bytes, of the 255 that file systems take
 _TABLES = ("slides.csv", "slides.parquet", "failures.csv")
 _OUR_FILES = ("run.json", *_TABLES)
+_SAID = ("label", "patient")  # by manifests, of slides
 _FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")
 
 Row = dict[str, Any]
@@ -52,17 +53,16 @@ def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
 
     Where the stem cannot be a folder's name (hidden, or so long that names made of it would be refused), likewise.
 
-    A slide keeps the name under which `folder` already holds its results.
+    A slide keeps the name under which `folder` already holds its results, or has begun to.
     """
     stems = [Path(ref.path.rstrip("/")).stem for ref in refs]
     count = Counter(stem.lower() for stem in stems)
     ids = []
     for ref, stem in zip(refs, stems, strict=True):
         odd = stem in _OUR_FILES or stem[0] == "." or len(os.fsencode(stem)) > _MAX_STEM
-        earlier = None if odd else _earlier(folder / stem)
-        own = earlier is not None and earlier.get("slide") == absolute(ref.path)
-        if odd or (not own and (earlier is not None or count[stem.lower()] > 1)):
-            place = hashlib.sha256(os.fsencode(absolute(ref.path))).hexdigest()[:8]
+        path, whose = absolute(ref.path), None if odd else slide_of(folder / stem)
+        if odd or (whose != path and (whose is not None or count[stem.lower()] > 1)):
+            place = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
             stem = f"{stem.lstrip('.')[: _MAX_STEM // 4]}-{place}"
         ids.append(stem)
     return ids
@@ -118,7 +118,7 @@ def bind(
         own = folder / slide_id
         result = None if force else read_result(own)
         if force:
-            shutil.rmtree(own, ignore_errors=True)
+            remove_folder(own)
         elif result is not None and result.numbers.get("mpp_given") != ref.mpp:
             given = [value or "the file's own" for value in (result.numbers.get("mpp_given"), ref.mpp)]
             raise ConfigMismatch(own, f"was made at {given[0]} microns per pixel, now {given[1]} is asked for", remedy)
@@ -132,10 +132,8 @@ def bind(
 
 
 def sweep_books(folder: Path) -> None:
-    """Remove half-written tables that a killed process left. Only for who has claimed ``BOOKS``."""
-    for name in (*_OUR_FILES, CLAIMS):
-        for path in folder.glob(f".{name}.*.draft"):
-            path.unlink(missing_ok=True)
+    """Remove half-written tables, and half-removed slides, that a killed process left. Only for who has ``BOOKS``."""
+    _remove(folder.glob(f".*.{'[0-9a-f]' * 12}.draft"))
 
 
 def look_again(own: Path) -> None:
@@ -153,12 +151,16 @@ def sweep(own: Path) -> None:
     if not own.is_dir():
         return
     for pattern in (".*.draft", "*.partial"):  # ours, and Zarr's
-        for path in own.rglob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        _remove(own.rglob(pattern))
     (own / _FAILURE).unlink(missing_ok=True)
+
+
+def _remove(leftovers: Iterable[Path]) -> None:
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_failure(own: Path, failure: Row) -> None:
@@ -183,13 +185,12 @@ class Tables:
 
     Parameters
     ----------
-    folder : Path
     columns : sequence of str
         Of slides.csv, by names of result.json; "probabilities" stands for one column a class.
     status : str
         Of a finished slide.
     refs : mapping of slide id to SlideRef
-        Whose `label` and `patient` the rows carry.
+        Whose `label` and `patient` the rows carry; other slides keep what the table says.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str], status: str, refs: Mapping[str, SlideRef]) -> None:
@@ -202,7 +203,7 @@ class Tables:
         numbers = result.numbers
         row = {"slide_id": numbers["slide_id"], "slide": numbers["slide"], "status": self._status}
         ref = self._refs.get(row["slide_id"])
-        row |= {name: value for name in ("label", "patient") if ref and (value := getattr(ref, name))}
+        row |= {name: value for name in _SAID if ref and (value := getattr(ref, name))}
         for name in self._columns:
             if name == "probabilities":
                 row |= {f"prob_{kind}": value for kind, value in (numbers[name] or {}).items()}
@@ -221,16 +222,23 @@ class Tables:
         now = time.monotonic()
         if last:
             self._rows.clear()
+            time_beside(self._folder / "slides.csv")  # see look_again: other machines' slides
         failures = []
         for name in sorted(entry.name for entry in os.scandir(self._folder) if entry.is_dir()):
+            own = self._folder / name
             if name in self._rows or name.startswith("."):
                 continue
-            result = read_result(self._folder / name)
+            result = read_result(own)
+            if result is None and last and _is_ours(own):
+                with suppress(OSError):  # another user's
+                    look_again(own)
+                result = read_result(own)
             if result is not None:
                 self.row(result)
-            if (failure := read_failure(self._folder / name)) is not None:
+            if (failure := read_failure(own)) is not None:
                 failures.append(failure)
-        rows = [self._rows[name] for name in sorted(self._rows)]
+        said = _labels(self._folder / "slides.csv")
+        rows = [self._rows[name] | ({} if name in self._refs else said.get(name, {})) for name in sorted(self._rows)]
         columns = self._all_columns(rows)
         write_csv(self._folder / "slides.csv", columns, rows)
         write_csv(self._folder / "failures.csv", _FAILURE_COLUMNS, failures)
@@ -241,10 +249,20 @@ class Tables:
 
     def _all_columns(self, rows: Sequence[Row]) -> list[str]:
         found = dict.fromkeys(key for row in rows for key in row)  # in their order
-        named = ["slide_id", "slide", "status", *(name for name in ("label", "patient") if name in found)]
+        named = ["slide_id", "slide", "status", *(name for name in _SAID if name in found)]
         for name in self._columns:
             named += sorted(key for key in found if key.startswith("prob_")) if name == "probabilities" else [name]
         return [*named, *(key for key in found if key.startswith("seconds_"))]
+
+
+def _labels(path: Path) -> dict[str, Row]:
+    """What another run's manifest said of its slides, by slide id."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            return {row["slide_id"]: {name: row[name] for name in _SAID if row.get(name)} for row in rows}
+    except (FileNotFoundError, ValueError, KeyError, csv.Error):
+        return {}
 
 
 def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
@@ -255,16 +273,20 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> N
         return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
     table = pyarrow.table({name: [cell(row.get(name)) for row in rows] for name in columns})
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(table, sink)
     with replacing(path) as file:
-        file.write(sink.getvalue())
+        pyarrow.parquet.write_table(table, file)
 
 
-def _earlier(folder: Path) -> Row | None:
-    """Return what a slide folder says of its slide: of a finished one, or of one that failed."""
-    result = read_result(folder)
-    return _failure(folder) if result is None else result.numbers
+def slide_of(own: Path) -> str | None:
+    """Return the path of the slide whose folder it is: finished, failed, or begun; None where it does not say."""
+    result = read_result(own)
+    known = _failure(own) if result is None else result.numbers
+    if known is not None:
+        return str(known.get("slide"))
+    try:
+        return str(json.loads((own / "store.zarr/zarr.json").read_bytes())["attributes"]["wsi"]["slide_path"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _failure(folder: Path) -> Row | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import itertools
+import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,9 +18,11 @@ from wsi.archive.claims import Claim, ClaimLost
 from wsi.archive.folder import Row
 from wsi.archive.slides import SlideRef
 from wsi.engine import EngineConfig, ScoreConfig
-from wsi.errors import OutputError, WsiError, is_output_error
+from wsi.errors import ConfigMismatch, OutputError, WsiError, is_output_error
+from wsi.files import sha256_of
 from wsi.result import EXPLAINED, Progress, SlideResult, read_result
-from wsi.slide import absolute
+from wsi.slide import absolute, file_bytes
+from wsi.stain import TARGETS
 from wsi.tile import TileConfig, estimate_tiled_bytes, tile_slide
 from wsi.tissue import TissueConfig
 
@@ -94,6 +98,10 @@ class ScoreJob:
             check_maps(engine.model)
         numbers = asdict(config)
         unbound = {name: numbers.pop(name) for name in ("max_unreadable", "explain")}  # which decide no number
+        said = [asdict(replace(each.config, folder=Path())) for each in (engine.model, engine.mil) if each is not None]
+        numbers["model_config"] = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
+        if config.stain is not None and config.stain_target not in TARGETS:
+            numbers["stain_target_sha256"] = sha256_of(config.stain_target)
         if engine.stain_range is not None:
             numbers["stain_range"] = engine.stain_range.sha256[:12]
         if engine.model.config.context is not None:
@@ -207,6 +215,12 @@ class Task:
         return cls(said["slide_id"], SlideRef(**said["ref"]), said["own"], claim, said["question"])
 
 
+def is_of(result: SlideResult, ref: SlideRef) -> bool:
+    """Whether a result is of this slide, and of its file as it is now, as far as its size tells."""
+    sizes = result.numbers.get("file_bytes"), file_bytes(ref.path)
+    return result.numbers.get("slide") == absolute(ref.path) and (None in sizes or sizes[0] == sizes[1])
+
+
 def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
     """Do one slide, or answer about it: the one place where a slide may fail.
 
@@ -235,6 +249,10 @@ def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
         watch("open", 0, 0)
         if task.question:
             return {"kind": "done", "value": float(ready.answers[task.question](task.ref))}
+        earlier = read_result(own)
+        if earlier is not None and not is_of(earlier, task.ref):
+            what = f"is of the slide as it was: {earlier.numbers['file_bytes']} bytes, now {file_bytes(task.ref.path)}"
+            raise ConfigMismatch(own, what, "Delete that folder, or run this slide alone with --force")
         ready.work(task.ref, own, watch)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, own.parent):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import glob
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wsi.errors import ManifestError, SlideNotFound
@@ -86,19 +87,27 @@ def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRe
                 what = "no file matches" if glob.has_magic(name) else "there is no such file or folder"
                 raise SlideNotFound(name, what, "Check the path")
         for ref in refs:
-            earlier = found.setdefault(absolute(ref.path), ref)
-            if (earlier.mpp, earlier.mask) != (ref.mpp, ref.mask):
-                differ = "mpp" if earlier.mpp != ref.mpp else "mask"
-                said = f"{getattr(earlier, differ)} and {getattr(ref, differ)}"
-                raise ManifestError(ref.path, f"is named twice, with {differ} {said}", "Keep one")
+            place = absolute(ref.path)
+            found[place] = _joined(found[place], ref) if place in found else ref
     return list(found.values())
+
+
+def _joined(one: SlideRef, other: SlideRef) -> SlideRef:
+    """What is said of a slide that is named twice: in a folder, say, and in a manifest with its label."""
+    for name in ("mpp", "mask", "label", "patient"):
+        first, second = getattr(one, name), getattr(other, name)
+        if first and second and first != second:
+            raise ManifestError(other.path, f"is named twice, with {name} {first} and {second}", "Keep one")
+        if second and not first:
+            one = replace(one, **{name: second}, mpp_source=other.mpp_source if name == "mpp" else one.mpp_source)
+    return one
 
 
 def _in_folder(folder: Path) -> list[Path]:
     slides, series = [], set()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_files_in(folder)):
         suffix = path.suffix.lower()
-        if suffix not in SUFFIXES or path.name.startswith(".") or not path.is_file():
+        if suffix not in SUFFIXES or not path.is_file():
             continue
         if suffix in _DICOM:
             uid = _dicom_series(path)
@@ -107,6 +116,25 @@ def _in_folder(folder: Path) -> list[Path]:
             series.add((path.parent, uid))
         slides.append(path)
     return slides
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Give all files below, through links too, each folder once; nothing hidden, nothing that `wsi` has written."""
+
+    def refuse(error: OSError) -> None:
+        raise SlideNotFound(
+            error.filename, f"cannot be searched ({error.strerror})", "Check its permissions"
+        ) from error
+
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen or {"run.json", "slides.csv"} <= {*files}:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "lost+found")
+        yield from (Path(place, name) for name in files if name[0] != ".")
 
 
 def _dicom_series(path: Path) -> bytes:

@@ -21,15 +21,16 @@ from wsi.archive.folder import (
     look_again,
     read_failure,
     slide_ids,
+    slide_of,
     sweep,
     sweep_books,
     write_failure,
 )
-from wsi.archive.jobs import Job, Task
+from wsi.archive.jobs import Job, Task, is_of
 from wsi.archive.slides import SlideRef
 from wsi.archive.workers import Event, Staff, Tell
 from wsi.errors import OutputError, WsiError
-from wsi.slide import is_url
+from wsi.slide import absolute, file_bytes
 
 #: Ways to order slides.
 ORDERS = ("given", "size", "triage")
@@ -74,21 +75,25 @@ def run(
         configuration, execution = staff.start()
         folder.mkdir(parents=True, exist_ok=True)
         ids = slide_ids(refs, folder)
-        tables = Tables(folder, job.columns, job.status, dict(zip(ids, refs, strict=True)))
+        named = dict(zip(ids, refs, strict=True))
+        tables = Tables(folder, job.columns, job.status, named)
         with Claims(folder / CLAIMS) as claims, cache or nullcontext():
             with claims.holding(BOOKS):
                 sweep_books(folder)
                 bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
             try:
-                work = _Run(folder, dict(zip(ids, refs, strict=True)), job, staff, claims, tables, cache, tell)
+                work = _Run(folder, named, job, staff, claims, tables, cache, tell)
                 work.sort(order)
                 work.weigh()
                 rows = work.go()
             finally:
                 staff.stop()  # before the claims are given back
-                with claims.holding(BOOKS):
-                    sweep_books(folder)
-                    tables.write(last=True)
+                overtaken = True
+                while overtaken:  # by a run that has seen more than we, when we slept
+                    with claims.holding(BOOKS) as books:
+                        sweep_books(folder)
+                        tables.write(last=True)
+                        overtaken = not books.holds()
     except OSError as error:
         if isinstance(error, WsiError):
             raise
@@ -96,15 +101,10 @@ def run(
     finally:
         staff.stop()
     summary = Summary()
-    for slide_id in ids:
+    for slide_id in named:
         kind, row = rows[slide_id]
         (summary.done if kind == "done" else summary.failed).append(row)
     return summary
-
-
-def _file_bytes(ref: SlideRef) -> int:
-    """Size of a slide's file; 0 where that is not known."""
-    return 0 if is_url(ref.path) or not Path(ref.path).exists() else Path(ref.path).stat().st_size
 
 
 class _Run:
@@ -132,7 +132,7 @@ class _Run:
     def sort(self, order: str) -> None:
         """Put the slides in order; one that cannot be asked comes last."""
         if order == "size":
-            sizes = {name: _file_bytes(ref) for name, ref in self._refs.items()}
+            sizes = {name: file_bytes(ref.path) or 0 for name, ref in self._refs.items()}
             self._to_do = deque(sorted(self._to_do, key=lambda name: -sizes[name]))
         elif order == "triage":
             found = self._ask("triage", [name for name in self._to_do if not self._is_finished(name)])
@@ -149,7 +149,7 @@ class _Run:
         missing = [name for name in self._to_do if not self._is_finished(name)]
         self._to_do = deque(missing)
         free = shutil.disk_usage(self._folder).free
-        sizes = [_file_bytes(self._refs[name]) for name in missing]
+        sizes = [file_bytes(self._refs[name].path) or 0 for name in missing]
         if all(sizes) and free > _PLENTY * sum(sizes):
             return
         sample = missing[:: -(-len(missing) // _SAMPLE) or 1]
@@ -221,12 +221,23 @@ class _Run:
         look_again(self._folder / slide_id)
         if self._is_finished(slide_id):  # it has ended between the two looks
             self._claims.release(claim)
+        elif slide_of(self._folder / slide_id) not in (None, absolute(self._refs[slide_id].path)):
+            self._claims.release(claim)
+            self._rename(slide_id)
         else:
             sweep(self._folder / slide_id)
             self._doing[slide_id] = claim
             near: Future[str | None] = Future()
             near.set_result(None)
             self._coming[slide_id] = self._cache.fetch(self._refs[slide_id].path) if self._cache else near
+
+    def _rename(self, slide_id: str) -> None:
+        """Give a slide another name, where another run has given its name to another slide since this one began."""
+        (name,) = slide_ids([self._refs[slide_id]], self._folder)
+        named = [(name if known == slide_id else known, ref) for known, ref in self._refs.items()]
+        self._refs.clear()
+        self._refs.update(named)  # in the same order
+        self._to_do.append(name)
 
     def _give(self) -> None:
         """Hand out what is claimed and near."""
@@ -239,10 +250,10 @@ class _Run:
 
     def _is_finished(self, slide_id: str) -> bool:
         """Whether there is a result, or another run has failed on it since this one began."""
-        own = self._folder / slide_id
-        if (result := self._job.finished(own)) is not None:
+        own, ref = self._folder / slide_id, self._refs[slide_id]
+        if (result := self._job.finished(own)) is not None and is_of(result, ref):
             self._note("done", slide_id, self._tables.row(result))
-        elif (failure := read_failure(own, since=self._claims.began)) is not None:
+        elif (failure := read_failure(own, since=self._claims.began)) and failure.get("slide") == absolute(ref.path):
             self._note("failed", slide_id, failure)
         return slide_id in self._rows
 

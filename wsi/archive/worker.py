@@ -29,7 +29,6 @@ REPORT_S = 0.1
 
 def main() -> None:
     """Do what stdin says."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started us decides
     signal.signal(signal.SIGTERM, _stop)
     faulthandler.enable()
     keep_freed_memory()
@@ -48,7 +47,9 @@ def main() -> None:
         return
     gc.collect()
     gc.freeze()  # models and libraries need not be looked through after each slide
-    tell("ready", configuration=ready.configuration, execution=ready.execution, devices=_devices(ready.execution))
+    # GPUs that others like this process could use.
+    devices = int(sys.modules["torch"].cuda.device_count()) if ready.execution.get("device") == "cuda" else 0
+    tell("ready", configuration=ready.configuration, execution=ready.execution, devices=devices)
     while True:
         task = Task.from_json(json.loads(lines.get()))
         reported, stage_then = 0.0, ""
@@ -85,11 +86,6 @@ def _lines() -> queue.SimpleQueue[str]:
 
     threading.Thread(target=read, daemon=True).start()
     return lines
-
-
-def _devices(execution: dict[str, Any]) -> int:
-    """GPUs that others like this process could use."""
-    return int(sys.modules["torch"].cuda.device_count()) if execution.get("device") == "cuda" else 0
 
 
 if __name__ == "__main__":

@@ -103,16 +103,13 @@ class Here:
         self._task: Task | None = None
 
     def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See ``Staff``."""
         self._ready = self._job.load()
         return self._ready.configuration, self._ready.execution
 
     def free(self) -> bool:
-        """See ``Staff``."""
         return self._task is None
 
     def give(self, task: Task) -> None:
-        """See ``Staff``."""
         self._task = task
 
     def wait(self, tell: Tell) -> None:
@@ -137,10 +134,8 @@ class Workers:
 
     Parameters
     ----------
-    job : Job
     n : int, optional
         How many; None for one a GPU, or one where there is none.
-    limits : Limits
     """
 
     def __init__(self, job: Job, n: int | None, limits: Limits) -> None:
@@ -165,15 +160,12 @@ class Workers:
         return said["configuration"], said["execution"]
 
     def free(self) -> bool:
-        """See ``Staff``."""
         return any(worker.is_free for worker in self._workers)
 
     def give(self, task: Task) -> None:
-        """See ``Staff``."""
         next(worker for worker in self._workers if worker.is_free).give(task)
 
     def wait(self, tell: Tell) -> None:
-        """See ``Staff``."""
         until, kind = time.monotonic() + _LOOK_S, "stage"
         with suppress(queue.Empty):
             while kind == "stage" and (left := until - time.monotonic()) > 0:
@@ -184,7 +176,6 @@ class Workers:
             worker.check(self._limits)
 
     def stop(self) -> None:
-        """See ``Staff``."""
         for worker in self._workers:
             worker.stop()
         for worker in self._workers:
@@ -208,7 +199,7 @@ class Workers:
             raise _error(said["error"])
         elif kind == "stage":
             worker.stage, self._idle_deaths = said["stage"], 0
-            tell(Event("stage", worker.slide_id, said["stage"], said["done"], said["total"]))
+            tell(Event("stage", task.slide_id if task else "", said["stage"], said["done"], said["total"]))
         elif kind == "died":
             self._workers.remove(worker)
             worker.stop()
@@ -238,23 +229,18 @@ class _Worker:
         self.task: Task | None = None
         self._began = 0.0
         self._reason: tuple[str, str] | None = None
-        command = [sys.executable, "-m", "wsi.archive.worker"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
+        command, pipe = [sys.executable, "-m", "wsi.archive.worker"], subprocess.PIPE
+        # Ctrl-C reaches the whole group: the worker inherits a mask that keeps it from the first moment on.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8", env=environment
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         self._send(to_json(job))
         self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
         self._listener.start()
-
-    @property
-    def slide_id(self) -> str:
-        """Whom it is working on."""
-        return self.task.slide_id if self.task else ""
 
     @property
     def is_free(self) -> bool:

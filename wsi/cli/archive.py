@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +26,8 @@ Reader = Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")
 Decode = Annotated[
     str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")]
 Workers = Annotated[
     int | None,
@@ -57,36 +58,35 @@ LogJson = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")]
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
 
 def limits(seconds: float | None, memory: str | None) -> Limits:
     """What a slide may take."""
     from wsi.archive import Limits
 
-    return Limits(seconds, None if memory is None else parse_bytes(memory))
+    return Limits(seconds, None if memory is None else bytes_of(memory))
 
 
 def cache(folder: Path | None, size: str) -> Cache | None:
     """Where slides are copied to."""
     from wsi.archive import Cache
 
-    return None if folder is None else Cache(folder, parse_bytes(size))
+    return None if folder is None else Cache(folder, bytes_of(size))
 
 
-def parse_bytes(text: str) -> int:
+def bytes_of(text: str) -> int:
     """Read a number of bytes such as 8GB, 500M or 2GiB.
 
     Examples
     --------
-    >>> parse_bytes("8GB"), parse_bytes("1.5 GiB"), parse_bytes("100")
+    >>> bytes_of("8GB"), bytes_of("1.5 GiB"), bytes_of("100")
     (8000000000, 1610612736, 100)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if not found:
+    from dask.utils import parse_bytes
+
+    try:
+        n = int(parse_bytes(text))
+    except (ValueError, OverflowError):
+        n = -1
+    if n < 0:
         raise WsiError(f"{text!r}", "is no number of bytes", "Write for example 8GB or 500MB")
-    number, unit, binary = found.groups()
-    base = _UNITS[unit.lower()]
-    if binary:
-        base = 1024 ** list(_UNITS).index(unit.lower())
-    return int(float(number) * base)
+    return n

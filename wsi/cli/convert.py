@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wsi.cli.display import say
-from wsi.cli.export import AsJson, Key, read_key, say_rows, writing
+from wsi.cli.display import say, writing
+from wsi.cli.export import AsJson, Key, read_key, say_rows
 from wsi.errors import TrainError, WsiError
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wsi.cli.display import say, watching
-from wsi.errors import OutputError
+from wsi.cli.display import say, watching, writing
 
 
 def demo(
@@ -32,10 +31,8 @@ def demo(
     from wsi.phantom import PhantomConfig, write_phantom
 
     slide = out / f"phantom-{size}-{seed}.tif"
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError.of(error, out) from error
     truth = write_phantom(slide, PhantomConfig(size=(size, size), seed=seed))
     engine = EngineConfig("phantom", threads=default_threads())
     results = out / "results"

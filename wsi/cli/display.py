@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from wsi.errors import OutputError
+from wsi.errors import OutputError, WsiError
 
 if TYPE_CHECKING:
     from wsi.archive import Event, Summary
@@ -51,19 +51,15 @@ def watching(n_slides: int, *, quiet: bool, log: Path | None = None) -> Iterator
 @contextmanager
 def _logging(path: Path, n_slides: int) -> Iterator[Tell]:
     with ExitStack() as stack:
-        try:
+        with writing(path):
             file = sys.stdout.buffer if str(path) == "-" else stack.enter_context(path.open("ab", buffering=0))
-        except OSError as error:
-            raise OutputError.of(error, path) from error
 
         def tell(event: Event) -> None:
             said: dict[str, Any] = {"time": round(time.time(), 3), "slides": n_slides}
             said |= {key: value for key, value in asdict(event).items() if value}
-            try:
+            with writing(path):  # or the results folder would be blamed
                 file.write(json.dumps(said).encode() + b"\n")
                 file.flush()
-            except OSError as error:  # or the results folder would be blamed
-                raise OutputError.of(error, path) from error
 
         yield tell
 
@@ -109,7 +105,6 @@ class Pace:
 
     Parameters
     ----------
-    n_slides : int
     clock : callable
         Seconds.
     """
@@ -144,6 +139,17 @@ class Pace:
             left = timedelta(seconds=round(passed / (self._worked + parts) * max(0.0, self._left - parts)))
             said.append(f"{left} left")
         return ", ".join(said)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn what a disk says into a line that names `out`."""
+    try:
+        yield
+    except WsiError:
+        raise
+    except OSError as error:
+        raise OutputError.of(error, out) from error
 
 
 def say(text: str, *, quiet: bool = False) -> None:

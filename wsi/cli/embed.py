@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from wsi.cli.archive import Device, Precision, Quiet
 from wsi.cli.display import say, watching
 from wsi.errors import OutputError, StoreError, WsiError
-
-if TYPE_CHECKING:
-    from wsi.archive.workers import Tell
 
 
 def embed(
@@ -35,11 +32,11 @@ def embed(
             help="Grade the slides too, by this MIL model, trained on these features: grades.csv beside their folders."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Patches a forward pass.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Reader threads.")] = 4,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON on stdout.")] = False,
 ) -> None:
     """Compute features of the patches in stores, once an encoder; the same command again goes on where it was stopped.
@@ -70,9 +67,11 @@ def embed(
     with watching(len(folders), quiet=quiet) as tell:
         for folder in folders:
             tell(Event("begin", folder.name))
-            watch = partial(_watch, tell, folder.name)
             try:
-                result = embed_slide(folder, model, batch_size=batch_size, threads=threads, progress=watch)
+                result = embed_slide(
+                    folder, model, batch_size=batch_size, threads=threads,
+                    progress=lambda *how, name=folder.name: tell(Event("stage", name, *how)),
+                )  # fmt: skip
                 done.append(result.numbers)
                 if head is not None:
                     grades.append(grade_slide(folder, head))
@@ -93,12 +92,6 @@ def embed(
         say(f"{len(grades)} grades: {table}", quiet=quiet)
     if failed:
         raise typer.Exit(3 if done else 2)
-
-
-def _watch(tell: Tell, name: str, stage: str, done: int, total: int) -> None:
-    from wsi.archive import Event
-
-    tell(Event("stage", name, stage, done, total))
 
 
 def _slides_in(place: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from wsi.errors import EvaluationError
 
 if TYPE_CHECKING:
     from wsi.annotations.areas import Role
+    from wsi.evaluate.cases import Cases, TableConfig
     from wsi.evaluate.report import Report
 
 evaluate = typer.Typer(
@@ -83,6 +85,7 @@ def camelyon16(
     from wsi.evaluate.camelyon16_slides import Camelyon16Config
     from wsi.evaluate.cases import read_cohort
     from wsi.evaluate.detect import DetectConfig
+    from wsi.evaluate.report import refuse_foreign
     from wsi.evaluate.slide_features import load_forest
 
     if fp not in ("all", "normal"):
@@ -90,6 +93,8 @@ def camelyon16(
     _idle(labels and not subgroup, "--labels", "names columns to divide the slides by", "Name one with --subgroup")
     heatmaps = (results / "run.json").exists()
     _idle(slide_model and not heatmaps, "--slide-model", "is for heatmaps", "Give a results folder, or leave it out")
+    if heatmaps:
+        refuse_foreign(out, "detections")
     config = Camelyon16Config(
         DetectConfig(detect, detect_threshold, nms_radius_um),
         fp,
@@ -131,7 +136,10 @@ def camelyon17(
       wsi evaluate camelyon17 results --reference stage_labels.csv -o evaluation
     """
     from wsi.evaluate.camelyon17 import evaluate_camelyon17
+    from wsi.evaluate.report import refuse_foreign
 
+    if results.is_dir():
+        refuse_foreign(out, "submission.csv")
     _idle(threshold is not None and results.is_file(), "--threshold", "is for heatmaps, not for stages", "Leave it out")
     report = evaluate_camelyon17(results, reference, out=out, threshold=threshold, n_bootstrap=bootstrap, seed=seed)
     _finish(report, out, about, as_json)
@@ -187,8 +195,10 @@ def slides(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold,
         6 if isup else grades, isup and label == "gleason_score", bootstrap, seed,
     )  # fmt: skip
+    in_csv = [place for place in (predictions, compare, validation) if place and not place.is_dir()]
+    _idle(score and not in_csv, "--score", "is a column of a CSV", "Leave it out")
     cases, warnings = read_cases(predictions, labels or predictions, config)
-    held = read_cases(validation, validation, config)[0] if validation else None
+    held = _held_out(validation, config)
     other = read_cases(compare, labels or compare, config)[0] if compare else None
     report = evaluate_table("slides", cases, config=config, validation=held, other=other, warnings=warnings)
     _finish(report, out, about, as_json)
@@ -242,7 +252,7 @@ def patches(
     else:
         cases, warnings = read_cases(predictions, labels or predictions, config)
         other = read_cases(compare, labels or compare, config)[0] if compare else None
-    held = read_cases(validation, validation, config)[0] if validation else None
+    held = _held_out(validation, config)
     report = evaluate_table("patches", cases, config=config, validation=held, other=other, warnings=warnings)
     _finish(report, out, about, as_json)
 
@@ -281,6 +291,13 @@ def segmentation(
     truth = _one_of(annotations, masks)
     report = evaluate_segmentation(results, truth, config=config, cohort=cohort, other=compare)
     _finish(report, out, about, as_json)
+
+
+def _held_out(validation: Path | None, config: TableConfig) -> Cases | None:
+    """Cases that give a threshold alone: neither patients nor groups are asked of them."""
+    from wsi.evaluate.cases import read_cases
+
+    return read_cases(validation, validation, replace(config, patient=None, groups=()))[0] if validation else None
 
 
 def _idle(is_given: object, option: str, what: str, remedy: str) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from wsi.cli.display import say
-from wsi.errors import OutputError, ResultsError, WsiError
+from wsi.cli.display import say, writing
+from wsi.errors import ResultsError
 
 export = typer.Typer(
     name="export",
@@ -157,17 +155,6 @@ def _write(kind: str, results: Path, out: Path, as_json: bool, **options: Any) -
     say(f"{done} of {len(rows)} slides: {out}")
     if not done:
         raise typer.Exit(2)
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Turn what a disk says into a line that names `out`."""
-    try:
-        yield
-    except WsiError:
-        raise
-    except OSError as error:
-        raise OutputError.of(error, out) from error
 
 
 def read_key(path: Path | None) -> bytes | None:

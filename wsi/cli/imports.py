@@ -137,7 +137,7 @@ def _pair(text: str) -> tuple[str, str]:
 def _stem(file: Path) -> str:
     """The slide's name: without what NDP.view, gzip and others append."""
     name = file.name.removesuffix(".gz")
-    return Path(name.removesuffix(".ndpa")).stem if name.endswith(".ndpa") else Path(name).stem
+    return Path(name.removesuffix(".ndpa")).stem
 
 
 def _slide_of(folder: Path, stem: str) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wsi.cli.archive import Quiet
+from wsi.cli.archive import Device, Precision, Quiet
 from wsi.cli.display import say, watching
 from wsi.errors import ModelError, TrainError
 
@@ -31,7 +31,6 @@ Epochs = Annotated[int, typer.Option(min=1, help="Epochs at most.")]
 Patience = Annotated[int, typer.Option(min=1, help="Epochs without a lower validation loss to stop after.")]
 Balance = Annotated[bool, typer.Option(help="Draw all classes equally often.")]
 Seed = Annotated[int, typer.Option(min=0)]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads; another number may change the last bits.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
 
@@ -179,7 +178,7 @@ def patches(
     stain: Annotated[float, typer.Option(min=0, max=1, help="Strength of the stain augmentation; 0: none.")] = 0.1,
     turn: Annotated[bool, typer.Option(help="Turn by quarters and mirror at random.")] = True,
     jpeg: Annotated[float, typer.Option(min=0, max=1, help="Share that passes a JPEG codec of random quality.")] = 0.0,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    precision: Precision = "auto",
     subset: Annotated[bool, typer.Option(help="Leave out patches of another size than most.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -263,7 +262,7 @@ def _of_images(places: list[Path], classes: list[str], label: str, patient_in: s
 def _of_stores(
     places: list[Path], annotations: Path, classes: list[str], rest: str | None, patients: Path | None, *, quiet: bool
 ) -> Labelled:
-    from wsi.annotations import read_annotations
+    from wsi.annotations import Frame, read_annotations
     from wsi.evaluate.inputs import annotation_of
     from wsi.train.bags import find_bags
     from wsi.train.cohort import read_patients
@@ -279,10 +278,12 @@ def _of_stores(
             without.append(slide_id)
             continue
         try:
-            x, y = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))["bounds_px"][:2]
-        except (OSError, ValueError, KeyError) as error:
+            numbers = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))
+            (x, y, *_), (width, height) = numbers["bounds_px"], numbers["size_px"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainError(path.parent, f"has no whole result.json ({error})", "Run wsi tile again") from error
-        outlines[slide_id] = [(each.group.strip(), each.geometry) for each in read_annotations(drawn, origin=(x, y))]
+        found = read_annotations(drawn, frame=Frame((x, y), (width, height)))
+        outlines[slide_id] = [(each.group.strip(), each.geometry) for each in found]
     if without:
         what = f"all their tiles are {rest!r}" if rest else "they are left out"
         say(f"wsi: {len(without)} slides have no outlines, {without[0]} for one: {what}", quiet=quiet)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wsi.annotations import Frame
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
 from wsi.evaluate.camelyon16_groups import subgroups
 from wsi.evaluate.camelyon16_slides import Camelyon16Config, Case, exclusions_of, read_slides
 from wsi.evaluate.cases import Cohort
-from wsi.evaluate.inputs import is_image, lesion_mask
+from wsi.evaluate.detect import write_detections
+from wsi.evaluate.inputs import frame_of, is_image, lesion_mask
 from wsi.evaluate.report import Report, data_hash, leaderboard
 from wsi.evaluate.slide_features import Forest, slide_features
 from wsi.metrics.bootstrap import bootstrap
@@ -73,7 +75,7 @@ def evaluate_camelyon16(
     0.807 (0.732 to 0.889)
     """
     config = config or Camelyon16Config()
-    cases, warnings = read_slides(results, annotations, out, reference, config)
+    cases, warnings = read_slides(results, annotations, reference, config)
     excluded, exclusions = exclusions_of(cases, config)
     hits: dict[str, SlideHits] = {}
     lesions: list[dict[str, Any]] = []
@@ -148,6 +150,9 @@ def evaluate_camelyon16(
             config,
         )
         pictures.append(plots.forest_plot({"all": head.score, **forest_of}, "FROC", "froc_subgroups"))
+    for case in cases:
+        if case.scored:
+            write_detections(out / "detections" / f"{case.slide_id}.csv", case.detections)
     protocol = _protocol(config, reference) | {"slide_score_on_the_leaderboard": headline}
     counted = f"{len(for_froc)} slides, {head.n_lesions} lesions"
     return Report(
@@ -195,9 +200,11 @@ def _match(
     found = None
     if case.annotation is not None:
         mask, notes = lesion_mask(
-            case.annotation, size=size, downsample=downsample, roles=config.roles,
-            origin=case.scored.origin if case.scored else (0.0, 0.0),
-        )  # fmt: skip
+            case.annotation,
+            frame=frame_of(case.scored) if case.scored else Frame(),
+            downsample=downsample,
+            roles=config.roles,
+        )
         warnings += [f"{case.annotation.name}: {note}" for note in notes]
         found = find_lesions(mask, mpp=mpp, downsample=downsample) if mask.any() else None
         if size is None and is_image(case.annotation):

@@ -10,7 +10,7 @@ import numpy as np
 
 from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
-from wsi.evaluate.detect import DetectConfig, detect, write_detections
+from wsi.evaluate.detect import DetectConfig, detect
 from wsi.evaluate.inputs import annotation_of, read_detections, read_rows, slide_name, unique
 from wsi.evaluate.report import packaged_rows
 from wsi.metrics.estimate import F64
@@ -61,9 +61,9 @@ class Case:
 
 
 def read_slides(
-    results: Path, annotations: Path, out: Path, reference: Path | None, config: Camelyon16Config
+    results: Path, annotations: Path, reference: Path | None, config: Camelyon16Config
 ) -> tuple[list[Case], list[str]]:
-    """Bring results, annotations and reference together; write the detection files of heatmaps.
+    """Bring results, annotations and reference together.
 
     Returns
     -------
@@ -77,7 +77,7 @@ def read_slides(
 
     Examples
     --------
-    >>> read_slides(Path("results"), Path("annotations"), Path("out"), None, Camelyon16Config())  # doctest: +SKIP
+    >>> read_slides(Path("results"), Path("annotations"), None, Camelyon16Config())               # doctest: +SKIP
     """
     warnings: list[str] = []
     scored: dict[str, ScoredSlide] = {}
@@ -94,6 +94,9 @@ def read_slides(
     else:
         files = {path.stem: path for path in sorted(results.glob("*.csv"))}
     names = {name.lower(): name for name in (*scored, *files)}
+    if len(names) < len(scored) + len(files):
+        alike = next(name for name in (*scored, *files) if names[name.lower()] != name)
+        raise EvaluationError(results, f"holds {alike} and {names[alike.lower()]}", "Keep one: references ignore case")
     labels: dict[str, dict[str, str]] = {}
     if reference is not None:
         rows = read_rows(reference, header=("slide", "label", "type", "size"))
@@ -103,7 +106,8 @@ def read_slides(
             raise EvaluationError(
                 reference, f"says {wrong[0]!r} of a slide", "Columns: slide, Tumor or Normal, type, size"
             )
-        missing = sorted(set(labels) - set(names) - _out_of_all(config))
+        out_of_all = {slide_name(row["slide"]) for row in _exclusion_rows(config) if row["task"] == "all"}
+        missing = sorted(set(labels) - set(names) - out_of_all)
         if missing:
             raise EvaluationError(
                 results,
@@ -118,14 +122,11 @@ def read_slides(
         raise EvaluationError(annotations, f"is one file, and there are {len(names)} slides", "Give the folder")
     if not names:
         raise EvaluationError(results, "holds no detection files", "One <slide>.csv a slide, empty ones too")
-    if scored:
-        (out / "detections").mkdir(parents=True, exist_ok=True)
     cases = []
     for low, name in names.items():
         slide = scored.get(name)
         if slide is not None:
-            found = detect(slide.heatmap(), slide.mpp, config.detect)
-            write_detections(out / "detections" / f"{name}.csv", found)
+            found = detect(slide.heatmap(), slide.mpp, config.detect, size=slide.size)
         else:
             found = read_detections(files[name])
             if len(found) > len(np.unique(found, axis=0)):
@@ -152,10 +153,6 @@ def _exclusion_rows(config: Camelyon16Config) -> list[dict[str, str]]:
     return rows
 
 
-def _out_of_all(config: Camelyon16Config) -> set[str]:
-    return {row["slide"].lower() for row in _exclusion_rows(config) if row["task"] == "all"}
-
-
 def exclusions_of(cases: list[Case], config: Camelyon16Config) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Return which slides are left out of what ("all" or "lesion"), and the rows that say why.
 
@@ -166,5 +163,7 @@ def exclusions_of(cases: list[Case], config: Camelyon16Config) -> tuple[dict[str
     {'Test_114': 'lesion'}
     """
     names = {case.slide_id.lower(): case.slide_id for case in cases}
-    rows = [row for row in _exclusion_rows(config) if row["slide"].lower() in names]
-    return {names[row["slide"].lower()]: row["task"] for row in rows if row["task"] != "note"}, rows
+    rows = [row for row in _exclusion_rows(config) if slide_name(row["slide"]) in names]
+    # "all" sorts before "lesion", and is the stronger where a slide has both.
+    tasks = sorted(((row["task"], slide_name(row["slide"])) for row in rows if row["task"] != "note"), reverse=True)
+    return {names[name]: task for task, name in tasks}, rows

@@ -63,7 +63,6 @@ def evaluate_camelyon17(
     sizes: dict[str, float] = {}
     if results.is_dir():
         found, sizes = _stages_of(scored_slides(results), threshold, truth, warnings)
-        _write_submission(out, found)
     else:
         found = _read_stages(results)
     patients = sorted(name for name in truth if name.endswith(".zip"))
@@ -84,6 +83,16 @@ def evaluate_camelyon17(
             )  # fmt: skip
         return value, confusion(a, b, len(stages))
 
+    def share(right: list[bool], names: list[str], nobody: str) -> Estimate:
+        """Of slides, which are not independent: five are of one patient."""
+        values = np.array(right, np.float64)
+        if not len(values):
+            return Estimate.undefined(nobody)
+        return bootstrap(
+            lambda rows: float(values[rows].mean()),
+            [patient_of(name) for name in names], n_draws=n_bootstrap, seed=seed,
+        )  # fmt: skip
+
     overall, counts = kappa(patients, PN_STAGES)
     right = sum(truth[name] == found[name] for name in patients)
     results_ = {"kappa": overall, "patient_accuracy": proportion(right, len(patients))}
@@ -91,12 +100,13 @@ def evaluate_camelyon17(
     if nodes:
         slide_kappa, slide_counts = kappa(nodes, NODE_STAGES)
         results_["slide_kappa"] = slide_kappa
-        results_["slide_accuracy"] = proportion(sum(truth[n] == found[n] for n in nodes), len(nodes))
+        results_["slide_accuracy"] = share([truth[n] == found[n] for n in nodes], nodes, "no slide")
         for stage in NODE_STAGES[1:]:
             own = [name for name in nodes if truth[name] == stage]
-            hits = sum(found[name] != "negative" for name in own)
-            results_[f"sensitivity_{stage}"] = proportion(hits, len(own), f"no {stage} slide")
+            results_[f"sensitivity_{stage}"] = share([found[n] != "negative" for n in own], own, f"no {stage} slide")
         pictures.append(plots.confusion_plot(slide_counts, NODE_STAGES, "slides"))
+    if results.is_dir():
+        _write_submission(out, found)
     rows: list[dict[str, Any]] = [
         {"name": name, "reference": truth[name], "predicted": found[name], "major_axis_mm": sizes.get(name)}
         for name in (*patients, *nodes)

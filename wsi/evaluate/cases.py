@@ -157,6 +157,9 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
             raise EvaluationError(predictions, f"grades are whole numbers from 0 to {config.grades - 1}", "Round them")
         classes, scores = np.array(grades, np.intp), scores.astype(np.intp)
     else:
+        bare = [name for name, value in zip(truth, values, strict=True) if not value]
+        if bare:
+            raise EvaluationError(labels, f"{bare[0]!r} has no {config.label}", "Leave such cases out, or label them")
         known = sorted(set(values))
         if len(known) > 2 or (config.positive not in known and not set(known) <= {"0", "1"}):
             raise EvaluationError(
@@ -268,7 +271,7 @@ def divided(values: Sequence[str]) -> tuple[str, ...]:
         return tuple(values)
     third = np.searchsorted(np.quantile(numbers, [1 / 3, 2 / 3]), numbers)
     ranges = {i: numbers[third == i] for i in np.unique(third).tolist()}  # with many ties there may be fewer than three
-    return tuple(f"{ranges[i].min():g} to {ranges[i].max():g}" for i in third.tolist())
+    return tuple(f"{ranges[i].min():.10g} to {ranges[i].max():.10g}" for i in third.tolist())
 
 
 def _id_column(row: Mapping[str, str], path: Path) -> str:

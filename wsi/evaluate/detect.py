@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +47,12 @@ class DetectConfig:
             raise EvaluationError("detections", "the threshold goes from 0 to 1, the radius from 0 um")
 
 
-def detect(heatmap: Heatmap, mpp: float, config: DetectConfig | None = None) -> F64:
+def detect(
+    heatmap: Heatmap, mpp: float, config: DetectConfig | None = None, *, size: tuple[int, int] | None = None
+) -> F64:
     """Return detections, float64 (n, 3): confidence and whole x, y in level-0 pixels, by falling confidence.
+
+    A detection lies in the middle of its cell: of what a tile covers of it, and of what lies on the slide.
 
     Parameters
     ----------
@@ -55,6 +60,8 @@ def detect(heatmap: Heatmap, mpp: float, config: DetectConfig | None = None) -> 
     mpp : float
         Microns per level-0 pixel.
     config : DetectConfig, optional
+    size : (int, int), optional
+        Width and height of the slide in level-0 pixels: the last tiles may reach outside, where nothing is found.
 
     Examples
     --------
@@ -70,6 +77,12 @@ def detect(heatmap: Heatmap, mpp: float, config: DetectConfig | None = None) -> 
     if not raster.size:
         return np.zeros((0, 3))
     step = np.array(heatmap.grid.stride)
+    begin = [np.arange(n) * side for n, side in zip(raster.shape[::-1], step, strict=True)]
+    end = [
+        np.minimum(at + min(side, tile), whole)
+        for at, side, tile, whole in zip(begin, step, heatmap.grid.tile, size or (np.inf, np.inf), strict=True)
+    ]
+    raster[end[1] <= begin[1]] = raster[:, end[0] <= begin[0]] = -1.0
     if config.method == "nms":
         # At least one cell: the one that was found.
         radius = tuple(round(config.radius_um / mpp / side) for side in step)
@@ -78,8 +91,8 @@ def detect(heatmap: Heatmap, mpp: float, config: DetectConfig | None = None) -> 
         cells = _components(raster, config.threshold)
     found = np.zeros((len(cells), 3))
     for i, (row, column) in enumerate(cells):
-        found[i] = raster[row, column], (column + 0.5) * step[0], (row + 0.5) * step[1]
-    found[:, 1:] = np.floor(found[:, 1:])
+        x, y = ((at[n] + to[n]) / 2 for at, to, n in zip(begin, end, (column, row), strict=True))
+        found[i] = raster[row, column], math.floor(x), math.floor(y)
     return found[np.argsort(-found[:, 0], kind="stable")]
 
 
@@ -114,12 +127,13 @@ def _components(raster: npt.NDArray[np.float32], threshold: float) -> list[tuple
 def write_detections(path: Path, detections: F64) -> None:
     """Write an official detection file: ``confidence,x,y`` a row, no header; empty where there are none.
 
-    Confidences are float32's, so they are written exactly, and ties stay ties.
+    The folder is made. Confidences are float32's, so they are written exactly, and ties stay ties.
 
     Examples
     --------
     >>> write_detections(Path("test_001.csv"), detect(heatmap, 0.243))                            # doctest: +SKIP
     """
     lines = (f"{float(p)!r},{int(x)},{int(y)}\n" for p, x, y in detections.tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write("".join(lines).encode())

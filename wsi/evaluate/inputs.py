@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wsi.annotations import READERS, lesion_area, rasterize, read_annotations, read_mask
+from wsi.annotations import READERS, Frame, lesion_area, rasterize, read_annotations, read_mask
 from wsi.annotations.areas import ROLES, Role
 from wsi.errors import AnnotationError, EvaluationError
 from wsi.metrics.estimate import F64
+from wsi.scored import ScoredSlide
 
 
 def read_detections(path: Path) -> F64:
@@ -23,15 +24,10 @@ def read_detections(path: Path) -> F64:
     ------
     EvaluationError
         Not three finite numbers a row, or a confidence outside 0 to 1; the line is named.
-
-    Examples
-    --------
-    >>> read_detections(Path("test_001.csv"))                                                     # doctest: +SKIP
-    array([[9.375e-01, 4.800e+04, 9.120e+03]])
     """
     rows = []
     for number, row in _lines(path):
-        if number == 1 and not _is_number(row[0]):  # the format has no header, and many write one
+        if number == 1 and not any(map(_is_number, row)):  # the format has no header, and many write one
             continue
         where = f"{path}, line {number}"
         try:
@@ -58,7 +54,7 @@ def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[s
     Raises
     ------
     EvaluationError
-        Not there, not UTF-8, rows of another length, or no rows.
+        Not there, not UTF-8, two columns of one name, rows of another length, or no rows.
 
     Examples
     --------
@@ -67,6 +63,9 @@ def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[s
     """
     lines = [(number, line) for number, line in _lines(path) if any(line)]
     columns = list(header) if header else (lines.pop(0)[1] if lines else [])
+    twice = [name for name in columns if name and columns.count(name) > 1]
+    if twice:
+        raise EvaluationError(path, f"has two columns {twice[0]!r}", "Keep one")
     if not lines:
         raise EvaluationError(path, "holds no rows", "One row a case")
     for number, line in lines:
@@ -97,7 +96,7 @@ def slide_name(cell: str) -> str:
     >>> slide_name("Test_001.tif")
     'test_001'
     """
-    return cell.removesuffix(".tif").lower()
+    return cell.lower().removesuffix(".tif")
 
 
 def unique(
@@ -126,11 +125,6 @@ def annotation_of(folder: Path, slide_id: str) -> Path | None:
     ------
     EvaluationError
         Two files could be meant.
-
-    Examples
-    --------
-    >>> annotation_of(Path("annotations"), "tumor_001").name                                      # doctest: +SKIP
-    'Tumor_001.xml'
     """
     if folder.is_file():
         return folder
@@ -152,26 +146,35 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in (".tif", ".tiff", ".png")
 
 
+def frame_of(slide: ScoredSlide) -> Frame:
+    """Return what a slide's results know of the frame of its annotations: a mask may be smaller than the slide.
+
+    Examples
+    --------
+    >>> read_annotations("a.png", frame=frame_of(slide))                                          # doctest: +SKIP
+    """
+    return Frame(slide.origin, slide.size)
+
+
 def lesion_mask(
     path: Path,
     *,
-    size: tuple[int, int] | None,
+    frame: Frame,
     downsample: int,
-    origin: tuple[float, float] = (0.0, 0.0),
     roles: Mapping[str, Role] | None = None,
     at: float = 0.0,
 ) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
     """Return where lesions are at one pixel in `downsample`, and what was taken for granted.
 
-    `size` may be None where nobody knows the slide's: the mask then reaches as far as the outlines do. `at` is where in
-    its pixel an outline is sampled, see ``rasterize``.
+    The frame's `size` may be None where nobody knows the slide's: the mask then reaches as far as the outlines do. `at`
+    is where in its pixel the area is sampled, see ``rasterize``.
 
     Examples
     --------
-    >>> mask, notes = lesion_mask(Path("tumor_001.xml"), size=(97792, 221184), downsample=32)     # doctest: +SKIP
+    >>> mask, notes = lesion_mask(Path("tumor_001.xml"), frame=frame_of(slide), downsample=32)    # doctest: +SKIP
     """
     if is_image(path):
-        values = read_mask(path, downsample=downsample, size=size)
+        values = read_mask(path, downsample=downsample, size=frame.size, at=at)
         known = ROLES | {group.lower(): role for group, role in (roles or {}).items()}
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1
         unknown = [str(value) for value in present if str(value) not in known]
@@ -180,7 +183,7 @@ def lesion_mask(
                 path, f"holds the value {unknown[0]}, and nobody said what it is", f"Say --group {unknown[0]}=lesion"
             )
         return np.isin(values, [value for value in present if known[str(value)] == "lesion"]), ()
-    area = lesion_area(read_annotations(path, origin=origin), roles=roles, where=path)
+    area, size = lesion_area(read_annotations(path, frame=frame), roles=roles, where=path), frame.size
     if size is None:
         reach = area.geometry.bounds if not area.geometry.is_empty else (0, 0, 0, 0)
         size = math.ceil(reach[2]) + 16 * downsample, math.ceil(reach[3]) + 16 * downsample

@@ -119,15 +119,18 @@ def write_report(folder: str | os.PathLike[str], report: Report, about: Mapping[
     Raises
     ------
     OutputError
-        The folder cannot be written to.
+        The folder cannot be written to, or holds files of these names that no report wrote: a table of labels, say.
 
     Examples
     --------
     >>> write_report("out", Report("slides", "A test", {}, {}, {"auroc": Estimate(0.9)}))         # doctest: +SKIP
     """
     folder = Path(folder)
+    names = [*(f"{name}.csv" for name in ("results", *report.tables)), *(f"{p.name}.png" for p in report.plots)]
+    refuse_foreign(folder, *names, "index.html")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "report.json", content := report.json(about))
         rows = [{"metric": name, **estimate.json()} for name, estimate in report.results.items()]
         write_csv(folder / "results.csv", ("metric", "value", "low", "high", "n", "method", "reason"), rows)
         for name, table in report.tables.items():
@@ -136,12 +139,26 @@ def write_report(folder: str | os.PathLike[str], report: Report, about: Mapping[
         for plot in report.plots:
             _draw(folder / f"{plot.name}.png", plot)
             pictures[plot.name] = (folder / f"{plot.name}.png").read_bytes()
-        content = report.json(about)
         with replacing(folder / "index.html") as file:
             file.write(_page(report, content, pictures).encode())
-        write_json(folder / "report.json", content)
     except OSError as error:
         raise OutputError.of(error, folder) from error
+
+
+def refuse_foreign(folder: Path, *names: str) -> None:
+    """Refuse to write over what no evaluation wrote: where one did, report.json lies beside it.
+
+    Raises
+    ------
+    OutputError
+
+    Examples
+    --------
+    >>> refuse_foreign(Path("nowhere"), "slides.csv")
+    """
+    there = [name for name in names if (folder / name).exists()]
+    if there and not (folder / "report.json").exists():
+        raise OutputError(folder / there[0], "is there already, and of no report", "Choose another folder with -o")
 
 
 def data_hash(rows: Iterable[Iterable[Any]]) -> str:
@@ -225,11 +242,9 @@ def _versions() -> dict[str, str]:
 
 
 def _draw(path: Path, plot: Plot) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.2), dpi=100, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     plot.draw(figure.add_subplot())
     with replacing(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})

@@ -17,7 +17,7 @@ from wsi.annotations.areas import Role
 from wsi.errors import EvaluationError
 from wsi.evaluate import plots
 from wsi.evaluate.cases import Cases, Cohort, read_cohort
-from wsi.evaluate.inputs import annotation_of, lesion_mask
+from wsi.evaluate.inputs import annotation_of, frame_of, lesion_mask
 from wsi.evaluate.report import Report, data_hash
 from wsi.evaluate.subgroups import gap_of, subgroup_rows
 from wsi.metrics.bootstrap import bootstrap
@@ -93,10 +93,9 @@ def evaluate_segmentation(
     draws: dict[str, Any] = {"n_draws": config.n_bootstrap, "seed": config.seed, "unit": unit}
     results_ = {f"mean_{name}": _mean([row[name] for row in rows], patients, draws) for name in MEASURES}
     both, either = (np.array([row[f"{name}_mm2"] for row in rows]) for name in ("common", "joint"))
-    if either.sum():
-        results_["pooled_iou"] = bootstrap(
-            lambda draw: float(both[draw].sum() / either[draw].sum()) if either[draw].sum() else None, patients, **draws
-        )
+    results_["pooled_iou"] = bootstrap(
+        lambda draw: float(both[draw].sum() / either[draw].sum()) if either[draw].sum() else None, patients, **draws
+    )
     dices = [row["dice"] for row in rows]
     if other is not None:
         others = scored_slides(other)
@@ -157,9 +156,7 @@ def _measured(
         found = rasterize(shapely.MultiPolygon(slide.regions(config.threshold)), shape, downsample, at=0.5)
         truth = np.zeros_like(found)
         if path is not None:
-            truth, notes = lesion_mask(
-                path, size=slide.size, downsample=downsample, origin=slide.origin, roles=config.roles, at=0.5
-            )
+            truth, notes = lesion_mask(path, frame=frame_of(slide), downsample=downsample, roles=config.roles, at=0.5)
             truth = _same_shape(truth, found)
             warnings += [f"{path.name}: {note}" for note in notes]
         pixel_um = downsample * slide.mpp
@@ -257,19 +254,15 @@ def tile_cases(
     for slide_id, slide in slides.items():
         path = paths[slide_id]
         heatmap = slide.heatmap()
-        x, y, w, h = heatmap.grid.boxes().T
-        tiles = shapely.box(x, y, x + w, y + h)
-        share = np.zeros(len(tiles))
+        share = np.zeros(len(heatmap.grid))
         if path is not None:
-            found = lesion_area(read_annotations(path, origin=slide.origin), roles=roles, where=path)
+            found = lesion_area(read_annotations(path, frame=frame_of(slide)), roles=roles, where=path)
             warnings += [f"{path.name}: {note}" for note in found.warnings]
-            area = found.geometry
-            shapely.prepare(area)
-            share = shapely.area(shapely.intersection(tiles, area)) / shapely.area(tiles)
+            share = heatmap.grid.covered(found.geometry)
         labels.append(share >= 0.5)
         scores.append(heatmap.values.astype(np.float64))
-        ids += [f"{slide_id}/{i}" for i in range(len(tiles))]
-        owners += [slide_id] * len(tiles)
+        ids += [f"{slide_id}/{left}_{top}" for left, top in heatmap.grid.boxes()[:, :2].round().astype(int).tolist()]
+        owners += [slide_id] * len(share)
     cases = Cases(
         tuple(ids),
         np.concatenate(labels),

@@ -27,6 +27,9 @@ from wsi.metrics.estimate import Estimate
 from wsi.metrics.kappa import confusion, quadratic_kappa
 from wsi.metrics.roc import auprc, auroc, operating_point, proportion, threshold_at
 
+#: Methods of intervals that hold for independent cases alone.
+_FOR_INDEPENDENT = ("DeLong, logit", "paired DeLong", "Wilson", "Wald")
+
 
 def evaluate_table(
     task: str,
@@ -70,6 +73,7 @@ def evaluate_table(
         raise EvaluationError("the other run", "is of other cases", "Compare runs on the same labels")
     measure = _grades if config.grades else _two_classes
     results, tables, pictures, protocol = measure(cases, config, validation, other, notes)
+    results = {name: _honest(estimate, cases) for name, estimate in results.items()}
     name = "quadratic_kappa" if config.grades else "auroc"
     forest = {"all": results[name]}
     if cases.groups:
@@ -117,9 +121,6 @@ def _two_classes(
     y, p = cases.labels, cases.scores
     both = 0 < y.sum() < len(y)
     results = {"auroc": auroc(y, p), "auprc": auprc(y, p), "prevalence": proportion(int(y.sum()), len(y))}
-    if len(set(cases.patients)) < len(y):
-        results["auroc"] = Estimate(results["auroc"].value, n=len(y), reason=results["auroc"].reason or
-                                    "DeLong takes cases for independent: see the interval over patients")  # fmt: skip
     for name, metric in (("auroc", auroc), ("auprc", auprc)):
         results[f"{name}_over_patients"] = _drawn(cases, config, lambda rows, m=metric: m(y[rows], p[rows]).value)  # type: ignore[misc]
     protocol: dict[str, Any] = {
@@ -148,11 +149,15 @@ def _two_classes(
         )
         results[f"sensitivity_{where}"] = found.sensitivity
         results[f"specificity_{where}"] = found.specificity
-        results[f"sensitivity_{where}_over_patients"] = _drawn(
-            cases, config, lambda rows, t=threshold: operating_point(y[rows], p[rows], t).sensitivity.value  # type: ignore[misc]
-        )  # fmt: skip
+        right = (p >= threshold) == y
+        for measure, of in (("sensitivity", y), ("specificity", ~y)):
+            results[f"{measure}_{where}_over_patients"] = _drawn(
+                cases,
+                config,
+                lambda rows, of=of, right=right: _mean(right[rows[of[rows]]]),  # type: ignore[misc]
+            )
     tables: dict[str, Sequence[Mapping[str, Any]]] = {"operating_points": table}
-    pictures = [plots.roc_plot({f"AUROC {results['auroc']}": (y, p)})] if both else []
+    pictures = [plots.roc_plot({f"AUROC {_honest(results['auroc'], cases)}": (y, p)})] if both else []
     if len(p) and p.min() >= 0 and p.max() <= 1:
         results["brier"] = _drawn(cases, config, lambda rows: brier(y[rows], p[rows]).value)
         results["ece"] = expected_calibration_error(y, p)
@@ -176,15 +181,43 @@ def _two_classes(
             cases, config, lambda rows: gap_of(auroc(y[rows], p[rows]).value, auroc(y[rows], q[rows]).value)
         )
         threshold = points.get("given", points.get(f"validation_{config.specificity:g}"))
-        row: dict[str, Any] = {"test": "DeLong, AUROC", "p_value": difference.p_value}
-        tables["comparison"] = [row]
+        tests = {"DeLong, AUROC": difference.p_value}
         if threshold is not None:
             accuracy = mcnemar((p >= threshold) == y, (q >= threshold) == y)
             results["accuracy_difference"] = accuracy.estimate
-            tables["comparison"] = [row, {"test": f"McNemar, accuracy at {threshold:g}", "p_value": accuracy.p_value}]
+            tests[f"McNemar, accuracy at {threshold:g}"] = accuracy.p_value
+        tables["comparison"] = _tests(tests, cases)
         if both:
-            pictures[0] = plots.roc_plot({f"this {results['auroc']}": (y, p), f"other {auroc(y, q)}": (y, q)})
+            areas = (_honest(each, cases) for each in (results["auroc"], auroc(y, q)))
+            pictures[0] = plots.roc_plot(
+                {f"{n} {a}": (y, s) for n, a, s in zip(("this", "other"), areas, (p, q), strict=True)}
+            )
     return results, tables, pictures, protocol
+
+
+def _mean(right: npt.NDArray[np.bool_]) -> float | None:
+    return float(right.mean()) if len(right) else None
+
+
+def _one_each(cases: Cases) -> bool:
+    """Whether every case is of another patient, and so independent of the others."""
+    return len(set(cases.patients)) == len(cases.patients)
+
+
+def _honest(estimate: Estimate, cases: Cases) -> Estimate:
+    """Take away an interval that these cases are too dependent for."""
+    if _one_each(cases) or estimate.method not in _FOR_INDEPENDENT:
+        return estimate
+    why = f"no interval: {estimate.method} takes cases for independent, and patients have several"
+    return Estimate(estimate.value, n=estimate.n, reason=why)
+
+
+def _tests(p_values: Mapping[str, float | None], cases: Cases) -> list[dict[str, Any]]:
+    """Rows of tests, which hold for independent cases alone."""
+    if _one_each(cases):
+        return [{"test": test, "p_value": p} for test, p in p_values.items()]
+    why = "takes cases for independent, and patients have several: see the interval over patients"
+    return [{"test": test, "p_value": None, "reason": why} for test in p_values]
 
 
 def _grades(
@@ -200,6 +233,8 @@ def _grades(
         "quadratic_kappa": overall if overall.value is None else _drawn(cases, config, kappa, stratify=False),
         "accuracy": proportion(int((y == g).sum()), len(y)),
     }
+    if not _one_each(cases):
+        results["accuracy_over_patients"] = _drawn(cases, config, lambda rows: _mean((y == g)[rows]), stratify=False)
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     if other is not None:
         results["kappa_difference"] = _drawn(
@@ -207,7 +242,7 @@ def _grades(
         )
         test = mcnemar(g == y, other.scores == y)
         results["accuracy_difference"] = test.estimate
-        tables["comparison"] = [{"test": "McNemar, accuracy", "p_value": test.p_value}]
+        tables["comparison"] = _tests({"McNemar, accuracy": test.p_value}, cases)
     counts = confusion(y, g, k)
     names = [str(grade) for grade in range(k)]
     tables["confusion"] = [

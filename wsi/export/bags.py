@@ -22,7 +22,6 @@ import csv
 import io
 import re
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -233,14 +232,8 @@ def _h5(
 ) -> None:
     """Write arrays with their attributes in blocks of rows; the same arrays give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _h5_file(path) as file:
+    with replacing(path) as raw, h5py.File(raw, "w") as file:
         file.attrs.update(attributes or {})
         for name, (values, about) in arrays.items():
             chunks = (min(len(values), _BLOCK_ROWS), *values.shape[1:])
             file.create_dataset(name, data=values, chunks=chunks, track_times=False).attrs.update(about)
-
-
-@contextmanager
-def _h5_file(path: Path) -> Any:
-    with replacing(path) as raw, h5py.File(raw, "w") as file:
-        yield file

@@ -75,12 +75,8 @@ class Given:
     stride_level0: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("mpp", self.mpp),
-            ("tile_px", self.tile_px),
-            ("tile_level0", self.tile_level0),
-            ("stride_level0", self.stride_level0),
-        ):
+        for name in ("mpp", "tile_px", "tile_level0", "stride_level0"):
+            value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value:g}")
 
@@ -97,7 +93,6 @@ def convert_bags(
     out : Path
         Made; must not be there, or be empty. It is whole or not there.
     layout : {"clam", "trident", "stamp", "torchmil", "anndata"}
-    given : Given, optional
     key : bytes, optional
         Slide ids are replaced by their pseudonyms.
 

@@ -108,9 +108,8 @@ def _annotations(slide: ScoredSlide, tiles: ScoredTiles, source: Any) -> Any:
     x, y, w, h = tiles.grid.boxes().T
     corners = np.stack([np.stack([x, x + w, x + w, x], 1), np.stack([y, y, y + h, y + h], 1)], 2).astype(np.float32)
     values = measurements(slide, tiles)
-    model = str(slide.numbers.get("provenance", {}).get("model", "unknown"))
     algorithm = highdicom.AlgorithmIdentificationSequence(
-        name=model[:64], family=codes.DCM.ArtificialIntelligence, version=__version__
+        name=_made_by(slide)["manufacturer_model_name"], family=codes.DCM.ArtificialIntelligence, version=__version__
     )
     groups: list[Any] = []
     for k, name in enumerate(slide.class_names):
@@ -138,12 +137,7 @@ def _annotations(slide: ScoredSlide, tiles: ScoredTiles, source: Any) -> Any:
         series_instance_uid=_uid(slide, "series"),
         series_number=1,
         sop_instance_uid=_uid(slide, "annotations"),
-        instance_number=1,
-        manufacturer="wsi",
-        manufacturer_model_name=model[:64],
-        software_versions=__version__,
-        device_serial_number="0",
-        content_description="Research use only",
+        **_made_by(slide),
     )
 
 
@@ -173,11 +167,6 @@ def _heatmap(slide: ScoredSlide, source: Any) -> Any:
         series_instance_uid=_uid(slide, "heatmap series"),
         series_number=2,
         sop_instance_uid=_uid(slide, "heatmap"),
-        instance_number=1,
-        manufacturer="wsi",
-        manufacturer_model_name=str(slide.numbers.get("provenance", {}).get("model", "unknown"))[:64],
-        software_versions=__version__,
-        device_serial_number="0",
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[[mapping]],
         voi_lut_transformations=[highdicom.VOILUTTransformation(window_center=0.5, window_width=1.0)],
@@ -190,21 +179,29 @@ def _heatmap(slide: ScoredSlide, source: Any) -> Any:
         plane_positions=[highdicom.PlanePositionSequence("SLIDE", first, (1, 1))],
         tile_pixel_array=True,
         tile_size=(_TILE_PX, _TILE_PX),
-        content_description="Research use only",
+        **_made_by(slide),
     )
+
+
+def _made_by(slide: ScoredSlide) -> dict[str, Any]:
+    """What both objects say of themselves."""
+    return {
+        "instance_number": 1,
+        "manufacturer": "wsi",
+        "manufacturer_model_name": str(slide.numbers.get("provenance", {}).get("model", "unknown"))[:64],
+        "software_versions": __version__,
+        "device_serial_number": "0",
+        "content_description": "Research use only",
+    }
 
 
 def _measurements(values: dict[str, npt.NDArray[Any]], chosen: npt.NDArray[np.intp]) -> Sequence[Any]:
     import highdicom
     from pydicom.sr.codedict import codes
 
-    percent = {"attention_percentile"}
+    units = {"attention_percentile": codes.UCUM.Percent}
     return [
-        highdicom.ann.Measurements(
-            name=_concept(name),
-            values=each[chosen].astype(np.float32),
-            unit=codes.UCUM.Percent if name in percent else codes.UCUM.NoUnits,
-        )
+        highdicom.ann.Measurements(_concept(name), each[chosen].astype(np.float32), units.get(name, codes.UCUM.NoUnits))
         for name, each in values.items()
     ]
 

@@ -45,10 +45,6 @@ def read_geojson(path: str | os.PathLike[str]) -> list[Json]:
     Accepts a FeatureCollection, a list, a single feature or a bare geometry; gzip; a byte order mark; ``NaN``;
     and keys that occur twice (QuPath writes ``metadata`` so), of which the last counts.
 
-    Parameters
-    ----------
-    path : path
-
     Returns
     -------
     list of dict
@@ -95,7 +91,6 @@ def acceptable(geometries: Sequence[shapely.Geometry], bounds: Box, *, clip: boo
     ----------
     geometries : sequence of shapely.Geometry
         Each polygons, points or one line, in level-0 pixels; need not be valid.
-    bounds : Box
     clip : bool
         Leave out what lies outside `bounds`.
 

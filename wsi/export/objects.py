@@ -10,8 +10,7 @@ import numpy.typing as npt
 import shapely
 
 from wsi.export.qupath import PathClass, Region
-from wsi.grid import TileGrid
-from wsi.heatmap import major_axis_um
+from wsi.heatmap import Heatmap, major_axis_um
 from wsi.scored import ScoredSlide, ScoredTiles
 from wsi.units import Mpp
 
@@ -69,13 +68,7 @@ def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArra
 
 
 def positive_regions(
-    outlines: Sequence[shapely.Polygon],
-    grid: TileGrid,
-    score: npt.NDArray[np.floating],
-    *,
-    positive: Sequence[str],
-    path_class: PathClass,
-    mpp: Mpp,
+    outlines: Sequence[shapely.Polygon], heatmap: Heatmap, *, positive: Sequence[str], path_class: PathClass, mpp: Mpp
 ) -> list[Region]:
     """Return positive regions with their size and what the tiles in them, by their centres, say.
 
@@ -83,19 +76,16 @@ def positive_regions(
     ----------
     outlines : sequence of shapely.Polygon
         Level-0 pixels.
-    grid : TileGrid
-    score : float (n,)
-        Of each tile, the probability of the positive classes.
+    heatmap : Heatmap
+        The probability of the positive classes.
     positive : sequence of str
         Names the regions.
-    path_class : PathClass
-    mpp : Mpp
     """
-    boxes = grid.boxes()
+    boxes = heatmap.grid.boxes()
     centres = shapely.points(boxes[:, :2] + boxes[:, 2:] / 2)
     region, tile = shapely.STRtree(centres).query(np.array(outlines, object), predicate="contains")
     order = np.lexsort((tile, region))
-    inside = np.split(score[tile[order]], np.cumsum(np.bincount(region, minlength=len(outlines)))[:-1])
+    inside = np.split(heatmap.values[tile[order]], np.cumsum(np.bincount(region, minlength=len(outlines)))[:-1])
     found = []
     for i, (outline, scores) in enumerate(zip(outlines, inside, strict=False), 1):
         numbers = {"area_mm2": mpp.area_um2(outline.area) / 1e6, "major_axis_um": major_axis_um(outline, mpp)}

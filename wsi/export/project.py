@@ -89,7 +89,6 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
     out : Path
         Made where it is not there. What an earlier export wrote of the same slides is replaced; to a project that is
         there slides are added, and whatever QuPath or its user changed in it stays.
-    config : QuPathConfig, optional
 
     Returns
     -------
@@ -137,12 +136,11 @@ def slide_regions(slide: ScoredSlide, tiles: ScoredTiles, mpp: Mpp, config: QuPa
     ]  # fmt: skip
     if not slide.positive.any() or not len(tiles.grid):
         return found
-    score = tiles.probabilities[:, slide.positive].sum(axis=1).clip(0, 1)
-    outlines = Heatmap(tiles.grid, score).regions(_threshold(slide, config), slide.bounds)
-    outlines = simplify(outlines, config.simplify_um, mpp)
+    heatmap = Heatmap.of(tiles.grid, tiles.probabilities, slide.positive)
+    outlines = simplify(heatmap.regions(_threshold(slide, config), slide.bounds), config.simplify_um, mpp)
     positive = slide.numbers["positive_classes"]
     colour = next(c for c, is_positive in zip(classes_of(slide), slide.positive, strict=True) if is_positive)
-    found += positive_regions(outlines[:MAX_REGIONS], tiles.grid, score, positive=positive, path_class=colour, mpp=mpp)
+    found += positive_regions(outlines[:MAX_REGIONS], heatmap, positive=positive, path_class=colour, mpp=mpp)
     label = " or ".join(positive)
     for start in range(MAX_REGIONS, len(outlines), MAX_REGIONS):
         joined = shapely.MultiPolygon(outlines[start : start + MAX_REGIONS])
@@ -190,8 +188,6 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
     name = pseudonym(slide.slide_id, config.key)
     folder = out / "objects" / name
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("tiles*.geojson.gz"):  # there may have been more of them
-        earlier.unlink()
     store = slide.store()
     tiles, mpp = slide.tiles(store), slide.pixel_size(store)
     threshold = _threshold(slide, config)
@@ -210,13 +206,16 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
     values, classes = measurements(slide, tiles), classes_of(slide)
     parts = list(shards(tiles.grid.rows, config.max_tiles))
     n_tiles = 0
+    written = []
     for i, part in enumerate(parts, 1):
-        which = "" if len(parts) == 1 else f"-{i}-of-{len(parts)}"
+        written.append(folder / f"tiles{'' if len(parts) == 1 else f'-{i}-of-{len(parts)}'}.geojson.gz")
         n_tiles += write_tiles(
-            folder / f"tiles{which}.geojson.gz", boxes[part], classes, names[part],
+            written[-1], boxes[part], classes, names[part],
             {key: each[part] for key, each in values.items()},
             bounds=bounds, slide_id=name, metadata=metadata, object_type=config.object_type, first=part.start,
         )  # fmt: skip
+    for earlier in set(folder.glob("tiles*.geojson.gz")) - set(written):  # there may have been more of them
+        earlier.unlink()
     warnings = []
     if not len(tiles.grid):
         warnings.append("no tile was scored: look at the warnings of result.json")

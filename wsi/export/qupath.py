@@ -116,7 +116,6 @@ def write_tiles(
         Gzipped when the name ends in ``.gz``. Written beside and renamed, so it is whole or not there.
     boxes : float64 (n, 4)
         x, y, w, h in level-0 pixels.
-    classes : sequence of PathClass
     class_index : int (n,)
         Which of `classes` each tile is.
     measurements : mapping of str to float (n,)
@@ -214,13 +213,8 @@ def write_regions(
 
     Parameters
     ----------
-    path : path
-        Gzipped when the name ends in ``.gz``. Written beside and renamed, so it is whole or not there.
-    regions : iterable of Region
-    bounds : Box
-        The slide's ``bounds``: subtracted, and clipped to.
-    slide_id : str
-        Identifiers are made of it and the region's position, so the same slide gives the same file.
+    path, bounds, slide_id
+        As in ``write_tiles``.
     metadata : mapping of str to str, optional
         Written with each annotation, where QuPath (0.5 and later) shows it, and once beside ``features``.
     clip : bool

@@ -99,12 +99,13 @@ def slide_raster(slide: ScoredSlide) -> Raster:
     tiles = slide.tiles(store)
     if not len(tiles.rows):
         raise ResultsError(slide.folder, "has no tile with a score", "Look at the warnings of its result.json")
-    columns = [(f"prob_{name}", tiles.probabilities[:, i]) for i, name in enumerate(slide.class_names)]
+    classes = zip(slide.class_names, tiles.probabilities.T, strict=True)
+    maps = [(f"prob_{name}", Heatmap(tiles.grid, probability)) for name, probability in classes]
     if slide.positive.any():
-        shown = tiles.probabilities[:, slide.positive].sum(axis=1).clip(0, 1)
-        columns.insert(0, (" or ".join(slide.numbers["positive_classes"]), shown))
-    values = np.stack([Heatmap(tiles.grid, column).raster() for _, column in columns])
-    return Raster(values, tuple(name for name, _ in columns), tiles.grid.stride, slide.pixel_size(store))
+        shown = Heatmap.of(tiles.grid, tiles.probabilities, slide.positive)
+        maps.insert(0, (" or ".join(slide.numbers["positive_classes"]), shown))
+    values = np.stack([heatmap.raster() for _, heatmap in maps])
+    return Raster(values, tuple(name for name, _ in maps), tiles.grid.stride, slide.pixel_size(store))
 
 
 def write_ome_tiff(path: Path, raster: Raster) -> None:

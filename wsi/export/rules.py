@@ -42,12 +42,13 @@ def problems(path: Path) -> list[str]:
     kinds: Counter[str] = Counter()
     seen: set[str] = set()
     for number, feature in enumerate(features):
-        kinds[str((feature.get("properties") or {}).get("objectType", "annotation"))] += 1
-        for what in {*_of(feature), *(["the id is there twice"] if feature.get("id") in seen else [])}:
+        properties, uid = feature.get("properties"), feature.get("id")
+        kinds[str(properties.get("objectType", "annotation")) if isinstance(properties, dict) else "annotation"] += 1
+        for what in {*_of(feature), *(["the id is there twice"] if isinstance(uid, str) and uid in seen else [])}:
             often[what] += 1
             first.setdefault(what, number)
-        if isinstance(feature.get("id"), str):
-            seen.add(feature["id"])
+        if isinstance(uid, str):
+            seen.add(uid)
     found = [f"{n} features, first {first[what]}: {what}" for what, n in sorted(often.items())]
     if not path.name.lower().endswith((".geojson", ".json", ".geojson.gz", ".json.gz")):
         found.append("the name ends in nothing that QuPath opens: it would import nothing, and not say so")
@@ -58,8 +59,8 @@ def problems(path: Path) -> list[str]:
 def _of(feature: dict[str, Any]) -> list[str]:
     found = []
     properties = feature.get("properties", {})
-    if properties is None:
-        return ["properties are null"]
+    if not isinstance(properties, dict):
+        return ["properties are null" if properties is None else "properties are no object"]
     if not _is_uuid(feature.get("id")):
         found.append("the id is no UUID: QuPath makes another")
     if properties.get("objectType") not in _TYPES:
@@ -74,7 +75,10 @@ def _of(feature: dict[str, Any]) -> list[str]:
     if isinstance(properties.get("color"), str):
         found.append("the colour is text")
     measurements = properties.get("measurements") or {}
-    values = measurements.values() if isinstance(measurements, dict) else [each.get("value") for each in measurements]
+    if isinstance(measurements, dict):
+        measurements = [{"value": value} for value in measurements.values()]
+    pairs = isinstance(measurements, list) and all(isinstance(each, dict) for each in measurements)
+    values = [each.get("value") for each in measurements] if pairs else [None]
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
         found.append("a measurement is no finite number")
     return found + _geometry(feature.get("geometry"))
@@ -85,13 +89,13 @@ def _geometry(geometry: Any) -> list[str]:
         return ["there is no geometry"]
     if geometry.get("type") == "GeometryCollection":
         return ["the geometry is a collection"]
-    nested = {"Polygon": 0, "MultiPolygon": 1}.get(geometry.get("type", ""))
-    if nested is not None:
-        rings = geometry.get("coordinates") or []
-        rings = [ring for polygon in rings for ring in polygon] if nested else rings
-        if any(len(ring) < 4 or ring[0] != ring[-1] for ring in rings):
-            return ["a ring is not closed"]
     try:
+        nested = {"Polygon": 0, "MultiPolygon": 1}.get(geometry.get("type", ""))
+        if nested is not None:
+            rings = geometry.get("coordinates") or []
+            rings = [ring for polygon in rings for ring in polygon] if nested else rings
+            if any(len(ring) < 4 or ring[0] != ring[-1] for ring in rings):
+                return ["a ring is not closed"]
         shape = shapely.geometry.shape(geometry)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, ShapelyError):
         return ["the geometry is none"]

@@ -8,7 +8,6 @@ it (0.2), shapes as GeoParquet (0.3) and the heatmap as OME-NGFF (0.3).
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from wsi.export.objects import measurements
 from wsi.export.project import QuPathConfig, slide_regions
 from wsi.export.rasters import slide_raster
 from wsi.export.table import TileTable
-from wsi.files import write_json
+from wsi.files import replacing_folder, write_json
 from wsi.result import called
 from wsi.store.multiscale import write_multiscale
 
@@ -63,19 +62,13 @@ def write_spatialdata(out: Path, bag: TileTable) -> None:
     path = out / f"{bag.name}.zarr"
     if path.exists() and "spatialdata_attrs" not in _attributes(path):
         raise OutputError(path, "is there already, and no SpatialData store", "Choose another folder with -o")
-    draft = path.with_name(f".{path.name}.draft")
-    old = path.with_name(f".{path.name}.old")
-    for leftover in (draft, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
+    with replacing_folder(path) as draft:
         about = {"slide_id": bag.name, "made_by": f"wsi {__version__}", "use": "research only"}
         _group(draft, about | {"spatialdata_attrs": {"version": "0.2"}})
         for kind in ("tables", "shapes", "images"):
             _group(draft / kind, {})
         _write_table(draft / "tables" / "table", table, tiles.rows)
-        corners = bag.corners
-        boxes = shapely.box(*corners.T, *(corners + bag.tile).T)
-        _write_shapes(draft / "shapes" / "tiles", boxes, {}, tiles.rows, bag)
+        _write_shapes(draft / "shapes" / "tiles", tiles.grid.polygons(), {}, tiles.rows, bag)
         regions = slide_regions(slide, tiles, bag.mpp, QuPathConfig())
         names = {name: None for region in regions for name in region.measurements}
         columns: dict[str, Sequence[Any]] = {
@@ -93,12 +86,6 @@ def write_spatialdata(out: Path, bag: TileTable) -> None:
         ome = _attributes(heatmap)["ome"] | {"version": "0.5-dev-spatialdata"}
         ome["multiscales"][0]["coordinateTransformations"] = _frames("cyx", bag, raster.step)
         _group(heatmap, {"ome": ome, "spatialdata_attrs": {"version": "0.3"}})
-        if path.exists():
-            path.rename(old)
-        draft.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _table(bag: TileTable) -> Any:

@@ -45,7 +45,8 @@ def bootstrap(
     -------
     Estimate
         n is the number of patients. Draws where the statistic is undefined are left out, and counted in `method`;
-        the interval is undefined where more than half are.
+        the interval is undefined where more than half are, or where all give one value: of a perfect score, say, the
+        draws know nothing of what could be worse.
 
     Examples
     --------
@@ -82,5 +83,7 @@ def bootstrap(
     estimate = Estimate(value, n=n, method=f"bootstrap over {unit}, {len(draws)} of {n_draws} draws")
     if 2 * len(draws) <= n_draws:
         return replace(estimate, reason="no interval: undefined in most draws")
+    if min(draws) == max(draws):
+        return replace(estimate, reason="no interval: all draws give the same")
     low, high = np.percentile(draws, (2.5, 97.5)).tolist()
     return replace(estimate, low=low, high=high)

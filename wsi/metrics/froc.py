@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from skimage import measure
 
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import F64, Estimate
@@ -109,9 +110,8 @@ def find_lesions(
     margin = math.ceil(reach) + 1
     top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
     part = mask[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1]
-    labels, n = ndimage.label(_fill_holes(_grow(part, reach)), np.ones((3, 3), bool))
-    labels = labels.astype(np.int32, copy=False)
-    axes = _major_axes(labels, n)
+    labels = ndimage.label(_fill_holes(_grow(part, reach)), np.ones((3, 3), bool))[0].astype(np.int32, copy=False)
+    axes = np.array([lesion.axis_major_length for lesion in measure.regionprops(labels)])  # type: ignore[no-untyped-call]
     return Lesions(labels, axes * pixel_um, axes < ITC_UM / pixel_um, downsample, (int(left), int(top)))
 
 
@@ -138,17 +138,6 @@ def _fill_holes(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     if open_[1:].all():
         return mask
     return np.asarray(~open_[background])
-
-
-def _major_axes(labels: npt.NDArray[np.int32], n: int) -> F64:
-    """Major axis in pixels of the ellipse with each label's second moments (regionprops' definition)."""
-    axes = np.zeros(n)
-    for i, part in enumerate(ndimage.find_objects(labels)):
-        row, column = np.nonzero(labels[part] == i + 1)
-        dr, dc = row - row.mean(), column - column.mean()
-        a, b, c = (dr * dr).mean(), (dr * dc).mean(), (dc * dc).mean()
-        axes[i] = 4 * math.sqrt((a + c) / 2 + math.sqrt(((a - c) / 2) ** 2 + b * b))
-    return axes
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,9 @@
 Each function here is the compiled one where the package was built with a C++ compiler and the twin
 otherwise; both give the same bytes. ``HAVE_CPU`` says which.
 
-``cuda`` holds the same kernels for device arrays where the package was built with a CUDA compiler
-(``HAVE_CUDA``), else None. It imports without a GPU or a driver; whether there is a device is asked by
-``cuda_devices()`` and not at import, because a process that has asked can no longer be forked safely.
+``cuda`` holds the same kernels for device arrays where the package was built with a CUDA compiler, else None.
+It imports without a GPU or a driver; whether there is a device is asked by ``cuda_devices()`` and not at
+import, because a process that has asked can no longer be forked safely.
 """
 
 from __future__ import annotations
@@ -45,10 +45,9 @@ try:
     from wsi.native import _cuda as cuda
 except ImportError:  # installed without a CUDA compiler
     cuda = None
-HAVE_CUDA = cuda is not None
 
 __all__ = [
-    "FIXED_POINT_BITS", "HAVE_CPU", "HAVE_CUDA", "LAB_CODES", "MAX_CELL_PX", "area_average", "cuda", "cuda_devices",
+    "FIXED_POINT_BITS", "HAVE_CPU", "LAB_CODES", "MAX_CELL_PX", "area_average", "cuda", "cuda_devices",
     "lab_map", "lab_map_tensor", "levels", "od_map", "od_map_tensor", "sparse_map", "sparse_map_tensor",
 ]  # fmt: skip
 

@@ -40,8 +40,26 @@ import timm  # noqa: E402
 import timm.layers  # noqa: E402
 
 
-class TimmNet(torch.nn.Module):
-    """A timm network with the two halves a patch model needs.
+class _Halves(torch.nn.Module):
+    """A network in the two halves that a patch model needs, here of timm's `net`."""
+
+    net: Any
+
+    def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Normalised images (b, 3, h, w) to what is pooled: of a convolutional network maps (b, d, h', w')."""
+        return (_channels_second(self.net, self.net.forward_features(x)),)
+
+    def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What ``maps`` gives to features (b, d)."""
+        raise NotImplementedError
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images (b, 3, h, w) to features (b, d)."""
+        return self.pool(self.maps(x))
+
+
+class TimmNet(_Halves):
+    """A timm network with classes.
 
     Examples
     --------
@@ -57,27 +75,16 @@ class TimmNet(torch.nn.Module):
         net: Any = timm.create_model(name, pretrained=False, num_classes=num_classes, **arguments)
         if not isinstance(net.get_classifier(), torch.nn.Linear):
             raise ModelError(f"architecture {name!r}", "ends in no linear layer, which is what reads features here")
-        self.net: Any = net
+        self.net = net
         self.num_features = int(net.get_classifier().in_features)
 
-    def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Normalised images (b, 3, h, w) to what is pooled: of a convolutional network maps (b, d, h', w')."""
-        return (_channels_second(self.net, self.net.forward_features(x)),)
-
     def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What ``maps`` gives to features (b, d)."""
-        net: Any = self.net
-        features: torch.Tensor = net.forward_head(_as_its_own(net, maps[0]), pre_logits=True)
+        features: torch.Tensor = self.net.forward_head(_as_its_own(self.net, maps[0]), pre_logits=True)
         return features
-
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised images (b, 3, h, w) to features (b, d)."""
-        return self.pool(self.maps(x))
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Features (b, d) to logits (b, k)."""
-        net: Any = self.net
-        logits: torch.Tensor = net.get_classifier()(features)
+        logits: torch.Tensor = self.net.get_classifier()(features)
         return logits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +92,7 @@ class TimmNet(torch.nn.Module):
         return self.classify(self.embed(x))
 
 
-class TimmEncoder(torch.nn.Module):
+class TimmEncoder(_Halves):
     """A timm network without classes, whose features are what its authors use.
 
     Parameters
@@ -121,7 +128,7 @@ class TimmEncoder(torch.nn.Module):
             for module in net.modules():
                 if isinstance(module, torch.nn.LayerNorm):
                     module.eps = norm_eps
-        self.net: Any = net.eval()
+        self.net = net.eval()
         self.pooling = pool
         self.classifier_names = tuple(f"{part}." for part in _names(net.pretrained_cfg.get("classifier")))
         with torch.inference_mode():
@@ -132,38 +139,26 @@ class TimmEncoder(torch.nn.Module):
             )
         self.num_features = features.shape[1]
 
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised images (b, 3, tile_px, tile_px) to features (b, d)."""
-        return self.pool(self.maps(x))
-
-    def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Normalised images (b, 3, tile_px, tile_px) to what is pooled: maps, or tokens."""
-        return (_channels_second(self.net, self.net.forward_features(x)),)
-
     def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What ``maps`` gives to features (b, d)."""
-        net: Any = self.net
-        tokens = _as_its_own(
-            net, maps[0]
-        )  # (b, class and register tokens and patches, width), or whatever the network's own head takes
+        # (b, class and register tokens and patches, width), or whatever the network's own head takes
+        tokens = _as_its_own(self.net, maps[0])
         if self.pooling == "own":
-            features: torch.Tensor = net.forward_head(tokens)
+            features: torch.Tensor = self.net.forward_head(tokens)
             return features
         if self.pooling == "token":
             return tokens[:, 0]
-        return torch.cat([tokens[:, 0], tokens[:, net.num_prefix_tokens :].mean(1)], 1)
+        return torch.cat([tokens[:, 0], tokens[:, self.net.num_prefix_tokens :].mean(1)], 1)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Give no logits (b, 0)."""
         return features[:, :0]
 
 
-class EncoderNet(torch.nn.Module):
+class EncoderNet(_Halves):
     """An encoder with a linear classifier on its features: what is trained from one of ``wsi embed``'s encoders.
 
     Parameters
     ----------
-    num_classes : int
     encoder : str
         A name of timm's; the other arguments are ``TimmEncoder``'s.
 
@@ -181,16 +176,10 @@ class EncoderNet(torch.nn.Module):
         self.classifier = torch.nn.Linear(self.num_features, num_classes)
 
     def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Normalised images (b, 3, h, w) to what is pooled."""
         return self.encoder.maps(x)
 
     def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What ``maps`` gives to features (b, d)."""
         return self.encoder.pool(maps)
-
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised images (b, 3, tile_px, tile_px) to features (b, d)."""
-        return self.encoder.embed(x)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Features (b, d) to logits (b, k)."""

@@ -28,21 +28,9 @@ def fresh_model(
     device: str = "cpu",
     precision: str = "float32",
 ) -> PatchModel:
-    """Make a patch model with random weights, drawn from torch's generator.
+    """Make a patch model with random weights, drawn from torch's generator: "wsi-p4m", or a name of timm's.
 
-    Parameters
-    ----------
-    architecture : str
-        "wsi-p4m", or a name of timm's.
-    arguments : mapping
-        Of its constructor.
-    class_names : sequence of str
-    tile_px, mpp : int, float
-        Of the patches.
-    mean, std : sequence of 3 floats
-        Normalisation of the input.
-    device, precision : str
-        As ``pick_device`` and ``pick_precision`` give them.
+    `arguments` are its constructor's, `tile_px` and `mpp` the patches', `mean` and `std` normalise its input.
 
     Raises
     ------
@@ -75,24 +63,8 @@ def model_from(
 ) -> PatchModel:
     """Make a patch model with the weights of another, or of an encoder.
 
-    Its classifier is kept where the classes are the same, and else fresh. Patches of another size are resized to its
-    own.
-
-    Parameters
-    ----------
-    start : str
-        What ``load_encoder`` takes: a patch model's name or folder, ``hf-hub:OWNER/NAME``, an encoder, a timm name.
-    class_names, tile_px, mpp, device, precision
-        As for ``fresh_model``.
-
-    Returns
-    -------
-    PatchModel
-        ``sha256`` is that of the weights it begins from.
-
-    Raises
-    ------
-    ModelNotFound, ModelError
+    `start` is what ``load_encoder`` takes, and ``sha256`` that of its weights. Its classifier is kept where the classes
+    are the same, and else fresh. Patches of another size are resized to its own.
 
     Examples
     --------

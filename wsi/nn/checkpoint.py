@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -182,6 +183,9 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
         positive = tuple(str(name) for name in raw.get("positive_classes", ()))
         if not set(positive) <= set(names):
             raise TypeError(f"positive_classes {list(positive)} are not among class_names {list(names)}")
+        threshold = float(raw.get("threshold", 0.5))
+        if not 0 <= threshold <= 1:
+            raise TypeError(f"threshold is {threshold:g}, and a probability is needed")
         common: dict[str, Any] = {
             "folder": folder,
             "task": task,
@@ -189,17 +193,20 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
             "architecture_args": dict(raw.get("architecture_args", {})),
             "class_names": names,
             "positive_classes": positive,
-            "threshold": float(raw.get("threshold", 0.5)),
+            "threshold": threshold,
             "num_logits": int(raw["num_classes"]),
             "weights_sha256": raw.get("weights_sha256"),
             "encoder_sha256": raw.get("encoder_sha256"),
         }
         if task == "mil":
             return ModelConfig(**common | _mil_of(raw, len(names)))
+        tile_px, mpp = int(raw["patch_size_pixels"]), float(raw["spacing_um_px"])
+        if tile_px < 1 or not (math.isfinite(mpp) and mpp > 0):
+            raise TypeError(f"patch_size_pixels is {tile_px} and spacing_um_px is {mpp:g}: both must be positive")
         return ModelConfig(
             **common,
-            tile_px=int(raw["patch_size_pixels"]),
-            mpp=float(raw["spacing_um_px"]),
+            tile_px=tile_px,
+            mpp=mpp,
             context=_context_of(raw["context"], names, positive) if "context" in raw else None,
             **_transform_of(raw["transform"]),
         )
@@ -217,32 +224,25 @@ def load_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     ModelError
         No weights, damaged weights, or a file that would have to be unpickled.
     """
-    for name in _SAFE_WEIGHTS:
-        path = config.folder / name
-        if path.is_file():
-            _check_sha256(path, config.weights_sha256)
-            try:
-                return dict(load_file(path))
-            except SafetensorError as error:
-                raise ModelError(path, f"is damaged ({error})", "Fetch the model again") from error
-    for name in _PICKLED_WEIGHTS:
-        path = config.folder / name
-        if path.is_file():
-            _check_sha256(path, config.weights_sha256)
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                raise ModelError(
-                    path, "is damaged or holds more than tensors, and is not unpickled", "Convert it to safetensors"
-                ) from error
-            return dict(state.get("state_dict", state))
-    if (config.folder / TORCHSCRIPT).is_file():
-        raise ModelError(
-            config.folder / TORCHSCRIPT,
-            "is TorchScript, which runs code",
-            "Allow it with --torchscript if you trust its source",
-        )
-    raise ModelError(config.folder, "has no weights", f"Expected {_SAFE_WEIGHTS[0]}")
+    path = _weights_of(config)
+    if path.name == TORCHSCRIPT:
+        raise ModelError(path, "is TorchScript, which runs code", "Allow it with --torchscript if you trust its source")
+    if config.weights_sha256 not in (None, sha256_of(path)):
+        raise ModelError(path, "is not the file its config.json names (sha256 differs)", "Fetch the model again")
+    try:
+        if path.name in _SAFE_WEIGHTS:
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ModelError(path, f"is damaged ({error})", "Fetch the model again") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        what = "is damaged or holds more than tensors, and is not unpickled"
+        raise ModelError(path, what, "Convert it to safetensors") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise ModelError(path, "holds no weights by name", "Save the network's state_dict()")
+    parallel = all(str(key).startswith("module.") for key in state)  # of torch's DataParallel
+    return {str(key).removeprefix("module.") if parallel else key: value for key, value in state.items()}
 
 
 def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: ModelConfig) -> None:
@@ -277,15 +277,14 @@ def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: Mo
 
 def weights_sha256(config: ModelConfig) -> str:
     """Return the SHA-256 of the weights that ``load_weights`` (or TorchScript) would take."""
+    return sha256_of(_weights_of(config))
+
+
+def _weights_of(config: ModelConfig) -> Path:
     for name in (*_SAFE_WEIGHTS, *_PICKLED_WEIGHTS, TORCHSCRIPT):
         if (config.folder / name).is_file():
-            return sha256_of(config.folder / name)
+            return config.folder / name
     raise ModelError(config.folder, "has no weights", f"Expected {_SAFE_WEIGHTS[0]}")
-
-
-def _check_sha256(path: Path, expected: str | None) -> None:
-    if expected is not None and sha256_of(path) != expected:
-        raise ModelError(path, "is not the file its config.json names (sha256 differs)", "Fetch the model again")
 
 
 def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
@@ -338,15 +337,28 @@ def _transform_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
         if name == "Resize":
             size = arguments["size"]
             sides = {int(side) for side in (size if isinstance(size, list) else [size])}
-            if len(sides) != 1:
+            if len(sides) != 1 or min(sides) < 1:
                 raise TypeError(f"transform Resize to {size} is not square")
             found["resize_px"] = sides.pop()
         elif name == "Normalize":
-            found["mean"] = tuple(float(value) for value in arguments["mean"])
-            found["std"] = tuple(float(value) for value in arguments["std"])
-            finite = all(map(math.isfinite, found["mean"] + found["std"]))
-            if not finite or len(found["mean"]) != 3 or len(found["std"]) != 3 or min(found["std"]) <= 0:
-                raise TypeError(f"transform Normalize has mean {found['mean']} and std {found['std']}")
+            found["mean"], found["std"] = normalisation(arguments["mean"], arguments["std"])
+    return found
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std of RGB in 0..1, or raise ValueError: those of 0..255 make all pictures alike.
+
+    Examples
+    --------
+    >>> normalisation([0.5, 0.5, 0.5], [1, 1, 1])
+    ((0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+    """
+    found = tuple(map(float, mean)), tuple(map(float, std))
+    numbers = found[0] + found[1]
+    if len(found[0]) != 3 or len(found[1]) != 3 or not all(map(math.isfinite, numbers)) or min(found[1]) <= 0:
+        raise ValueError(f"Normalize has mean {found[0]} and std {found[1]}: three finite numbers each are needed")
+    if max(numbers) > 1 or min(numbers) < 0:
+        raise ValueError(f"Normalize has mean {found[0]} and std {found[1]}, and RGB is from 0 to 1: divide by 255")
     return found
 
 
@@ -360,7 +372,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
 
     try:
-        folder = fetch("config.json", "stain.json", "*.safetensors", TORCHSCRIPT, "mil/*")
+        folder = fetch("config.json", "stain.json", "preprocessor_config.json", "*.safetensors", TORCHSCRIPT, "mil/*")
         if not any((folder / weights).is_file() for weights in (*_SAFE_WEIGHTS, TORCHSCRIPT)):
             folder = fetch("pytorch_model.bin")  # often the same weights again, gigabytes
         return folder

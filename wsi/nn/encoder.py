@@ -3,7 +3,7 @@
 An encoder is a ``PatchModel`` of no class: ``encoder(patches).features``. Its folder is a hub's repository, or a copy::
 
     config.json           timm's ("architecture", "pretrained_cfg", "model_args") or transformers' ("model_type": vit,
-                          dinov2); or one of our model folders
+                          dinov2; then preprocessor_config.json too); or one of our model folders
     model.safetensors     or pytorch_model.bin (tensors only)
 
 ``KNOWN`` says of published encoders what their files do not: microns per pixel, layers, and which tokens are kept.
@@ -27,6 +27,7 @@ from wsi.nn.checkpoint import (
     fit_weights,
     known_models,
     load_weights,
+    normalisation,
     weights_sha256,
 )
 from wsi.nn.fold import fold_norms
@@ -53,8 +54,6 @@ class Recipe:
         Of the patches.
     mean, std : tuple of float, optional
         Of its normalisation; None for those in its config.json.
-    gated : bool
-        Its files are given to people who have asked its authors.
     """
 
     repository: str
@@ -65,7 +64,6 @@ class Recipe:
     tile_px: int = 224
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    gated: bool = True
 
 
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
@@ -86,8 +84,8 @@ KNOWN = {
         "paige-ai/Virchow", "its model card; Vorontsov et al., Nature Medicine 2024", "token+mean", _SWIGLU
     ),
     "virchow2": Recipe("paige-ai/Virchow2", "its model card; arXiv:2408.00738", "token+mean", _SWIGLU),
-    "phikon": Recipe("owkin/phikon", "its model card; Filiot et al., medRxiv 2023", "token", gated=False),
-    "phikon-v2": Recipe("owkin/phikon-v2", "its model card; arXiv:2409.09173", "token", gated=False),
+    "phikon": Recipe("owkin/phikon", "its model card; Filiot et al., medRxiv 2023", "token"),
+    "phikon-v2": Recipe("owkin/phikon-v2", "its model card; arXiv:2409.09173", "token"),
     "h-optimus-0": Recipe(
         "bioptimus/H-optimus-0", "its model card", arguments={"init_values": 1e-5, "dynamic_img_size": False},
         mean=(0.707223, 0.578729, 0.703617), std=(0.211883, 0.230117, 0.177517),
@@ -138,8 +136,11 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
             return load_patch_model(name, device=device, precision=precision, fold=fold)
         architecture, arguments, facts = _of_transformers(raw) if "model_type" in raw else _of_timm(raw)
         tile_px = recipe.tile_px if recipe else int(facts["input_size"][-1])
-        mean = tuple(map(float, (recipe and recipe.mean) or facts["mean"]))
-        std = tuple(map(float, (recipe and recipe.std) or facts["std"]))
+        if recipe is None and "model_type" in raw:
+            facts |= _preprocessor(folder)
+        mean, std = normalisation((recipe and recipe.mean) or facts["mean"], (recipe and recipe.std) or facts["std"])
+    except ModelError:
+        raise
     except (OSError, KeyError, TypeError, ValueError) as error:
         what = f"is no encoder's config.json ({type(error).__name__}: {error})"
         raise ModelError(folder / "config.json", what, "Give a repository of timm, or of transformers' ViT") from error
@@ -211,6 +212,17 @@ def _of_transformers(raw: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str
     }  # fmt: skip
     side = arguments["img_size"]
     return "vit_base_patch16_224", arguments, {"input_size": [3, side, side], "mean": _IMAGENET[0], "std": _IMAGENET[1]}
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """Read mean and std, which transformers keeps in a file of their own: ViTs have others than DINOv2's."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise ModelError(path, "is not there, and says how input is normalised", "Copy it from beside the config.json")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    if not raw.get("do_normalize", True):
+        return {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    return {"mean": raw["image_mean"], "std": raw["image_std"]}
 
 
 _NAMES = (

@@ -22,7 +22,6 @@ def grad_cam(model: PatchModel, rgb: npt.NDArray[np.uint8], targets: Sequence[st
 
     Parameters
     ----------
-    model : PatchModel
     rgb : uint8 (b, tile_px, tile_px, 3)
     targets : sequence of str (b,)
         Of each patch, one of the model's classes.

@@ -23,9 +23,9 @@ from wsi.nn.mil import MIL_NETS, MilNet, make_net
 from wsi.nn.mil.net import BLOCK
 from wsi.nn.patch import PatchModel
 from wsi.nn.uncertainty import Uncertainty, prediction_set, uncertainty
-from wsi.result import called
+from wsi.result import called, rounded
 
-#: Share of unreadable tissue from which on a grade should not be used: what decides may lie in what nobody saw.
+#: Share of unreadable tissue from which on a grade should not be used: the part that decides may be unreadable.
 MOST_UNREADABLE = 0.1
 
 
@@ -112,10 +112,10 @@ class MilModel:
         return self.config.class_names[int(pick_class(probabilities[None], self.config)[0])]
 
     def evidence(self, grade: SlideGrade) -> dict[str, npt.NDArray[Any]]:
-        """Return what spoke for a class, a number (n,) a tile, by class; of two classes for the second alone.
+        """Return the evidence of each tile for each class, {class: (n,)}; of two classes for the second only.
 
-        Contributions to the class's logit over the mean of all (what all gain, probabilities do not see). Attention
-        where the network is no sum over tiles, or grades are ordered or times.
+        Contributions to the class's logit minus the mean over classes, since softmax ignores a shared offset. Attention
+        where the network is not a sum over tiles, or where grades are ordered or survival times.
         """
         parts, names = grade.contributions, self.config.class_names
         if parts is None or self.head.kind not in ("softmax", "binary"):
@@ -132,7 +132,6 @@ class MilModel:
 
         Parameters
         ----------
-        grade : SlideGrade
         features : float (n, d)
             What it was made of.
         unreadable : float
@@ -184,8 +183,8 @@ class Doubts(NamedTuple):
         """Return it as result.json holds it: entropies in nats to six digits."""
         exact = self.uncertainty.mutual_information
         return {
-            "entropy": float(f"{self.uncertainty.entropy:.6g}"),
-            "mutual_information": None if exact is None else float(f"{exact:.6g}"),
+            "entropy": rounded(self.uncertainty.entropy),
+            "mutual_information": None if exact is None else rounded(exact),
             "prediction_set": None if self.prediction_set is None else list(self.prediction_set),
             "abstain": self.abstain,
         }
@@ -229,8 +228,14 @@ def load_mil_model(name: str | Path, encoder: PatchModel | None = None) -> MilMo
     config = read_config(folder, "mil")
     if config.architecture not in MIL_NETS:
         raise ModelError(config.folder, f"is of architecture {config.architecture!r}", f"Known: {', '.join(MIL_NETS)}")
-    if encoder is not None:
-        _check_encoder(config, encoder)
+    if encoder is not None and not encoder.num_features:
+        raise ModelError(config.folder, "needs features, and a TorchScript patch model shows none", "Leave out --mil")
+    if encoder is not None and config.encoder_sha256 not in (None, encoder.sha256):
+        raise ModelError(
+            config.folder,
+            f"was trained on the features of another patch model than {encoder.config.folder.name}",
+            "Use the patch model it names (encoder_sha256), or train a head for this one",
+        )
     state = load_weights(config)
     arguments = {**config.architecture_args, "num_classes": config.num_logits}
     try:
@@ -246,14 +251,3 @@ def load_mil_model(name: str | Path, encoder: PatchModel | None = None) -> MilMo
     # One file holds the whole ensemble: one hash says which weights a grade came from.
     fit_weights(nets[0] if config.members == 1 else torch.nn.ModuleList(nets), state, config)
     return MilModel(config, nets, weights_sha256(config))
-
-
-def _check_encoder(config: ModelConfig, encoder: PatchModel) -> None:
-    if not encoder.num_features:
-        raise ModelError(config.folder, "needs features, and a TorchScript patch model shows none", "Leave out --mil")
-    if config.encoder_sha256 is not None and config.encoder_sha256 != encoder.sha256:
-        raise ModelError(
-            config.folder,
-            f"was trained on the features of another patch model than {encoder.config.folder.name}",
-            "Use the patch model it names (encoder_sha256), or train a head for this one",
-        )

@@ -127,7 +127,7 @@ def conv_norm(conv: P4MConv, norm: P4MNorm, x: Tensor) -> Tensor:
 
 
 class P4MBlock(nn.Module):
-    """Two group convolutions and a shortcut (He 2016), ``(b, 8 * c_in, h, w)`` -> ``(b, 8 * c, h, w)``."""
+    """Two group convolutions and a shortcut (He et al., CVPR 2016): ``(b, 8 * c_in, h, w)`` -> ``(b, 8 * c, h, w)``."""
 
     def __init__(self, c_in: int, c: int) -> None:
         super().__init__()
@@ -211,13 +211,6 @@ class P4MNet(nn.Module):
     -----
     Invariant to rounding where the poolings divide the maps evenly, as they do for 50 x 50 px patches:
     ``(side - 2) % 2**stages == 0``. For other sizes they drop the odd row, and it holds only nearly.
-
-    References
-    ----------
-    Cohen & Welling, "Group Equivariant Convolutional Networks", ICML 2016, arXiv:1602.07576.
-    Veeling, Linmans, Winkens, Cohen & Welling, "Rotation Equivariant CNNs for Digital Pathology", MICCAI
-    2018, arXiv:1806.03962.
-    He, Zhang, Ren & Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385.
 
     Examples
     --------

@@ -14,6 +14,7 @@ import torch
 
 from wsi import native
 from wsi.errors import ModelError
+from wsi.files import sha256_of
 from wsi.nn.checkpoint import (
     HUB_PREFIX,
     TORCHSCRIPT,
@@ -247,9 +248,9 @@ def load_patch_model(
     config = read_config(folder, "patch")
     device = pick_device(device)
     precision = pick_precision(precision, device)
-    sha256 = weights_sha256(config)
     shown = name if name.startswith(HUB_PREFIX) else folder.resolve().name
     if torchscript and (folder / TORCHSCRIPT).is_file():
+        sha256 = sha256_of(folder / TORCHSCRIPT)
         try:
             script: torch.nn.Module = torch.jit.load(str(folder / TORCHSCRIPT), map_location="cpu")
         except RuntimeError as error:
@@ -260,8 +261,9 @@ def load_patch_model(
     if fold:
         fold_norms(net)
     return PatchModel(
-        config, net, name=shown, num_features=int(net.num_features), sha256=sha256, device=device, precision=precision
-    )
+        config, net, name=shown, num_features=int(net.num_features), sha256=weights_sha256(config), device=device,
+        precision=precision,
+    )  # fmt: skip
 
 
 def pick_device(device: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,7 @@ __all__ = ["PhantomConfig", "Truth", "write_phantom"]
 _CLASSES = {"tissue": ("Tissue", (150, 200, 150)), "tumours": ("Tumor", (200, 0, 0)), "pen": ("Pen", (90, 90, 90))}
 
 
-def write_phantom(
-    path: str | Path, config: PhantomConfig | None = None, *, progress: Callable[[float], None] | None = None
-) -> Truth:
+def write_phantom(path: str | Path, config: PhantomConfig | None = None) -> Truth:
     """Write a phantom slide, and its truth as ``<stem>.truth.geojson`` beside it.
 
     The slide is an Aperio-like tiled pyramid: JPEG 4:2:0 with shared tables, levels 1, 4, 16, and 64 beyond
@@ -42,8 +39,6 @@ def write_phantom(
         Such as ``phantom.svs``; replaced, whole, if it is there.
     config : PhantomConfig, optional
         Default: 8,192 x 8,192 px at 0.5 mpp with three tumours.
-    progress : callable, optional
-        Called with the share of the work done, up to 1, after each row of tiles.
 
     Returns
     -------
@@ -70,7 +65,7 @@ def write_phantom(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
             scene = Scene(config)
             with Path(scratch, "spool").open("w+b") as spool:
-                write_svs(Path(scratch, "slide"), spool, scene, config, progress or (lambda done: None))
+                write_svs(Path(scratch, "slide"), spool, scene, config)
             Path(scratch, "slide").replace(path)
         with replacing(path.with_name(f"{path.stem}.truth.geojson")) as file:
             file.write(json.dumps(_geojson(scene.truth, config), separators=(",", ":")).encode())

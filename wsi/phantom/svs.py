@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,9 +88,7 @@ class _Level:
             yield self._spool.read(length)
 
 
-def write_svs(
-    path: Path, spool: IO[bytes], scene: Scene, config: PhantomConfig, progress: Callable[[float], None]
-) -> None:
+def write_svs(path: Path, spool: IO[bytes], scene: Scene, config: PhantomConfig) -> None:
     side = config.tile_px
     sizes = [config.size]
     for _ in range(3 if max(config.size) > 32_768 else 2):
@@ -107,7 +105,6 @@ def write_svs(
                     level.put(column, row, tile)
                 if column == columns - 1:  # before the last yield, after which nobody comes back
                     level.end_row(row, last=row == rows - 1)
-                    progress((row + 1) / rows)
                 yield encoder.encode(tile)
 
     full = f"{config.size[0]}x{config.size[1]}"

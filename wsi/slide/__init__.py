@@ -18,7 +18,7 @@ from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat
 from wsi.result import rounded
 from wsi.slide.base import DECODES, GivenMpp, Slide
 
-__all__ = ["Slide", "absolute", "check_reading", "facts_of", "identity_of", "is_url", "open_slide"]
+__all__ = ["Slide", "absolute", "check_reading", "facts_of", "file_bytes", "identity_of", "is_url", "open_slide"]
 
 #: Names accepted as `reader`. "auto" is our own TIFF reader for what it is sure of, then OpenSlide, then tiffslide for
 #: what OpenSlide does not know.
@@ -104,7 +104,14 @@ def is_url(path: str) -> bool:
 def identity_of(slide: Slide) -> dict[str, Any]:
     """What a store of patches is bound to: JSON-able, and the same only for the same slide read in the same way."""
     read = {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader, "decode": slide.decode}
-    return {"slide_path": absolute(slide.path), "slide": read}
+    return {"slide_path": absolute(slide.path), "slide": read, "file_bytes": file_bytes(slide.path)}
+
+
+def file_bytes(path: str) -> int | None:
+    """Return the size of a slide's file; None of a URL, or where it cannot be told."""
+    with suppress(OSError):
+        return None if is_url(path) else Path(path).stat().st_size
+    return None
 
 
 def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
@@ -117,6 +124,7 @@ def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
         "coordinate_frame": coordinate_frame,
         "vendor": slide.vendor,
         "reader": slide.reader,
+        "file_bytes": file_bytes(slide.path),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -296,7 +296,15 @@ class Slide(ABC):
         self.close()
 
 
-def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, float] | None, source: str) -> tuple[Mpp, str]:
+def numbers_in(properties: Mapping[str, Any], *names: str) -> Any:  # as many floats as names, or None
+    """Return properties as numbers; None where one is missing, or none."""
+    try:
+        return tuple(float(properties[name]) for name in names)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, ...] | None, source: str) -> tuple[Mpp, str]:
     """Decide the slide's microns per pixel, or say why it has none.
 
     Parameters

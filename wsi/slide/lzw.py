@@ -7,7 +7,7 @@ next, or the process dies. So tifffile, and tiffslide through it, decode by ``de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import imagecodecs
@@ -90,23 +90,13 @@ def decode(data: Any, *args: Any, **options: Any) -> Any:
     return imagecodecs.lzw_decode(data, *args, **options)
 
 
-class _Decompressors(Mapping[int, Callable[..., Any]]):
-    """tifffile's decoders, but for LZW."""
+class _Decompressors(dict[int, Callable[..., Any]]):
+    """Decoders that are not tifffile's own, and by their key its own."""
 
-    def __init__(self, others: Mapping[int, Callable[..., Any]]) -> None:
-        self._others = others
+    others = tifffile.TIFF.DECOMPRESSORS
 
-    def __getitem__(self, compression: int) -> Callable[..., Any]:
-        return decode if compression == 5 else self._others[compression]
-
-    def __contains__(self, compression: object) -> bool:
-        return compression in self._others
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._others)
-
-    def __len__(self) -> int:
-        return len(self._others)
+    def __missing__(self, compression: int) -> Callable[..., Any]:
+        return self.others[compression]
 
 
-tifffile.TIFF.DECOMPRESSORS = _Decompressors(tifffile.TIFF.DECOMPRESSORS)
+tifffile.TIFF.DECOMPRESSORS = _Decompressors({5: decode})

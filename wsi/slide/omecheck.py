@@ -1,4 +1,4 @@
-"""The guard before OME-XML, of which tifffile makes lists as long as the text says that there are planes."""
+"""Check OME-XML before tifffile reads it, which allocates a list entry for every plane that the text declares."""
 
 from __future__ import annotations
 

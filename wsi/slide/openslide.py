@@ -10,7 +10,7 @@ import openslide
 import tifffile
 
 from wsi.errors import SlideError, SlideUnreadable, UnknownFormat
-from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, refuse_turned, resolve_mpp
+from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, numbers_in, refuse_turned, resolve_mpp
 from wsi.units import Box
 
 #: OpenSlide takes mpp of these vendors from TIFF resolution tags, which any converter may have left at 72 dpi.
@@ -58,9 +58,11 @@ class OpenSlideReader(Slide):
                     raise
                 except Exception as error:  # tifffile raises whatever it meets in a damaged file
                     raise SlideUnreadable(path, f"is damaged or incomplete ({_brief(error)})", _AGAIN) from error
-            self.mpp, self.mpp_source = resolve_mpp(path, given, _mpp_of(properties), source)
+            mpp = numbers_in(properties, openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+            self.mpp, self.mpp_source = resolve_mpp(path, given, mpp, source)
             self.bounds = _bounds_of(properties, self.size)
-            self.centre_nm = _centre_of(properties)
+            x, y = (f"hamamatsu.{axis}OffsetFromSlideCentre" for axis in "XY")
+            self.centre_nm = numbers_in(properties, x, y)
         except BaseException:
             self._slide.close()
             raise
@@ -86,11 +88,9 @@ class OpenSlideReader(Slide):
         return compose_on_white(np.asarray(rgba)[y - y0 :, x - x0 :])
 
     def close(self) -> None:
-        """Close the file."""
         self._slide.close()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as path and resolution."""
         return type(self), (self.path, self._given)
 
 
@@ -109,13 +109,6 @@ def _whole_start(start: int, downsample: float) -> int:
     )
 
 
-def _mpp_of(properties: Any) -> tuple[float, float] | None:
-    try:
-        return float(properties[openslide.PROPERTY_NAME_MPP_X]), float(properties[openslide.PROPERTY_NAME_MPP_Y])
-    except (KeyError, ValueError):
-        return None
-
-
 def _bounds_of(properties: Any, size: tuple[int, int]) -> Box:
     names = (
         openslide.PROPERTY_NAME_BOUNDS_X,
@@ -123,20 +116,11 @@ def _bounds_of(properties: Any, size: tuple[int, int]) -> Box:
         openslide.PROPERTY_NAME_BOUNDS_WIDTH,
         openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
     )
-    whole = Box(0, 0, *size)
-    try:
-        bounds = Box(*(int(properties[name]) for name in names)).intersect(whole)
-    except (KeyError, ValueError):
+    whole, found = Box(0, 0, *size), numbers_in(properties, *names)
+    if found is None or not all(number.is_integer() for number in found):
         return whole
+    bounds = Box(*map(int, found)).intersect(whole)
     return bounds if bounds.w > 0 and bounds.h > 0 else whole
-
-
-def _centre_of(properties: Any) -> tuple[float, float] | None:
-    try:
-        x, y = (float(properties[f"hamamatsu.{axis}OffsetFromSlideCentre"]) for axis in "XY")
-    except (KeyError, ValueError):
-        return None
-    return x, y
 
 
 def _brief(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import fsspec
 
 from wsi.errors import SlideNotFound, SlideUnreadable
+from wsi.files import in_one_go
 
 #: Ranges nearer than this are fetched as one: cheaper than asking twice.
 _GAP = {"local": 16_384, "remote": 262_144}
@@ -44,8 +44,7 @@ class Source:
             if "://" in path:
                 self.size = self._find()
             else:
-                self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                self._lock = threading.Lock()
+                self._fd = os.open(path, os.O_RDONLY)
                 self.size = os.fstat(self._fd).st_size
         except ImportError as error:
             raise SlideUnreadable(path, f"needs a further package ({error})", "pip install 'wsi[remote]'") from error
@@ -76,35 +75,19 @@ class Source:
         """Read up to `length` bytes: fewer where the file ends; or raise OSError."""
         if self._fs is not None:
             return bytes(self._fetch([(offset, offset + length)])[0])
-        if hasattr(os, "pread"):
-            return os.pread(self._fd, length, offset)
-        with self._lock:
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            return os.read(self._fd, length)
+        return os.pread(self._fd, length, offset)
 
     def ranges(self, offsets: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
         """Read many ranges, neighbours in one go, and remote ones all at the same time; or raise OSError."""
-        order = sorted((i for i, length in enumerate(lengths) if length), key=offsets.__getitem__)
-        gap = _GAP["local" if self._fs is None else "remote"]
-        spans: list[tuple[int, int, list[int]]] = []  # start, end, which ranges
-        for i in order:
-            start, end = offsets[i], offsets[i] + lengths[i]
-            if spans:
-                first, last, members = spans[-1]
-                if start <= last + gap and max(end, last) - first <= _MOST:
-                    members.append(i)
-                    spans[-1] = first, max(end, last), members
-                    continue
-            spans.append((start, end, [i]))
-        if self._fs is not None:
-            blobs = self._fetch([(start, end) for start, end, _ in spans])
-        else:
-            blobs = [self.read(start, end - start) for start, end, _ in spans]
+        wanted = sorted((offsets[i], length, i) for i, length in enumerate(lengths) if length)
+        runs = list(in_one_go(wanted, _GAP["local" if self._fs is None else "remote"], _MOST))
+        spans = [(run[0][0], max(offset + length for offset, length, _ in run)) for run in runs]
+        blobs = [self.read(start, end - start) for start, end in spans] if self._fs is None else self._fetch(spans)
         found: list[memoryview] = [memoryview(b"")] * len(offsets)
-        for (start, _, members), blob in zip(spans, blobs, strict=True):
+        for run, (start, _), blob in zip(runs, spans, blobs, strict=True):
             view = memoryview(blob)
-            for i in members:
-                found[i] = view[offsets[i] - start : offsets[i] - start + lengths[i]]
+            for offset, length, i in run:
+                found[i] = view[offset - start : offset - start + length]
         return found
 
     def _fetch(self, spans: list[tuple[int, int]]) -> list[Any]:

@@ -6,11 +6,12 @@ What it is not sure of it refuses with ``UnknownFormat``, and ``open_slide`` ask
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import defusedxml.ElementTree
 import numpy as np
@@ -50,7 +51,6 @@ _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 
 #: How a picture of another orientation (TIFF 6.0, tag 274) is turned: swapped axes, flipped down, flipped across.
 _TURNS = {
-    0: (False, False, False),
     1: (False, False, False),
     2: (False, False, True),
     3: (False, True, True),
@@ -62,13 +62,6 @@ _TURNS = {
 }
 
 
-class _Codec(Protocol):
-    shrinks: tuple[int, ...]
-
-    def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
-        """Decode a tile into uint8 (height / shrink, width / shrink, 3), or raise."""
-
-
 @dataclass(frozen=True)
 class _Level:
     size: tuple[int, int]
@@ -76,7 +69,7 @@ class _Level:
     offsets: npt.NDArray[np.int64]  # of each tile, row by row; 0 bytes: there is none
     counts: npt.NDArray[np.int64]
     columns: int
-    codec: _Codec
+    codec: _Jpeg | _Other
 
 
 class TiffReader(Slide):
@@ -116,9 +109,11 @@ class TiffReader(Slide):
             if len(sizes) != len(stored) or any(a > c or b > d for (a, b), (c, d) in zip(sizes, stored, strict=True)):
                 raise UnknownFormat(self.path, "describes other levels than it holds", _ELSEWHERE)
             self._levels = tuple(replace(level, size=size) for level, size in zip(self._levels, sizes, strict=True))
-        orientation = int(first.tags.valueof("Orientation", 1))
-        if orientation not in _TURNS:
-            raise SlideUnreadable(self.path, f"has TIFF orientation {orientation}", "Rewrite it with orientation 1")
+        orientations = {int(page.tags.valueof("Orientation", 1)) or 1 for page in pages}
+        orientation = orientations.pop()
+        if orientations or orientation not in _TURNS:
+            shown = " and ".join(map(str, sorted(orientations | {orientation})))
+            raise SlideUnreadable(self.path, f"has TIFF orientation {shown}", "Rewrite it with orientation 1")
         self._turn = _TURNS[orientation]
         self.level_sizes = tuple(_ordered(level.size, self._turn[0]) for level in self._levels)
         if self.vendor == "aperio" and any((level.counts == 0).any() for level in self._levels):
@@ -238,11 +233,9 @@ class TiffReader(Slide):
         return np.ascontiguousarray(region[:: -1 if flip_y else 1, :: -1 if flip_x else 1]), damaged
 
     def close(self) -> None:
-        """Close the file."""
         self._source.close()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as path, resolution and way of decoding."""
         return type(self), (self.path, self._given, self.decode)
 
 
@@ -262,6 +255,7 @@ class _Jpeg:
         return b"".join((self._head, data[2:]))
 
     def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
+        """Decode a tile into uint8 (height / shrink, width / shrink, 3), or raise."""
         stream = self.stream(data)
         height, width, _ = self._expected
         if not stream.startswith(self._known):  # an encoder's tiles begin alike, and looking costs a tenth of decoding
@@ -382,8 +376,9 @@ def _vendor(tiff: tifffile.TiffFile) -> tuple[str, tuple[float, float] | None, s
     first = tiff.pages.first
     text = first.description or ""
     if tiff.is_svs:
-        found = re.search(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)", text)
-        return "aperio", (float(found[1]), float(found[1])) if found else None, "vendor:aperio"
+        found = re.search(r"\|\s*MPP\s*=\s*([0-9.,eE+-]+)", text)
+        mpp = float(found[1].replace(",", ".")) if found else None  # a comma where the scanner's computer writes so
+        return "aperio", None if mpp is None else (mpp, mpp), "vendor:aperio"
     if tiff.is_philips:
         return "philips", _philips(text)[0], "vendor:philips"
     if tiff.is_ome:
@@ -444,7 +439,8 @@ def _level_pages(tiff: tifffile.TiffFile, vendor: str) -> list[tifffile.TiffPage
         subs: list[Any] = list(first.pages or []) if first.subifds else []
         pages = [first, *subs]
     elif vendor in ("generic-tiff", "philips"):
-        pages = [first, *(page for page in others if page.is_tiled and page.subfiletype & 1)]
+        own = itertools.takewhile(lambda page: not page.is_tiled or page.subfiletype, others)  # up to another picture
+        pages = [first, *(page for page in own if page.is_tiled and page.subfiletype & 1)]
         if str(first.tags.valueof("Software", "")).startswith(("MedScan", "Huron")) or first.subifds:
             return None
     else:  # label and macro are pages of their own kinds, and thumbnails are not tiled

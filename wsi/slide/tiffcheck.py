@@ -225,14 +225,15 @@ def _check_image(ifd: _Ifd, *, is_level: bool) -> int:
         samples, planes = 1, samples
     bits = int(ifd.numbers(_BITS).max()) if _BITS in ifd.tags else 1
     n_bytes = math.prod(tile) * samples * max(bits, 1) // 8
-    if n_bytes > MAX_TILE_BYTES and _NDPI not in ifd.tags:  # NDPI: one strip, cut by restart markers
+    long_strip = not tiled and _NDPI in ifd.tags  # NDPI: one strip, cut by restart markers
+    if n_bytes > MAX_TILE_BYTES and not long_strip:
         kind = "tiles" if tiled else "strips"
         raise ifd.refuse(f"has {kind} of {n_bytes} bytes when decoded, more than {MAX_TILE_BYTES}", _CONVERT)
-    _check_tiles(ifd, planes * math.prod(-(-a // b) for a, b in zip(sides, tile, strict=True)))
+    _check_tiles(ifd, planes * math.prod(-(-a // b) for a, b in zip(sides, tile, strict=True)), long_strip=long_strip)
     return px
 
 
-def _check_tiles(ifd: _Ifd, needed: int) -> None:
+def _check_tiles(ifd: _Ifd, needed: int, *, long_strip: bool) -> None:
     """Check that an image has the tiles it needs (more do no harm), all of them inside the file."""
     if any(len(ifd.tags.keys() & codes) != 1 for codes in (_OFFSETS, _LENGTHS)):
         raise ifd.refuse("does not say where its tiles are, or says it twice")
@@ -244,7 +245,7 @@ def _check_tiles(ifd: _Ifd, needed: int) -> None:
     held = lengths > 0  # a length of 0 is a hole: nothing was scanned there
     if (lengths > size).any() or (offsets[held] > size - lengths[held]).any():
         raise ifd.refuse(f"has tiles outside the file's {size} bytes")
-    if lengths.max() > 2 * MAX_TILE_BYTES and _NDPI not in ifd.tags:
+    if lengths.max() > 2 * MAX_TILE_BYTES and not long_strip:
         raise ifd.refuse(f"has a tile of {lengths.max()} bytes as stored, more than {2 * MAX_TILE_BYTES}", _CONVERT)
     if lengths.sum() > size:  # equal tiles may share their bytes (tifftools writes such files): each counts once
         total = int(lengths[np.unique(offsets, return_index=True)[1]].sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable
@@ -9,13 +10,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 import tifffile
 import tiffslide
 
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
 from wsi.errors import SlideError, SlideNotFound, SlideUnreadable
-from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, extent, refuse_turned, resolve_mpp
+from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, extent, numbers_in, refuse_turned, resolve_mpp
+from wsi.slide.tiff import jpeg_head
+from wsi.slide.tiffcheck import MAX_TILE_BYTES
 from wsi.units import Box
+
+#: TIFF 6.0, tags 262 and 259; Aperio's JPEG 2000 of YCbCr, which tifffile gives unconverted.
+_BLACK_IS_ZERO, _RGB, _YCBCR = 1, 2, 6
+_JPEG, _YCBCR_JPEG2000 = 7, 33003
 
 
 class TiffSlideReader(Slide):
@@ -64,12 +72,30 @@ class TiffSlideReader(Slide):
                 self.path, f"holds {page.dtype} {shape}, not 8-bit grey or RGB pixels", "Export a brightfield RGB image"
             )
         refuse_turned(self.path, page)
+        for page in self._pages:
+            self._check_pixels(page)
+        page = self._pages[0]
         source = "tiff-tags" if self.vendor == "generic-tiff" else f"vendor:{self.vendor}"
-        self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, _mpp_of(properties), source)
+        found = numbers_in(properties, "tiffslide.mpp-x", "tiffslide.mpp-y")
+        self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, found, source)
         self._holes = [_missing_tiles(page) for page in self._pages]
         self.bounds = Box(0, 0, *self.size)
         if (holes := self._holes[0]) is not None:
             self.bounds = extent(~holes, (page.tilewidth, page.tilelength), self.size)
+
+    def _check_pixels(self, page: tifffile.TiffPage) -> None:
+        """Refuse what tiffslide gives as other colours than it shows, or takes memory for without limit."""
+        colours, compression = int(page.photometric), int(page.compression)
+        shown = colours in (_BLACK_IS_ZERO, _RGB) or (colours == _YCBCR and compression == _JPEG)
+        if not shown or compression == _YCBCR_JPEG2000 or (page.samplesperpixel == 4 and page.extrasamples != (2,)):
+            what = f"{tifffile.PHOTOMETRIC(colours).name} of {page.samplesperpixel} samples (compression {compression})"
+            raise SlideUnreadable(self.path, f"stores its colours as {what}", "Export it as RGB without alpha")
+        chunk_bytes = math.prod(page.chunks)
+        if chunk_bytes > MAX_TILE_BYTES:
+            what = f"is stored in parts of {chunk_bytes} bytes when decoded, more than {MAX_TILE_BYTES}"
+            raise SlideUnreadable(self.path, what, "Convert it to a tiled pyramidal TIFF")
+        if compression == _JPEG:
+            page.decode = _whole(page.decode)
 
     def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
         # tiffslide takes level-0 coordinates and floors them to the level's pixels.
@@ -103,12 +129,21 @@ class TiffSlideReader(Slide):
         rgb[holes[rows[:, None], columns[None, :]]] = 255
 
     def close(self) -> None:
-        """Close the file."""
         self._slide.close()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as path and resolution."""
         return type(self), (self.path, self._given)
+
+
+def _whole(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse JPEG data that is cut short before tifffile decodes it: imagecodecs paints grey what is not there."""
+
+    def decode_whole(data: bytes | None, *args: Any, jpegtables: bytes | None = None, **options: Any) -> Any:
+        if data is not None and options.get("jpegheader") is None:  # NDPI's parts have no head and no end
+            simplejpeg.decode_jpeg(jpeg_head(jpegtables, "") + bytes(data)[2:])
+        return decode(data, *args, jpegtables=jpegtables, **options)
+
+    return decode_whole
 
 
 def _missing_tiles(page: tifffile.TiffPage) -> npt.NDArray[np.bool_] | None:
@@ -120,13 +155,6 @@ def _missing_tiles(page: tifffile.TiffPage) -> npt.NDArray[np.bool_] | None:
         return None
     rows, columns = -(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)
     return np.asarray(missing[: rows * columns].reshape(rows, columns))
-
-
-def _mpp_of(properties: dict[str, Any]) -> tuple[float, float] | None:
-    try:
-        return float(properties["tiffslide.mpp-x"]), float(properties["tiffslide.mpp-y"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _unreadable(path: str, error: BaseException) -> SlideUnreadable:

@@ -75,8 +75,8 @@ def fit(
     --------
     >>> white = np.full((64, 64, 3), 255, np.uint8)
     >>> transform = fit("macenko", white)
-    >>> transform.fallback, transform.is_identity
-    ('blank', True)
+    >>> transform.fallback, transform.source
+    ('blank', None)
     """
     if method not in _MEASURES:
         raise StainError(f"method={method}", "no such stain normalisation", f"Known: {', '.join(METHODS)}")

@@ -37,8 +37,8 @@ def measure(rgb: U8, config: FitConfig) -> Stains:
 
     Notes
     -----
-    Directions are angles in the plane of the second and first eigenvector, measured from the second, so that they
-    lie around a quarter turn whatever the signs of the eigenvectors and do not wrap.
+    Directions are angles in the plane of the second and first eigenvector, measured from the second, which points
+    towards tissue: they do not wrap, whatever the signs of the eigenvectors.
 
     Examples
     --------
@@ -60,6 +60,10 @@ def directions(density: F64, alpha: float) -> tuple[F64, F64]:
         raise Unmeasurable("one-colour")
     plane = axes[:, 1:]
     second, first = plane.T @ density
+    if (
+        second.mean() < 0
+    ):  # towards tissue, all of which lies within a quarter turn of its mean: away from where angles wrap
+        plane, second = plane * [-1, 1], -second
     angles = np.percentile(np.arctan2(first, second), (alpha, 100 - alpha))
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ plane.T
     return haematoxylin_first(vectors), variances

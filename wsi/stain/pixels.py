@@ -154,15 +154,11 @@ def tissue_density(rgb: U8, config: FitConfig) -> F64:
     Unmeasurable
         Too little tissue.
     """
-    return density_of(tissue_pixels(rgb, brightest_tissue(config)), config)
+    brightest = int(np.count_nonzero(density_table(config.io, clamp=False) >= config.beta)) - 1
+    return density_of(tissue_pixels(rgb, brightest), config)
 
 
 def density_of(rgb: U8, config: FitConfig) -> F64:
     """Optical density of pixels uint8 (..., 3), float64 (3, n)."""
     table = density_table(config.io, clamp=not config.published)
     return table[np.ascontiguousarray(rgb.reshape(-1, 3).T)]
-
-
-def brightest_tissue(config: FitConfig) -> int:
-    """Return the brightest byte whose optical density is at least beta; -1 where none is."""
-    return int(np.count_nonzero(density_table(config.io, clamp=False) >= config.beta)) - 1

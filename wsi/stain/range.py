@@ -35,6 +35,7 @@ import numpy as np
 from wsi.errors import ModelError
 from wsi.files import write_json
 from wsi.grid import TileGrid
+from wsi.result import rounded
 from wsi.slide.base import U8, Slide
 from wsi.stain import macenko
 from wsi.stain.config import FitConfig
@@ -116,7 +117,7 @@ class StainRange:
             what = f"of {n} training patients; {needed} or more are needed to tell what {coverage:.0%} of them are like"
             return cls(coverage=coverage, patients=n, reason=what)
         alone = [_distances(table[owner == k], table[owner != k]).min(1).max() for k in range(n)]
-        return cls(tuple(points), n, float(f"{np.sort(alone)[rank - 1]:.6g}"), coverage)
+        return cls(tuple(points), n, rounded(np.sort(alone)[rank - 1]), coverage)
 
     def check(self, seen: Point | U8) -> StainCheck:
         """Say whether a slide lies outside, by its point or by pixels of it, uint8 (..., 3)."""
@@ -128,7 +129,7 @@ class StainRange:
             return StainCheck(undefined=f"the slide's stains could not be measured: {error.what}")
         known, own = np.array(self.slides), np.array([point])
         nearest = int((apart := _distances(own, known)[0]).argmin())
-        distance = float(f"{apart[nearest]:.6g}")
+        distance = rounded(apart[nearest])
         if distance <= self.limit:
             return StainCheck(distance)
         h, e = (float(_angles(own[:, i : i + 3], known[nearest, None, i : i + 3])[0, 0]) for i in (0, 3))

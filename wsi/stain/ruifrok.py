@@ -19,7 +19,6 @@ from wsi.stain.statistics import Stains, Vector
 #: Optical density of red, green and blue; not of unit length, as everybody uses them.
 HAEMATOXYLIN: Vector = (0.65, 0.70, 0.29)
 EOSIN: Vector = (0.07, 0.99, 0.11)
-DAB: Vector = (0.27, 0.57, 0.78)
 
 
 def measure(rgb: U8, config: FitConfig) -> Stains:

@@ -164,11 +164,6 @@ class StainTransform:
             return "lab_map"
         return "sparse_map" if self.sparsity is not None and self.source is not None else "od_map"
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether every pixel stays what it is."""
-        return self.source is None or (self.source == self.target and self.io == 256 and not self.published)
-
     @cached_property
     def arguments(self) -> tuple[Any, ...]:
         """What the kernel takes between `rgb` and `out`: tables and numbers."""

@@ -6,8 +6,6 @@ Continuous coordinates of OME-NGFF begin at the centre of the first pixel; so wh
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from wsi.errors import OutputError
+from wsi.files import replacing_folder
 from wsi.units import Mpp
 
 #: NGFF versions and the Zarr formats they stand on.
@@ -46,7 +45,6 @@ def write_multiscale(
         Their names.
     step : (float, float)
         Width and height of a pixel of the first level in level-0 pixels of the slide.
-    mpp : Mpp
     version : {"0.4", "0.5"}
 
     Raises
@@ -86,8 +84,7 @@ def write_multiscale(
         about: dict[str, Any] = {"multiscales": [{"version": version, **image}], "omero": {"channels": shown}}
     else:
         about = {"ome": {"version": version, "multiscales": [image], "omero": {"channels": shown}}}
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.draft")
-    try:
+    with replacing_folder(path) as draft:
         group = zarr.create_group(LocalStore(draft), zarr_format=2 if NGFF[version] == 2 else 3, attributes=about)
         for k, level in enumerate(levels):
             extra: dict[str, Any] = (
@@ -104,8 +101,3 @@ def write_multiscale(
                 **extra,
             )
             array[:] = level
-        shutil.rmtree(path, ignore_errors=True)
-        draft.rename(path)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise

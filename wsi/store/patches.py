@@ -91,7 +91,6 @@ class PatchStore:
         ----------
         path : path
             Must not exist.
-        grid : TileGrid
         arrays : mapping of name to (shape of one row, dtype)
             What will be computed for each tile.
         pixels : {"none", "zstd", "jpeg", "verbatim"}
@@ -132,13 +131,10 @@ class PatchStore:
             for name, (row, dtype) in {"unreadable": ((), "bool"), **arrays}.items():
                 _create_array(group, name, n, row, dtype, {})
             draft.rename(path)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise StoreError(path, "was made by another run just now", "Let that run end first") from error
-            raise
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
             raise
         return cls.open(path)
 
@@ -161,7 +157,7 @@ class PatchStore:
         StoreError
             It holds other tiles, or is damaged.
         """
-        path, remedy = Path(path), "Choose another folder"
+        path, remedy = Path(path), "Delete it to begin it anew, or choose another folder"
         if not path.exists():
             return cls.create(path, grid, arrays, pixels=pixels, attributes=attributes)
         store = cls.open(path)
@@ -233,7 +229,7 @@ class PatchStore:
         return range(-(-len(self) // SHARD_TILES))
 
     def about(self, name: str) -> dict[str, Any]:
-        """Return what an array that was added says of itself; {} of one that the store was made with."""
+        """Return the metadata of an array that was added later; {} for the arrays the store was made with."""
         return dict(self._array(name).attrs.get("wsi", {}))
 
     def add(self, name: str, row: tuple[int, ...], dtype: str, about: Mapping[str, Any]) -> None:
@@ -241,10 +237,8 @@ class PatchStore:
 
         Parameters
         ----------
-        name : str
         row : tuple of int
             Shape of one tile's values.
-        dtype : str
         about : mapping
             JSON-able, not empty: what decides the values.
 
@@ -282,7 +276,6 @@ class PatchStore:
 
         Parameters
         ----------
-        shard : int
         values : mapping of name to array (tiles of the shard, ...)
 
         Raises

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi.errors import StoreError
-from wsi.files import replacing
+from wsi.files import in_one_go, replacing
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
@@ -113,7 +113,7 @@ class ShardFile:
             else:
                 spans.append((offset, length, mark))
         spans.sort()
-        for run in _runs(spans):
+        for run in in_one_go(spans, _GAP_BYTES, _RUN_BYTES):
             start = run[0][0]
             stop = max(offset + length for offset, length, _ in run)
             data = memoryview(os.pread(self._file, stop - start, start))
@@ -168,18 +168,3 @@ class ShardReader:
 @lru_cache(maxsize=_OPEN_FILES)
 def _open(reader: ShardReader, generation: int, shard: int) -> ShardFile:
     return ShardFile(reader.path(shard), reader.n_chunks)
-
-
-def _runs(spans: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Split spans (offset, length, mark), sorted, into runs that one read covers."""
-    run: list[tuple[int, int, int]] = []
-    stop = 0
-    for span in spans:
-        offset, length, _ = span
-        if run and (offset > stop + _GAP_BYTES or offset + length > run[0][0] + _RUN_BYTES):
-            yield run
-            run = []
-        stop = max(stop, offset + length) if run else offset + length
-        run.append(span)
-    if run:
-        yield run

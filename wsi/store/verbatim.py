@@ -67,7 +67,7 @@ def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
 
 
 def copy_tiles(
-    slide: Slide, store: PatchStore, *, threads: int = 1, progress: Callable[[int], None] | None = None
+    slide: Slide, store: PatchStore, *, threads: int = 1, progress: Callable[[int], None] = lambda done: None
 ) -> None:
     """Fill the missing pixels of a verbatim store: whole shards, each by one thread.
 
@@ -76,12 +76,11 @@ def copy_tiles(
 
     Parameters
     ----------
-    slide : Slide
     store : PatchStore
         Made with ``pixels="verbatim"`` for a grid of this slide.
     threads : int
         Shards copied at a time.
-    progress : callable, optional
+    progress : callable
         Called with the number of tiles done in all.
 
     Raises
@@ -120,12 +119,10 @@ def copy_tiles(
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="wsi-copy")
     try:
-        if progress is not None:
-            progress(done)
+        progress(done)
         for copied in pool.map(copy, missing):
             done += copied
-            if progress is not None:
-                progress(done)
+            progress(done)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -68,8 +68,6 @@ def stream(
 
     Parameters
     ----------
-    slide : Slide
-    grid : TileGrid
     runs : sequence of range
         Tiles wanted; no batch spans two runs.
     batch_size : int
@@ -79,8 +77,8 @@ def stream(
     ahead : int
         Batches begun before they are asked for: memory for one more than that is taken once and used again.
     max_bytes : int
-        Of decoded stored tiles under the patches begun. Besides, those that the next row of patches needs are kept: at
-        most a band across the slide, one stored tile high.
+        Limit on decoded stored tiles held for patches in progress. Stored tiles that the next row of patches needs are
+        kept as well: at most a band across the slide, one stored tile high.
     empty : callable
         Gives uint8 memory of a shape for the batches, such as pages that a GPU can fetch by itself.
 

@@ -113,7 +113,6 @@ def read_bag(path: Path, encoder: str | None = None) -> Bag:
 
     Parameters
     ----------
-    path : Path
     encoder : str, optional
         Of a store of ours: which features, by the name that ``wsi embed`` was given or the beginning of the hash of
         the encoder's weights. Needed where a store holds those of several.

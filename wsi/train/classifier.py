@@ -121,7 +121,6 @@ class PatchTraining(Loop[Any]):
     ----------
     cohort, patches, split
         Labels and pixels by the same ids, and their division.
-    config : PatchConfig
     model : PatchModel
         To be trained, see ``begin``.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,11 @@ class Case(NamedTuple):
     label: int
     time: float | None = None
     event: bool | None = None
+
+    @property
+    def stratum(self) -> int:
+        """By what cases are divided evenly, and balanced: the class, or of survival whether the event was seen."""
+        return self.label if self.event is None else int(self.event)
 
 
 @dataclass(frozen=True)
@@ -226,7 +231,7 @@ def k_fold(cohort: Cohort, folds: int, seed: int) -> list[Split]:
         raise TrainError(f"folds={folds}", "train, validation and test need at least 3", "Ask for 3 or more")
     strata: dict[str, int] = {}
     for case in cohort.cases.values():  # a patient counts for the highest class of its slides
-        strata[case.patient] = max(strata.get(case.patient, 0), case.label if case.event is None else int(case.event))
+        strata[case.patient] = max(strata.get(case.patient, 0), case.stratum)
     if len(strata) < folds:
         raise TrainError(f"folds={folds}", f"there are {len(strata)} patients", "Ask for fewer folds")
     rng = np.random.default_rng(seed)
@@ -260,9 +265,7 @@ def read_splits(path: Path, known: Collection[str] = ()) -> list[Split]:
     TrainError
         There is none, or a column is missing.
     """
-    files = (
-        [path] if path.is_file() else sorted(path.glob("splits_*.csv"), key=lambda file: (len(file.name), file.name))
-    )
+    files = [path] if path.is_file() else sorted(path.glob("splits_*.csv"), key=lambda file: (len(file.name), file))
     files = [file for file in files if not file.stem.endswith(("_bool", "_descriptor"))]
     if not files:
         raise TrainError(path, "holds no splits_<k>.csv", "Give CLAM's split tables, or --folds")
@@ -279,18 +282,10 @@ def read_splits(path: Path, known: Collection[str] = ()) -> list[Split]:
 def write_splits(folder: Path, splits: Sequence[Split]) -> None:
     """Write CLAM's split tables, ``splits_<k>.csv``."""
     folder.mkdir(parents=True, exist_ok=True)
+    columns = ("", "train", "val", "test")
     for k, split in enumerate(splits):
-        rows = [
-            {
-                "": i,
-                **{
-                    name: part[i] if i < len(part) else None
-                    for name, part in zip(("train", "val", "test"), split, strict=True)
-                },
-            }
-            for i in range(max(map(len, split)))
-        ]
-        write_csv(folder / f"splits_{k}.csv", ["", "train", "val", "test"], rows)
+        rows = [dict(zip(columns, (i, *part), strict=True)) for i, part in enumerate(zip_longest(*split))]
+        write_csv(folder / f"splits_{k}.csv", columns, rows)
 
 
 def check_split(cohort: Cohort, split: Split, name: str) -> None:

@@ -28,13 +28,14 @@ from wsi import __version__
 from wsi.errors import ModelError, TrainError
 from wsi.files import write_csv
 from wsi.nn.grade import feature_shift
-from wsi.nn.mil import Head, Targets
+from wsi.nn.mil import Head
 from wsi.nn.uncertainty import conformal_threshold, fit_temperature, prediction_set
+from wsi.result import rounded
 from wsi.train.cohort import Case, Cohort, Split, check_split, write_splits
 from wsi.train.figures import best_threshold
 from wsi.train.folder import bind, card_of, data_row, packed, write_model
 from wsi.train.loop import write_log
-from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, train_member, try_net
+from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, targets_of, train_member, try_net
 from wsi.train.stains import learn_stains, stains_line
 
 Progress = Callable[[str, int, int], None]
@@ -61,8 +62,6 @@ def train_mil(
         Labels and bags of the same slides; see ``cohort.match``.
     splits : sequence of Split
         One member is trained on each, times `seeds`.
-    out : Path
-    config : MilConfig
     seeds : int
         Members a split.
     coverage : float
@@ -70,7 +69,6 @@ def train_mil(
     positive : sequence of str
         Classes that a slide is called for from a threshold on, which is chosen on validation. Default: of two classes
         the second, of more none.
-    device : str
     progress : callable
         Called with the member, the epochs done, and how many at most.
 
@@ -174,11 +172,6 @@ def _bind(out: Path, cohort: Cohort, bags: Bags, splits: Sequence[Split], config
     bind(out, identity, "members")
 
 
-def _targets(cases: Sequence[Case]) -> Targets:
-    label = torch.tensor([case.label for case in cases])
-    return Targets(label, None, None if cases[0].event is None else torch.tensor([case.event for case in cases]))
-
-
 def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[int, int], Member]) -> float:
     """Fit one temperature to what every member says of the slides that stopped it.
 
@@ -190,7 +183,7 @@ def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[in
         (
             member.head,
             torch.from_numpy(np.stack([member.logits[i] for i in splits[k].validation])),
-            _targets([cohort.cases[i] for i in splits[k].validation]),
+            targets_of([cohort.cases[i] for i in splits[k].validation]),
         )
         for (k, _), member in members.items()
     ]
@@ -203,7 +196,7 @@ def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[in
             each.append((n * loss(targets) + sum(more)) / (n + len(more)))
         return float(np.mean(each))
 
-    return float(f"{fit_temperature(loss_at):.6g}")
+    return rounded(fit_temperature(loss_at))
 
 
 def _predictions(
@@ -212,19 +205,12 @@ def _predictions(
     """Give a row for each slide of each validation and test part, its probabilities the mean over the split's seeds."""
     rows = []
     for k, split in enumerate(splits):
-        own = [member for (fold, _), member in members.items() if fold == k]
+        own = [(replace(m.head, temperature=temperature), m.logits) for (fold, _), m in members.items() if fold == k]
         for part, ids in (("validation", split.validation), ("test", split.test)):
             for i in ids:
-                probabilities = np.mean(
-                    [
-                        replace(member.head, temperature=temperature)
-                        .probabilities(torch.from_numpy(member.logits[i]))
-                        .numpy()
-                        for member in own
-                    ],
-                    axis=0,
-                )
-                rows.append({"case": cohort.cases[i], "fold": k, "part": part, "probabilities": probabilities})
+                said = [head.probabilities(torch.from_numpy(logits[i])).numpy() for head, logits in own]
+                mean = np.mean(said, axis=0)
+                rows.append({"case": cohort.cases[i], "fold": k, "part": part, "probabilities": mean})
     return rows
 
 
@@ -288,9 +274,8 @@ def _write_tables(
     for row in rows:
         case: Case = row["case"]
         known = {"slide": case.slide_id, "patient": case.patient, "fold": row["fold"], "part": row["part"]}
-        known |= (
-            {"time": case.time, "event": None if case.event is None else int(case.event)} if cohort.time_bins else {}
-        )
+        if cohort.time_bins:
+            known |= {"time": case.time, "event": None if case.event is None else int(case.event)}
         said = {f"prob_{name}": f"{p:.6g}" for name, p in zip(cohort.class_names, row["probabilities"], strict=True)}
         table.append(known | {"label": cohort.class_names[case.label]} | said)
     write_csv(out / "predictions.csv", [*columns, *(f"prob_{name}" for name in cohort.class_names)], table)

@@ -71,10 +71,8 @@ class Patches:
 
     Parameters
     ----------
-    places : mapping of id to Place
     subset : bool
         Leave out patches that are not square or of another size than most.
-    keep_bytes : int
 
     Attributes
     ----------
@@ -131,7 +129,6 @@ def read_folder(folder: Path, *, classes: Sequence[str] = (), patient_in: str | 
 
     Parameters
     ----------
-    folder : Path
     classes : sequence of str
         Their order; default: by number, or by alphabet.
     patient_in : str, optional
@@ -228,7 +225,7 @@ def read_stores(
         for group, geometry in outlines.get(slide_id, ()):
             if not classes or group in classes:
                 drawn.setdefault(group, []).append(geometry)
-        covered = {group: _share(store, shapely.union_all(shapes)) >= _MOST for group, shapes in drawn.items()}
+        covered = {group: store.grid.covered(shapely.union_all(shapes)) >= _MOST for group, shapes in drawn.items()}
         claims = np.sum([*covered.values(), np.zeros(len(store), bool)], axis=0)
         unreadable = store.get("unreadable")
         for name, chosen in [*covered.items(), *([] if rest is None else [(rest, claims == 0)])]:
@@ -256,13 +253,6 @@ def _read_image(path: Path) -> U8:
     if rgb is None:
         raise TrainError(path, f"holds pixels of the kind {kind}", "Save it as 8-bit RGB")
     return rgb
-
-
-def _share(store: PatchStore, area: shapely.Geometry) -> npt.NDArray[np.float64]:
-    x, y, w, h = store.grid.boxes().T
-    tiles = shapely.box(x, y, x + w, y + h)
-    shapely.prepare(area)
-    return np.asarray(shapely.area(shapely.intersection(tiles, area)) / shapely.area(tiles))
 
 
 def _patient(name: str, pattern: str | None, path: Path) -> str:

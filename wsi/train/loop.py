@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,20 +15,11 @@ from safetensors.torch import save
 from wsi.errors import TrainError
 from wsi.files import replacing, write_csv
 
+if TYPE_CHECKING:
+    from wsi.train.classifier import PatchConfig
+    from wsi.train.mil import MilConfig
+
 Net = TypeVar("Net", bound=torch.nn.Module)
-
-
-class LoopConfig(Protocol):
-    """What a loop asks of a configuration; see ``MilConfig`` and ``PatchConfig``."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def patience(self) -> int | None: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
 
 
 class Loop(Generic[Net]):
@@ -40,7 +31,6 @@ class Loop(Generic[Net]):
     ----------
     net : Module
         On its device. What needs no gradient is neither learnt nor kept in the state.
-    config : LoopConfig
     lr : float
         Of AdamW; it falls to 0 over the epochs by a cosine.
 
@@ -50,7 +40,7 @@ class Loop(Generic[Net]):
         A row an epoch.
     """
 
-    def __init__(self, net: Net, config: LoopConfig, lr: float) -> None:
+    def __init__(self, net: Net, config: MilConfig | PatchConfig, lr: float) -> None:
         self.net = net
         self._config, self._lr = config, lr
         self._weights = [weight for weight in net.parameters() if weight.requires_grad]

@@ -103,10 +103,8 @@ class Bags:
 
     Parameters
     ----------
-    paths : mapping of slide id to path
     encoder : str, optional
         Which features of stores that hold several; see ``read_bag``.
-    keep_bytes : int
 
     Attributes
     ----------
@@ -213,12 +211,9 @@ def train_member(
 
     Parameters
     ----------
-    cohort : Cohort
     bags : Bags, or whatever gives a TrainingBag by slide id and has `stats` and `in_features`
     split : Split
         Test slides are looked at once, at the end.
-    config : MilConfig
-    device : str
     state : Path, optional
         File to keep the state in after each epoch.
     progress : callable
@@ -262,7 +257,7 @@ class _Run(Loop[MilNet]):
 
     def learn(self, rng: np.random.Generator) -> float:
         config = self.config
-        ids = drawn(self.split.train, [_stratum(self.cohort.cases[i]) for i in self.split.train], config.balance, rng)
+        ids = drawn(self.split.train, [self.cohort.cases[i].stratum for i in self.split.train], config.balance, rng)
         total = 0.0
         for start in range(0, len(ids), config.batch):
             some = ids[start : start + config.batch]
@@ -281,12 +276,16 @@ class _Run(Loop[MilNet]):
         )
 
     def _targets(self, ids: Sequence[str]) -> Targets:
-        cases = [self.cohort.cases[i] for i in ids]
-        label = torch.tensor([case.label for case in cases], device=self.device)
-        if cases[0].event is None:
-            return Targets(label)
-        time = torch.tensor([case.time for case in cases], dtype=torch.float32, device=self.device)
-        return Targets(label, time, torch.tensor([case.event for case in cases], device=self.device))
+        return targets_of([self.cohort.cases[i] for i in ids], self.device)
+
+
+def targets_of(cases: Sequence[Case], device: str = "cpu") -> Targets:
+    """Return what is known of cases as heads take it."""
+    label = torch.tensor([case.label for case in cases], device=device)
+    if cases[0].event is None:
+        return Targets(label)
+    time = torch.tensor([case.time for case in cases], dtype=torch.float32, device=device)
+    return Targets(label, time, torch.tensor([case.event for case in cases], device=device))
 
 
 def prepare(device: str, threads: int) -> str:
@@ -355,7 +354,3 @@ def _said(net: MilNet, bags: Any, ids: Sequence[str], device: str) -> torch.Tens
 
 def _on(bag: TrainingBag, device: str) -> TrainingBag:
     return bag if device == "cpu" else TrainingBag(bag.features.to(device), bag.boxes)
-
-
-def _stratum(case: Case) -> int:
-    return case.label if case.event is None else int(case.event)

@@ -66,14 +66,11 @@ def train_patches(
         Labels and pixels by the same ids.
     split : Split
         Test patches are looked at once, at the end.
-    out : Path
-    config : PatchConfig
     mpp : float
         Microns per pixel of the patches: those that slides are then cut at.
     positive : sequence of str
         Classes that the heatmap shows from a threshold on, which is chosen on validation. Default: of two classes the
         second, of more none.
-    device : str
     progress : callable
         Called with the epochs done, and how many at most.
 

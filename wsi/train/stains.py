@@ -23,7 +23,6 @@ def learn_stains(
         Gives tiles of it, uint8 (m, h, w, 3).
     patients : mapping of slide to str
         Of the same slides.
-    splits : sequence of Split
 
     Returns
     -------

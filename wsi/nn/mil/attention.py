@@ -13,6 +13,7 @@ Weights sum to 1 and the classifier is linear, so each tile's contribution to th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,6 @@ class AttentionMil(MilNet):
         With the branch U.
     attention_dropout : float
         Probability of dropping an element of the branches, in training only.
-
-    References
-    ----------
-    Ilse, Tomczak & Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018, arXiv:1802.04712.
 
     Examples
     --------
@@ -114,7 +111,7 @@ class AdditiveMil(AttentionMil):
 
     Parameters
     ----------
-    in_features, num_classes, hidden, attention, dropout, gated, attention_dropout
+    arguments
         See ``AttentionMil``.
     psi : int
         Width of psi's hidden layer.
@@ -125,22 +122,8 @@ class AdditiveMil(AttentionMil):
     arXiv:2206.01794.
     """
 
-    def __init__(
-        self,
-        *,
-        in_features: int,
-        num_classes: int = 2,
-        hidden: int | Sequence[int] = 64,
-        attention: int = 32,
-        dropout: float = 0.25,
-        gated: bool = True,
-        attention_dropout: float = 0.0,
-        psi: int = 32,
-    ) -> None:
-        super().__init__(
-            in_features=in_features, num_classes=num_classes, hidden=hidden, attention=attention, dropout=dropout,
-            gated=gated, attention_dropout=attention_dropout,
-        )  # fmt: skip
+    def __init__(self, *, num_classes: int = 2, psi: int = 32, **arguments: Any) -> None:
+        super().__init__(num_classes=num_classes, **arguments)
         self.classifier = nn.Sequential(
             nn.Linear(self.width, psi, bias=False), nn.ReLU(), nn.Linear(psi, num_classes, bias=False)
         )

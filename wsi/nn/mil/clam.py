@@ -24,7 +24,7 @@ class ClamSb(AttentionMil):
 
     Parameters
     ----------
-    in_features, num_classes, hidden, attention, dropout
+    dropout and others
         See ``AttentionMil``; the dropout is that of the attention branches too.
     instances : int
         Tiles learnt from at each end, B; halved where the bag holds fewer than 2 B.
@@ -40,21 +40,10 @@ class ClamSb(AttentionMil):
     """
 
     def __init__(
-        self,
-        *,
-        in_features: int,
-        num_classes: int = 2,
-        hidden: int | Sequence[int] = 64,
-        attention: int = 32,
-        dropout: float = 0.25,
-        instances: int = 8,
-        bag_weight: float = 0.7,
-        subtyping: bool = False,
-    ) -> None:
-        super().__init__(
-            in_features=in_features, num_classes=num_classes, hidden=hidden, attention=attention, dropout=dropout,
-            attention_dropout=dropout,
-        )  # fmt: skip
+        self, *, num_classes: int = 2, dropout: float = 0.25, instances: int = 8, bag_weight: float = 0.7,
+        subtyping: bool = False, **arguments: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(num_classes=num_classes, dropout=dropout, attention_dropout=dropout, **arguments)
         self.instances = instances
         self.bag_weight = bag_weight
         self.subtyping = subtyping
@@ -71,10 +60,8 @@ class ClamSb(AttentionMil):
             pooled = self.pool(bag.features)
             logits.append(self.classify(pooled))
             instance.append(self._instance_loss(bag.features, pooled.weights.detach(), label))
-        return (
-            self.bag_weight * loss_of(torch.stack(logits), targets)
-            + (1 - self.bag_weight) * torch.stack(instance).mean()
-        )
+        of_bags, of_tiles = loss_of(torch.stack(logits), targets), torch.stack(instance).mean()
+        return self.bag_weight * of_bags + (1 - self.bag_weight) * of_tiles
 
     def _instance_loss(self, features: Tensor, weights: Tensor, label: int) -> Tensor:
         k = min(self.instances, len(features) // 2)
@@ -95,14 +82,11 @@ class ClamSb(AttentionMil):
 
 
 class ClamMb(ClamSb):
-    """CLAM with a branch of attention a class, each with its own linear classifier.
+    """CLAM with a branch of attention a class, each with its own linear classifier; parameters as of ``ClamSb``."""
 
-    Parameters are those of ``ClamSb``.
-    """
-
-    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
+    def __init__(self, *, num_classes: int = 2, **arguments: Any) -> None:
         self.rows = num_classes
-        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+        super().__init__(num_classes=num_classes, **arguments)
 
     def classify(self, pooled: Pooled) -> Tensor:
         """Give each class's logit from its own pooled features: the diagonal of (r, k)."""

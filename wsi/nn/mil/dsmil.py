@@ -56,7 +56,6 @@ class DsMil(MilNet):
         self.classifier = nn.Linear(num_classes * self.width, num_classes)  # the published convolution of full width
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """See ``MilNet.forward``."""
         return self._streams(features)[0]
 
     def loss(self, bags: Sequence[TrainingBag], targets: Any, loss_of: LossOf) -> Tensor:

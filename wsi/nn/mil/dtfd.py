@@ -56,7 +56,6 @@ class DtfdMil(AttentionMil):
         del self.second.mean, self.second.std  # what it reads is ours, not an encoder's
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """See ``MilNet.forward``."""
         return self._tiers(features, boxes)[0]
 
     def loss(self, bags: Sequence[TrainingBag], targets: Any, loss_of: LossOf) -> Tensor:

@@ -132,10 +132,10 @@ class MilNet(nn.Module):
     def by_block(
         self, of: Callable[..., Parts], features: Tensor, rows: Tensor | None = None, carried: Parts = ()
     ) -> Parts:
-        """Give what `of` says of block after block of features, over all tiles or over those of `rows`, concatenated.
+        """Apply `of` to the features block by block, over all tiles or those of `rows`, and concatenate the results.
 
-        While training, what a block computed on its way is computed again for the gradient instead of being
-        kept, so that the memory of a bag does not grow with the network's width either.
+        While training, a block's intermediate results are recomputed for the gradient instead of being kept, so that
+        memory does not grow with bag size times network width.
 
         Parameters
         ----------

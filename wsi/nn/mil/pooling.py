@@ -11,12 +11,16 @@ from torch.nn import functional
 from wsi.nn.mil.net import BLOCK, BagScores, MilNet, Parts, weighted_by_class
 
 
-class MeanMil(MilNet):
-    """Mean of the embedded features, then a linear classifier: ``logits = W mean_n(h_n) + b``."""
+class _Linear(MilNet):
+    """An embedding and a linear classifier of tiles or of what is pooled."""
 
-    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
-        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+    def __init__(self, *, num_classes: int = 2, **arguments: Any) -> None:
+        super().__init__(num_classes=num_classes, **arguments)
         self.classifier = nn.Linear(self.width, num_classes)
+
+
+class MeanMil(_Linear):
+    """Mean of the embedded features, then a linear classifier: ``logits = W mean_n(h_n) + b``."""
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
         """See ``MilNet.forward``; attention is the same for all tiles."""
@@ -31,15 +35,11 @@ class MeanMil(MilNet):
         return BagScores(logits, torch.full((n,), 1 / n, device=logits.device), votes / n)
 
 
-class MaxMil(MilNet):
+class MaxMil(_Linear):
     """Largest value of each embedded feature, then a linear classifier: ``logits = W max_n(h_n) + b``.
 
     Attention is the share of features of which a tile holds the largest value; the bias is shared out by it.
     """
-
-    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
-        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
-        self.classifier = nn.Linear(self.width, num_classes)
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
         """See ``MilNet.forward``."""
@@ -60,7 +60,7 @@ class MaxMil(MilNet):
         return BagScores(logits, attention, contributions)
 
 
-class TopKMil(MilNet):
+class TopKMil(_Linear):
     """Mean of the `top` largest logits of single tiles, for each class; with ``top=1`` the instance maximum.
 
     Parameters
@@ -71,12 +71,11 @@ class TopKMil(MilNet):
         Tiles taken, or all of a smaller bag.
     """
 
-    def __init__(self, *, in_features: int, num_classes: int = 2, top: int = 10, **arguments: Any) -> None:
+    def __init__(self, *, top: int = 10, **arguments: Any) -> None:
         if top < 1:
             raise TypeError(f"top-k: top={top} must be at least 1")
-        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+        super().__init__(**arguments)
         self.top = top
-        self.classifier = nn.Linear(self.width, num_classes)
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
         """See ``MilNet.forward``; attention is shared by the tiles taken."""
@@ -99,15 +98,12 @@ class NoisyOrMil(MilNet):
     Maron & Lozano-Pérez, "A framework for multiple-instance learning", NIPS 1997.
     """
 
-    def __init__(self, *, in_features: int, num_classes: int = 2, **arguments: Any) -> None:
-        super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
+    def __init__(self, *, num_classes: int = 2, **arguments: Any) -> None:
+        super().__init__(num_classes=num_classes, **arguments)
         self.classifier = nn.Linear(self.width, max(1, num_classes - 1))
-        nn.init.constant_(
-            self.classifier.bias, -4.0
-        )  # from 0, a bag of 10^3 tiles would begin at p = 1, with no gradient
+        nn.init.constant_(self.classifier.bias, -4.0)  # from 0, 10^3 tiles would begin at p = 1, with no gradient
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """See ``MilNet.forward``."""
         (votes,) = self.by_block(lambda block: (self.classifier(self.embed(block)).float(),), features)
         # log(-log(1 - p_n)), whose softmax is the share; softplus(v) is exp(v) for small v, and would underflow
         evidence = torch.where(votes < -15, votes, functional.softplus(votes.clamp(min=-15)).log())
