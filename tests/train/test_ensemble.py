@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,17 @@ def test_a_network_that_reads_places_is_refused_bags_without(tmp_path: Path) -> 
     cohort = cohort_of(LABELS)
     with pytest.raises(TrainError, match=r"s29: .*no boxes"):
         train_mil(cohort, bags, k_fold(cohort, 3, 0), tmp_path / "out", MilConfig("transmil"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_slide_under_two_names_is_refused_but_of_one_patient(tmp_path: Path) -> None:
+    folder = write_bags(tmp_path / "bags", LABELS) / "h5_files"
+    shutil.copy(folder / "s04.h5", folder / "s30.h5")
+    bags, labels = Bags(find_bags([folder])), LABELS | {"s30": 0}
+    for patients, says in ((0, "s04 of patient p4 has the very features of s30, of p30"), (26, "arguments do not fit")):
+        cohort = cohort_of(labels, patients)
+        with pytest.raises(WsiError, match=says):
+            train_mil(cohort, bags, k_fold(cohort, 3, 0), tmp_path / "out", MilConfig(arguments={"wings": 2}))
     assert not (tmp_path / "out").exists()
 
 

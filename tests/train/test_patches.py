@@ -243,6 +243,17 @@ class TestBadInput:
             train_patches(found.cohort, patches, k_fold(found.cohort, 4, 0)[0], tmp_path / "out", config, mpp=1.0)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize(
+        ("config", "says"),
+        [(PatchConfig("test_resnet", batch=1), "Use --batch 4"), (PatchConfig(batch=64, lr=1e30), "is not finite")],
+    )
+    def test_what_teaches_nothing(
+        self, found: Labelled, patches: Patches, tmp_path: Path, config: PatchConfig, says: str
+    ) -> None:
+        """One value has no variance; after one step of a huge rate only validation sees what became of the weights."""
+        with pytest.raises(TrainError, match=says):
+            train_patches(found.cohort, patches, k_fold(found.cohort, 4, 0)[0], tmp_path / "out", config, mpp=1.0)
+
     def test_a_folder_of_another_training(self, trained: Path, found: Labelled, patches: Patches) -> None:
         before = (trained / "config.json").read_bytes()
         with pytest.raises(ConfigMismatch, match="another config"):

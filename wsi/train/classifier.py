@@ -141,7 +141,14 @@ class PatchTraining(Loop[Any]):
         ids = drawn(self.split.train, labels, self.config.balance, rng)
         total = 0.0
         for some, rgb in self._batches(ids, seed=int(rng.integers(2**31))):
-            loss = torch.nn.functional.cross_entropy(self._logits(some, rgb), self._labels(some))
+            try:
+                logits = self._logits(some, rgb)
+            except ValueError as error:  # torch's, of batch normalisation
+                if len(some) > 1:
+                    raise
+                what = f"teaches this network nothing ({error})"
+                raise TrainError("a batch of one patch", what, "Use --batch 4 or more") from error
+            loss = torch.nn.functional.cross_entropy(logits, self._labels(some))
             total += self.step(loss) * len(some)
         return total / len(ids)
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from wsi import __version__
-from wsi.errors import ModelError
+from wsi.errors import ModelError, TrainError
 from wsi.files import write_csv
 from wsi.nn.grade import feature_shift
 from wsi.nn.mil import Head
@@ -93,6 +93,7 @@ def train_mil(
     positive = cohort.positive(positive)
     for k, split in enumerate(splits):
         check_split(cohort, split, f"split {k}")
+    _refuse_twins(cohort, bags)
     try_net(cohort, bags, config)
     _bind(out, cohort, bags, splits, config, seeds, coverage, positive)
     write_splits(out / "splits", splits)
@@ -142,6 +143,17 @@ def train_mil(
     card = _card(out, cohort, bags, splits, seeds, written, figures, stains_line(stains, unlike))
     write_model(out, weights, written, figures, stains, card)
     return figures
+
+
+def _refuse_twins(cohort: Cohort, bags: Bags) -> None:
+    """Refuse a slide that is there under two names, of two patients: it could be trained on and tested."""
+    seen: dict[tuple[int, bytes, bytes], Case] = {}
+    for i, case in cohort.cases.items():
+        stats = bags.stats[i]
+        other = seen.setdefault((stats.tiles, stats.sum.tobytes(), stats.square.tobytes()), case)
+        if other.patient != case.patient:
+            what = f"{other.slide_id} of patient {other.patient} has the very features of {i}, of {case.patient}"
+            raise TrainError("bags", what, "It is one slide twice: keep one")
 
 
 def _bind(out: Path, cohort: Cohort, bags: Bags, splits: Sequence[Split], config: MilConfig, *others: Any) -> None:
