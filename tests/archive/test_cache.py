@@ -16,9 +16,9 @@ from wsi.archive import Cache, Event, SlideRef, find_slides, tile_archive
 
 def test_the_same_bytes_from_copies(slides: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str | None] = []
-    give = archive.workers.Here.give
+    give = archive.workers.InProcess.give
     monkeypatch.setattr(
-        archive.workers.Here, "give", lambda self, task: opened.append(task.ref.local) or give(self, task)
+        archive.workers.InProcess, "give", lambda self, task: opened.append(task.ref.local) or give(self, task)
     )
     tile_archive(find_slides([str(slides)]), tmp_path / "r", CONFIG, workers=0, cache=Cache(tmp_path / "c", 10**9))
     assert digest(tmp_path / "r") == digest(whole)

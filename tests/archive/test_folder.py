@@ -15,7 +15,7 @@ import pytest
 from tests.archive.make import CONFIG
 from tests.e2e.conftest import rows
 from wsi.archive import Cache, Event, SlideRef, find_slides, tile_archive
-from wsi.archive.folder import BOOKS, slide_ids
+from wsi.archive.folder import TABLES_CLAIM, slide_ids
 from wsi.archive.jobs import Task, failure
 from wsi.archive.walk import _Run
 from wsi.files import time_beside, write_csv
@@ -140,7 +140,7 @@ def test_a_sleeper_that_overwrites_the_last_table_mends_it(
 
     def slept(path: Path, *table: Any) -> None:
         if path.name == "slides.csv" and rows_of(table) == ["s0"] and not (tmp_path / "s1").exists():
-            for claim in (tmp_path / ".claims").glob(f"{BOOKS}.*"):
+            for claim in (tmp_path / ".claims").glob(f"{TABLES_CLAIM}.*"):
                 claim.unlink()
             tile_archive(refs[1:], tmp_path, CONFIG, workers=0)
         write_csv(path, *table)

@@ -180,10 +180,10 @@ def test_the_job_survives_the_journey() -> None:
 def test_a_worker_that_is_killed_between_two_slides_costs_neither(slides: Path, whole: Path, tmp_path: Path) -> None:
     def tell(event: Event) -> None:
         if event.kind == "done" and event.slide_id == "s0":
-            os.kill(staff._workers[0]._process.pid, signal.SIGKILL)
+            os.kill(executor._workers[0]._process.pid, signal.SIGKILL)
 
-    staff = Workers(TileJob(CONFIG, 2), 1, Limits())
-    summary = run(find_slides([str(slides)]), tmp_path, TileJob(CONFIG, 2), staff, tell=tell)
+    executor = Workers(TileJob(CONFIG, 2), 1, Limits())
+    summary = run(find_slides([str(slides)]), tmp_path, TileJob(CONFIG, 2), executor, tell=tell)
     assert [row["slide_id"] for row in summary.done] == ["s0", "s1"] and not summary.failed
     assert digest(tmp_path) == digest(whole)
 
@@ -191,12 +191,12 @@ def test_a_worker_that_is_killed_between_two_slides_costs_neither(slides: Path, 
 def test_a_limit_met_in_the_last_moment_does_not_fail_the_next_slide(slides: Path, tmp_path: Path) -> None:
     def tell(event: Event) -> None:
         if event.stage == "finish" and event.slide_id == "s0":
-            while not staff._said.qsize():  # it has ended, which we have not heard yet
+            while not executor._said.qsize():  # it has ended, which we have not heard yet
                 os.sched_yield()
-            staff._workers[0].check(Limits(seconds=0))
+            executor._workers[0].check(Limits(seconds=0))
 
-    staff = Workers(TileJob(CONFIG, 2), 1, Limits())
-    summary = run(find_slides([str(slides)]), tmp_path, TileJob(CONFIG, 2), staff, tell=tell)
+    executor = Workers(TileJob(CONFIG, 2), 1, Limits())
+    summary = run(find_slides([str(slides)]), tmp_path, TileJob(CONFIG, 2), executor, tell=tell)
     assert [row["slide_id"] for row in summary.done] == ["s0", "s1"] and not summary.failed
 
 

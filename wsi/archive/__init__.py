@@ -14,7 +14,7 @@ from wsi.archive.cache import Cache
 from wsi.archive.jobs import Job, ScoreJob, TileJob
 from wsi.archive.slides import SlideRef, find_slides
 from wsi.archive.walk import Summary, nobody, run
-from wsi.archive.workers import Event, Here, Limits, Staff, Tell, Workers, default_threads
+from wsi.archive.workers import Event, InProcess, Limits, Executor, Tell, Workers, default_threads
 from wsi.engine import EngineConfig, ScoreConfig
 from wsi.errors import WsiError
 from wsi.tile import TileConfig
@@ -92,8 +92,8 @@ def score_archive(
     []
     """
     job = ScoreJob(engine, config or ScoreConfig())
-    staff = _staff(job, workers, scheduler, limits, cache)
-    return run(refs, Path(folder), job, staff, order=order, cache=cache, force=force, command=command, tell=tell)
+    executor = _executor(job, workers, scheduler, limits, cache)
+    return run(refs, Path(folder), job, executor, order=order, cache=cache, force=force, command=command, tell=tell)
 
 
 def tile_archive(
@@ -118,11 +118,11 @@ def tile_archive(
     if order == "triage":
         raise WsiError("order='triage'", "needs a model, and patches are cut without one", "Use given or size")
     job = TileJob(config or TileConfig(), threads or default_threads())
-    staff = _staff(job, workers, scheduler, limits, cache)
-    return run(refs, Path(folder), job, staff, order=order, cache=cache, force=force, command=command, tell=tell)
+    executor = _executor(job, workers, scheduler, limits, cache)
+    return run(refs, Path(folder), job, executor, order=order, cache=cache, force=force, command=command, tell=tell)
 
 
-def _staff(job: Job, workers: int | None, scheduler: str | None, limits: Limits, cache: Cache | None) -> Staff:
+def _executor(job: Job, workers: int | None, scheduler: str | None, limits: Limits, cache: Cache | None) -> Executor:
     if workers is not None and workers < 0:
         raise WsiError(f"workers={workers}", "cannot be fewer than none", "0 is this process itself")
     if cache is not None and scheduler not in (None, "local"):
@@ -133,4 +133,4 @@ def _staff(job: Job, workers: int | None, scheduler: str | None, limits: Limits,
         from wsi.archive.cluster import Cluster
 
         return Cluster(job, scheduler, workers)
-    return Here(job) if workers == 0 else Workers(job, workers, limits)
+    return InProcess(job) if workers == 0 else Workers(job, workers, limits)

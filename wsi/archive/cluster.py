@@ -39,7 +39,7 @@ def _do(job: str, task: dict[str, Any]) -> dict[str, Any]:
 
 
 class Cluster:
-    """Workers of a Dask cluster; see ``wsi.archive.workers.Staff``.
+    """Workers of a Dask cluster; see ``wsi.archive.workers.Executor``.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ class Cluster:
         return configuration, {**execution, "scheduler": self._address}
 
     def free(self) -> bool:
-        """See ``Staff``. One more than there are workers, so that none waits for us."""
+        """See ``Executor``. One more than there are workers, so that none waits for us."""
         return len(self._running) <= len(self._client.ncores())
 
     def give(self, task: Task) -> None:

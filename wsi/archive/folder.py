@@ -37,7 +37,7 @@ from wsi.slide import absolute
 
 CLAIMS = ".claims"
 #: Whoever writes run.json and the tables claims this name; no slide has it.
-BOOKS = ".books"
+TABLES_CLAIM = ".books"
 _FAILURE = "failure.json"
 _MAX_STEM = 200  # bytes, of the 255 that file systems take
 _TABLES = ("slides.csv", "slides.parquet", "failures.csv")
@@ -142,14 +142,14 @@ def _throw_away(own: Path) -> None:
 
 
 def sweep_books(folder: Path) -> None:
-    """Remove half-written tables that a killed process left. Only for who has claimed ``BOOKS``."""
+    """Remove half-written tables that a killed process left. Only for who has claimed ``TABLES_CLAIM``."""
     for name in (*_OUR_FILES, CLAIMS):
         for path in folder.glob(f".{name}.*.draft"):
             path.unlink(missing_ok=True)
 
 
 def look_again(own: Path) -> None:
-    """Make and remove a file in a slide's folder, so that NFS forgets that it saw no result there a moment ago.
+    """Make and remove a file in a slide's folder, which invalidates the NFS client's cache of missing names.
 
     For up to a minute it believes its own memory of names that were missing (nfs(5), acdirmax), and another machine may
     have finished the slide since. Only for who has claimed the slide.
@@ -226,7 +226,7 @@ class Tables:
         return time.monotonic() - self._written > max(1.0, 20 * self._took)
 
     def write(self, *, last: bool = False) -> None:
-        """Write both tables; the last time with what else happened in the folder meanwhile. For who has ``BOOKS``."""
+        """Write both tables; the last time with what else happened in the folder meanwhile. For who has ``TABLES_CLAIM``."""
         now = time.monotonic()
         if last:
             self._rows.clear()

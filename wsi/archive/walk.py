@@ -1,4 +1,4 @@
-"""The walk of a run: bind the folder, then claim a slide, hand it to the staff, and write down what became of it."""
+"""The walk of a run: bind the folder, then claim a slide, hand it to the executor, and write down what became of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from wsi.archive.cache import Cache
 from wsi.archive.claims import Claim, Claims
 from wsi.archive.folder import (
-    BOOKS,
+    TABLES_CLAIM,
     CLAIMS,
     Row,
     Tables,
@@ -28,7 +28,7 @@ from wsi.archive.folder import (
 )
 from wsi.archive.jobs import Job, Task, is_of
 from wsi.archive.slides import SlideRef
-from wsi.archive.workers import Event, Staff, Tell
+from wsi.archive.workers import Event, Executor, Tell
 from wsi.errors import OutputError, WsiError
 from wsi.slide import absolute, file_bytes
 
@@ -60,7 +60,7 @@ def run(
     refs: Sequence[SlideRef],
     folder: Path,
     job: Job,
-    staff: Staff,
+    executor: Executor,
     *,
     order: str = "given",
     cache: Cache | None = None,
@@ -68,38 +68,38 @@ def run(
     command: Sequence[str] = (),
     tell: Tell = nobody,
 ) -> Summary:
-    """Do `job` to slides, by `staff`, into a results folder that other runs may be working on too."""
+    """Do `job` to slides, by `executor`, into a results folder that other runs may be working on too."""
     if order not in ORDERS:
         raise WsiError(f"order={order!r}", "no such order", f"Known: {', '.join(ORDERS)}")
     try:
-        configuration, execution = staff.start()
+        configuration, execution = executor.start()
         folder.mkdir(parents=True, exist_ok=True)
         ids = slide_ids(refs, folder)
         named = dict(zip(ids, refs, strict=True))
         tables = Tables(folder, job.columns, job.status, named)
         with Claims(folder / CLAIMS) as claims, cache or nullcontext():
-            with claims.holding(BOOKS):
+            with claims.holding(TABLES_CLAIM):
                 sweep_books(folder)
                 bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
             try:
-                work = _Run(folder, named, job, staff, claims, tables, cache, tell)
+                work = _Run(folder, named, job, executor, claims, tables, cache, tell)
                 work.sort(order)
-                work.weigh()
-                rows = work.go()
+                work.check_disk()
+                rows = work.run()
             finally:
-                staff.stop()  # before the claims are given back
+                executor.stop()  # before the claims are given back
                 overtaken = True
                 while overtaken:  # by a run that has seen more than we, when we slept
-                    with claims.holding(BOOKS) as books:
+                    with claims.holding(TABLES_CLAIM) as claim:
                         sweep_books(folder)
                         tables.write(last=True)
-                        overtaken = not books.holds()
+                        overtaken = not claim.holds()
     except OSError as error:
         if isinstance(error, WsiError):
             raise
         raise OutputError.of(error, folder) from error
     finally:
-        staff.stop()
+        executor.stop()
     summary = Summary()
     for slide_id in named:
         kind, row = rows[slide_id]
@@ -108,20 +108,20 @@ def run(
 
 
 class _Run:
-    """The books of one run: which slides are to do, who is doing which, and what became of the others."""
+    """The state of one run: which slides are waiting, which are being processed by whom, and how the others ended."""
 
     def __init__(
         self,
         folder: Path,
         refs: dict[str, SlideRef],
         job: Job,
-        staff: Staff,
+        executor: Executor,
         claims: Claims,
         tables: Tables,
         cache: Cache | None,
         tell: Tell,
     ) -> None:
-        self._folder, self._refs, self._job, self._staff, self._claims = folder, refs, job, staff, claims
+        self._folder, self._refs, self._job, self._executor, self._claims = folder, refs, job, executor, claims
         self._tables, self._cache, self._tell = tables, cache, tell
         self._to_do = deque(refs)
         self._coming: dict[str, Future[str | None]] = {}  # claimed, and being copied
@@ -138,7 +138,7 @@ class _Run:
             found = self._ask("triage", [name for name in self._to_do if not self._is_finished(name)])
             self._to_do = deque(sorted(found, key=lambda name: -(found[name] or 0.0)))
 
-    def weigh(self) -> None:
+    def check_disk(self) -> None:
         """Refuse to begin where the disk cannot hold the results, judged by a few slides.
 
         Raises
@@ -173,16 +173,16 @@ class _Run:
 
         asked: set[str] = set()
         while waiting or asked:
-            while waiting and self._staff.free():
+            while waiting and self._executor.free():
                 name = waiting.popleft()
                 asked.add(name)
-                self._staff.give(Task(name, self._refs[name], str(self._folder / name), question=question))
-            self._staff.wait(hear)
+                self._executor.give(Task(name, self._refs[name], str(self._folder / name), question=question))
+            self._executor.wait(hear)
         if failed is not None and all(value is None for value in found.values()) and question == "triage":
             raise WsiError(failed["slide"], f"no slide can be judged beforehand: {failed['error']}", failed["remedy"])
         return found
 
-    def go(self) -> dict[str, tuple[str, Row]]:
+    def run(self) -> dict[str, tuple[str, Row]]:
         """Go on until every slide is done or failed, here or in another run; return their rows."""
         while self._to_do or self._doing:
             self._give()
@@ -191,14 +191,14 @@ class _Run:
                     break
                 self._claim(self._to_do.popleft())
                 self._give()
-            self._write_tables()  # while the staff is at work
+            self._write_tables()  # while the executor is at work
             if self._to_do or self._doing:
-                self._staff.wait(self._hear)
+                self._executor.wait(self._on_event)
         return self._rows
 
     def _write_tables(self) -> None:
         """Write the tables where that is due, and no other run is at it."""
-        if self._tables.is_due() and (claim := self._claims.take(BOOKS)) is not None:
+        if self._tables.is_due() and (claim := self._claims.take(TABLES_CLAIM)) is not None:
             try:
                 self._tables.write()
             finally:
@@ -207,7 +207,7 @@ class _Run:
     def _may_claim(self, slide_id: str) -> bool:
         """Whether a slide can be handed out at once; or, with a cache, be copied meanwhile."""
         if self._cache is None:
-            return self._staff.free()
+            return self._executor.free()
         return len(self._coming) < _AHEAD and self._cache.has_room(self._refs[slide_id].path)
 
     def _claim(self, slide_id: str) -> None:
@@ -242,11 +242,11 @@ class _Run:
     def _give(self) -> None:
         """Hand out what is claimed and near."""
         for slide_id, copy in list(self._coming.items()):
-            if copy.done() and self._staff.free():
+            if copy.done() and self._executor.free():
                 del self._coming[slide_id]
                 self._tell(Event("begin", slide_id))
                 ref = replace(self._refs[slide_id], local=copy.result())
-                self._staff.give(Task(slide_id, ref, str(self._folder / slide_id), self._doing[slide_id]))
+                self._executor.give(Task(slide_id, ref, str(self._folder / slide_id), self._doing[slide_id]))
 
     def _is_finished(self, slide_id: str) -> bool:
         """Whether there is a result, or another run has failed on it since this one began."""
@@ -257,8 +257,8 @@ class _Run:
             self._note("failed", slide_id, failure)
         return slide_id in self._rows
 
-    def _hear(self, event: Event) -> None:
-        """Write down what the staff tells."""
+    def _on_event(self, event: Event) -> None:
+        """Write down what the executor tells."""
         slide_id = event.slide_id
         if event.kind == "stage":
             self._tell(event)

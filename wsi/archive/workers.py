@@ -56,7 +56,7 @@ class Event:
     value: float | None = None
 
 
-#: Who is told.
+#: A callback for events.
 Tell = Callable[[Event], None]
 
 
@@ -76,8 +76,8 @@ class Limits:
     memory_bytes: int | None = None
 
 
-class Staff(Protocol):
-    """Those who do slides."""
+class Executor(Protocol):
+    """Something that processes slides: this process, worker processes, or a cluster."""
 
     def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Load the models; return `configuration` and `execution` as ``jobs.Ready`` has them."""
@@ -95,8 +95,8 @@ class Staff(Protocol):
         """End, whatever is being done."""
 
 
-class Here:
-    """Nobody else: the process itself, one slide at a time. A native crash ends the run, and there are no limits."""
+class InProcess:
+    """Processes slides one at a time in the calling process. A native crash ends the run, and there are no limits."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -113,7 +113,7 @@ class Here:
         self._task = task
 
     def wait(self, tell: Tell) -> None:
-        """See ``Staff``; this is where the slide is done."""
+        """See ``Executor``; this is where the slide is done."""
         task, self._task = self._task, None
         if task is None:
             time.sleep(_LOOK_S)  # for slides that another run has claimed
@@ -126,11 +126,11 @@ class Here:
         tell(Event(slide_id=slide_id, **said))
 
     def stop(self) -> None:
-        """See ``Staff``."""
+        """See ``Executor``."""
 
 
 class Workers:
-    """Processes of our own on this machine: what a slide does to one of them, the others do not feel.
+    """Worker processes on this machine: a crash in one of them does not affect the others.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ class Workers:
         self._idle_deaths = 0
 
     def start(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """See ``Staff``. The first tells how many GPUs there are; the others load while it works."""
+        """See ``Executor``. The first tells how many GPUs there are; the others load while it works."""
         first = self._begin(0)
         _, said = self._said.get()
         if said["kind"] == "died":
