@@ -178,3 +178,15 @@ def test_a_slide_whose_file_changes_half_way_is_not_gone_on_with(slides: Path, t
     slide.write_bytes(slide.read_bytes() + b"more")
     (row,) = tile_archive([SlideRef(str(slide))], tmp_path / "r", CONFIG, workers=0).failed
     assert "made with another file_bytes" in row["error"] and "Delete it" in row["remedy"]
+
+
+def test_a_slide_that_still_grows_does_not_end_the_run(slides: Path, tmp_path: Path) -> None:
+    slide = Path(shutil.copy(slides / "s0.svs", tmp_path))
+
+    def grow(event: Event) -> None:
+        if event.stage == "finish" and event.slide_id == "s0":
+            slide.write_bytes(slide.read_bytes() + b"more")
+
+    refs = [SlideRef(str(slide)), SlideRef(str(slides / "s1.svs"))]
+    summary = tile_archive(refs, tmp_path / "r", CONFIG, workers=0, tell=grow)
+    assert [row["slide_id"] for row in summary.done] == ["s1"] and "bytes, now" in summary.failed[0]["error"]

@@ -278,7 +278,7 @@ class _Run:
             look_again(self._folder / slide_id)
         finished = self._is_finished(slide_id)
         self._claims.release(claim)
-        if not finished and lost:
+        if not finished and (lost or self._job.finished(self._folder / slide_id) is not None):  # the file has changed
             self._to_do.append(slide_id)
             self._tell(Event("lost", slide_id))
         elif not finished:
