@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from wsi.annotations import READERS, Frame, read_annotations
 from wsi.annotations.mask import read_mask
-from wsi.errors import AnnotationError, MppError, SlideError, StoreError, TrainError, WsiError
+from wsi.errors import AnnotationError, MppError, NotRgb, SlideError, StoreError, TrainError, WsiError
 from wsi.export.convert import read_scores, scores_of_wsinfer
 from wsi.export.rules import problems, slides_of
 from wsi.result import read_result
@@ -329,6 +329,8 @@ def _slide(path: Path) -> Found:
                 return Found(str(path), "image" if (rgb == rgb[..., :1]).all() else "slide", facts, [problem])
         except SlideError:
             return Found(str(path), "unknown", problems=[problem])
+    except NotRgb as error:  # a heatmap of ours, say
+        return Found(str(path), "OME-TIFF image", {"as a slide": error.what})
     except SlideError as error:
         return Found(str(path), "unknown", problems=[f"as a slide: {error.what}. {error.remedy}".strip()])
 

@@ -71,6 +71,10 @@ class UnknownFormat(SlideUnreadable):
     """The reader does not know this format."""
 
 
+class NotRgb(SlideUnreadable):
+    """Channels in pages of their own: fluorescence, or a heatmap."""
+
+
 class MppError(SlideError, ValueError):
     """The slide has no plausible microns per pixel."""
 

@@ -20,7 +20,7 @@ import simplejpeg
 import tifffile
 
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
-from wsi.errors import SlideError, SlideUnreadable, UnknownFormat
+from wsi.errors import NotRgb, SlideError, SlideUnreadable, UnknownFormat
 from wsi.slide.base import U8, GivenMpp, Slide, extent, resolve_mpp
 from wsi.slide.cells import put
 from wsi.slide.source import Source
@@ -446,7 +446,7 @@ def _level_pages(path: str, tiff: tifffile.TiffFile, vendor: str) -> list[tifffi
             return None
         if int(said.get("SizeC", 1)) > first.samplesperpixel:
             what = f"holds {said['SizeC']} channels in pages of their own, not RGB pixels"
-            raise SlideUnreadable(path, what, "Export a brightfield RGB image")
+            raise NotRgb(path, what, "Export a brightfield RGB image")
         subs: list[Any] = list(first.pages or []) if first.subifds else []
         pages = [first, *subs]
     elif vendor in ("generic-tiff", "philips"):
