@@ -141,7 +141,7 @@ def _throw_away(own: Path) -> None:
     shutil.rmtree(own, ignore_errors=True)
 
 
-def sweep_books(folder: Path) -> None:
+def sweep_tables(folder: Path) -> None:
     """Remove half-written tables that a killed process left. Only for who has claimed ``TABLES_CLAIM``."""
     for name in (*_OUR_FILES, CLAIMS):
         for path in folder.glob(f".{name}.*.draft"):

@@ -23,7 +23,7 @@ from wsi.archive.folder import (
     read_failure,
     slide_ids,
     sweep,
-    sweep_books,
+    sweep_tables,
     write_failure,
 )
 from wsi.archive.jobs import Job, Task, is_of
@@ -79,7 +79,7 @@ def run(
         tables = Tables(folder, job.columns, job.status, named)
         with Claims(folder / CLAIMS) as claims, cache or nullcontext():
             with claims.holding(TABLES_CLAIM):
-                sweep_books(folder)
+                sweep_tables(folder)
                 bind(folder, refs, ids, configuration=configuration, execution=execution, command=command, force=force)
             try:
                 work = _Run(folder, named, job, executor, claims, tables, cache, tell)
@@ -91,7 +91,7 @@ def run(
                 overtaken = True
                 while overtaken:  # by a run that has seen more than we, when we slept
                     with claims.holding(TABLES_CLAIM) as claim:
-                        sweep_books(folder)
+                        sweep_tables(folder)
                         tables.write(last=True)
                         overtaken = not claim.holds()
     except OSError as error:
