@@ -14,7 +14,7 @@ from wsi.archive.cache import Cache
 from wsi.archive.jobs import Job, ScoreJob, TileJob
 from wsi.archive.slides import SlideRef, find_slides
 from wsi.archive.walk import Summary, nobody, run
-from wsi.archive.workers import Event, InProcess, Limits, Executor, Tell, Workers, default_threads
+from wsi.archive.workers import Event, Executor, InProcess, Limits, Tell, Workers, default_threads
 from wsi.engine import EngineConfig, ScoreConfig
 from wsi.errors import WsiError
 from wsi.tile import TileConfig

@@ -226,7 +226,7 @@ class Tables:
         return time.monotonic() - self._written > max(1.0, 20 * self._took)
 
     def write(self, *, last: bool = False) -> None:
-        """Write both tables; the last time with what else happened in the folder meanwhile. For who has ``TABLES_CLAIM``."""
+        """Write both tables; the last time with all that happened in the folder. Only for who has ``TABLES_CLAIM``."""
         now = time.monotonic()
         if last:
             self._rows.clear()

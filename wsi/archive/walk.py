@@ -13,8 +13,8 @@ from pathlib import Path
 from wsi.archive.cache import Cache
 from wsi.archive.claims import Claim, Claims
 from wsi.archive.folder import (
-    TABLES_CLAIM,
     CLAIMS,
+    TABLES_CLAIM,
     Row,
     Tables,
     bind,
