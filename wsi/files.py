@@ -70,11 +70,9 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.exists():
             path.rename(old)
         draft.rename(path)
-    except BaseException:
+    finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        raise
-    finally:
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
