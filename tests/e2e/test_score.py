@@ -289,8 +289,10 @@ class TestResume:
         code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--stride", 16)
         assert code == 2 and "stride_px was null, now 16" in stderr and "--force" in stderr
         assert digest(tmp_path / "r") == before
-        code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--mpp", 0.4)
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--slide-mpp", 0.4)
         assert code == 2 and "the file's own microns per pixel, now 0.4" in stderr
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--mpp", 0.4)
+        assert code == 2 and "No such option: --mpp" in stderr and "--slide-mpp" in stderr
         assert [row["slide_id"] for row in rows(tmp_path / "r/slides.csv")] == ["a"]
         assert (
             wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--stride", 16, "--force")[0] == 0
@@ -377,7 +379,7 @@ class TestBadInput:
         failures = {row["slide_id"]: row for row in rows(tmp_path / "r/failures.csv")}
         assert set(failures) == {"letter", "truncated", "nompp", "small"}
         assert "not a slide" in failures["letter"]["error"] and failures["letter"]["stage"] == "open"
-        assert "--mpp" in failures["nompp"]["remedy"]
+        assert "--slide-mpp" in failures["nompp"]["remedy"]
         assert "smaller than one tile" in failures["small"]["error"] and failures["small"]["stage"] == "grid"
         assert len(stderr.splitlines()) == 4
 

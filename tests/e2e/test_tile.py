@@ -152,7 +152,7 @@ class TestScoring:
         self, wsi: Run, jpeg_slide: Path, tmp_path: Path
     ) -> None:
         """The phantom model wants 64 px at 2 mpp: level 1 of a slide of 1 mpp."""
-        common = ("score", jpeg_slide, "-m", "phantom", "--mpp", 1, "-q")
+        common = ("score", jpeg_slide, "-m", "phantom", "--slide-mpp", 1, "-q")
         assert wsi(*common, "--pixels", "verbatim", "-o", tmp_path / "v")[0] == 0
         assert wsi(*common, "--pixels", "zstd", "-o", tmp_path / "z")[0] == 0
         own, read = (PatchStore.open(tmp_path / name / "own/store.zarr") for name in ("v", "z"))

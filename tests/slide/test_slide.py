@@ -147,7 +147,7 @@ class TestMpp:
     @pytest.mark.parametrize("mpp", [None, 26.458, 352.78, 0.01])
     def test_missing_or_implausible_names_the_remedy(self, tmp_path: Path, reader: str, mpp: float | None) -> None:
         write_pyramid(tmp_path / "a.svs", [picture(300, 200)], mpp, svs=True)
-        with pytest.raises(MppError, match="--mpp"):
+        with pytest.raises(MppError, match="Give it with --slide-mpp"):
             open_slide(tmp_path / "a.svs", reader)
 
     def test_the_user_may_be_wrong(self, pyramid: Path, reader: str) -> None:

@@ -322,10 +322,7 @@ def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, ...] | No
         Missing, outside ``MPP_RANGE``, or x and y apart by more than 5 %.
     """
     low, high = MPP_RANGE
-    remedy = (
-        "Give it with --mpp, for wsi tile with --slide-mpp "
-        "(microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
-    )
+    remedy = "Give it with --slide-mpp (microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
     if given is not None:
         if not (math.isfinite(given.mpp) and low <= given.mpp <= high):
             what = f"{given.mpp:g} microns per pixel ({given.source}) is outside {low}-{high}"
