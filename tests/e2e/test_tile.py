@@ -101,6 +101,12 @@ def test_one_bad_slide_does_not_end_the_run(wsi: Run, slides: Path, tmp_path: Pa
     assert set(failures) == {"letter", "nompp"} and "--slide-mpp" in failures["nompp"]["remedy"]
     code, _, _ = wsi("tile", folder / "nompp.svs", "--slide-mpp", 0.5, "--mpp", 1, "--tile", 32, "-o", tmp_path / "s")
     assert code == 0 and rows(tmp_path / "s/slides.csv")[0]["mpp_source"] == "user"
+    assert rows(tmp_path / "s/slides.csv")[0]["flags"] == ""
+    code, _, _ = wsi(
+        "tile", folder / "a.svs", "--slide-mpp", 0.25, "--mpp", 1, "--tile", 32, "-o", tmp_path / "t", "-q"
+    )
+    assert code == 0 and rows(tmp_path / "t/slides.csv")[0]["flags"] == "mpp-overridden"
+    assert "0.25 (user) was given" in (tmp_path / "t/a/result.json").read_text()
 
 
 def test_wrong_calls(wsi: Run, slides: Path, tmp_path: Path) -> None:

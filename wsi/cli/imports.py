@@ -84,7 +84,11 @@ def import_annotations(
                     row |= {"mask": str(target), "annotations": len(found)}
                     row["mm2"] = round(write_mask(target, named, opened), 6)
                     name = str(belongs.absolute())
-                    listed[name] = {"slide": name, "mask": target.name, "mpp": "" if slide_mpp is None else f"{slide_mpp:g}"}
+                    listed[name] = {
+                        "slide": name,
+                        "mask": target.name,
+                        "mpp": "" if slide_mpp is None else f"{slide_mpp:g}",
+                    }
                 else:
                     bounds = opened.bounds if opened else None
                     row["geojson"] = str(target)

@@ -18,7 +18,9 @@ from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat
 from wsi.result import rounded
 from wsi.slide.base import DECODES, GivenMpp, Slide
 
-__all__ = ["Slide", "absolute", "check_reading", "facts_of", "file_bytes", "identity_of", "is_url", "open_slide"]
+__all__ = [
+    "Slide", "absolute", "check_reading", "facts_of", "file_bytes", "identity_of", "is_url", "open_slide", "override_of",
+]  # fmt: skip
 
 #: Names accepted as `reader`. "auto" is our own TIFF reader for what it is sure of, then OpenSlide, then tiffslide for
 #: what OpenSlide does not know.
@@ -126,6 +128,15 @@ def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
         "reader": slide.reader,
         "file_bytes": file_bytes(slide.path),
     }
+
+
+def override_of(slide: Slide) -> str:
+    """Say how the microns per pixel that were given contradict the file's own; empty where they do not."""
+    if slide.overridden is None:
+        return ""
+    own, given = slide.overridden, f"{slide.mpp.x:g} ({slide.mpp_source})"
+    said = f"the file says {own.x:.4g} x {own.y:.4g} microns per pixel, and {given} was given"
+    return f"{said}, which all numbers are by: if it is not meant, leave it out, and use --force"
 
 
 def _open_with(reader: str, name: str, given: GivenMpp | None, decode: str) -> Slide:
