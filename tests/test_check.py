@@ -179,7 +179,7 @@ def test_what_we_export_is_known(tmp_path: Path, version: str):
 def test_a_slide_that_does_not_say_its_resolution_is_still_one(tmp_path: Path):
     tifffile.imwrite(tmp_path / "a.tif", section(), tile=(64, 64), photometric="rgb")
     found = check(tmp_path / "a.tif")
-    assert found.kind == "slide" and found.facts["size_px"] == [900, 700] and "--mpp" in found.problems[0]
+    assert found.kind == "slide" and found.facts["size_px"] == [900, 700] and "--slide-mpp" in found.problems[0]
     (tmp_path / "b.docx").write_text("")
     assert check(tmp_path).facts == {"slide": 1, "unknown": 1} and len(check(tmp_path).problems) == 2
 

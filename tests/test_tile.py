@@ -151,6 +151,11 @@ class TestSlides:
         write_jpeg_pyramid(tmp_path / "blank.tif", [np.full((200, 300, 3), 255, np.uint8)], tile=TILE)
         blank = tile_slide(str(tmp_path / "blank.tif"), tmp_path / "b", TileConfig(pixels="verbatim"))
         assert blank.numbers["flags"] == ["no-tissue"] and blank.numbers["n_tiles"] == 0
+        assert "lower --min-tissue" in blank.numbers["warnings"][0]
+        write_jpeg_pyramid(tmp_path / "dark.tif", [np.full((200, 300, 3), 2, np.uint8)], tile=TILE)
+        dark = tile_slide(str(tmp_path / "dark.tif"), tmp_path / "c", TileConfig(tile_px=64, pixels="none"))
+        (said,) = dark.numbers["warnings"]
+        assert dark.numbers["flags"] == ["no-tissue"] and "fluorescence" in said and "--min-tissue" not in said
 
     def test_tiles_cut_short_are_counted(self, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         jpeg_tiles = TiffReader.jpeg_tiles

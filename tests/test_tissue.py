@@ -169,6 +169,24 @@ def test_black_of_the_scanner_dust_and_coverslip_edges_are_no_tissue():
     assert iou(found.mask, truth) > 0.93 and not found.pen.any()
 
 
+def test_a_dark_field_is_told_from_the_densest_brightfield():
+    nuclei = [((0, 0, 90), x, y, 4, 4) for x in range(20, 260, 30) for y in range(20, 260, 30)]
+    dark = find_tissue(slide_of(*nuclei, glass=(1, 1, 3)))
+    assert not dark.mask.any() and "fluorescence" in dark.dark_field and "luminance is 1 of 255" in dark.dark_field
+    assert find_tissue(slide_of((NECROSIS, 0, 0, 300, 300))).dark_field == "" == find_tissue(slide_of()).dark_field
+    unscanned = slide_of(glass=(1, 1, 3)).rgb
+    unscanned[:, 100:] = 255  # filled in by the reader
+    assert find_tissue(ArraySlide(unscanned, 8.0)).dark_field
+    unscanned[:] = 255
+    assert find_tissue(ArraySlide(unscanned, 8.0)).luminance is None
+
+
+def test_a_real_fluorescence_slide_is_said_to_be_one(data_dir: Path):
+    with open_slide(data_dir / "wsi/hamamatsu_ndpi/test3-DAPI-2-(387).ndpi") as slide:
+        found = find_tissue(slide)
+    assert not found.mask.any() and "fluorescence" in found.dark_field
+
+
 def test_the_glass_is_found_beside_white_that_was_never_scanned():
     rgb = slide_of((STROMA, 20, 20, 100, 100), glass=(222, 216, 204)).rgb
     rgb[:, 150:] = 255

@@ -20,7 +20,7 @@ from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.nn.grade import Doubts, SlideGrade, pick_class
 from wsi.result import rounded
-from wsi.slide import Slide, absolute, facts_of
+from wsi.slide import Slide, absolute, facts_of, override_of
 from wsi.stain import StainTransform
 from wsi.stain.range import StainCheck
 from wsi.tissue import TissueMask
@@ -118,12 +118,16 @@ def numbers_of(
     nothing = "no tile holds enough tissue" if tissue.mask.any() else "no tissue"
     if not len(grid):
         flags.append("no-tile" if tissue.mask.any() else "no-tissue")
-        warnings.append(f"{nothing}; look at overlay.png, and lower --min-tissue or --stride if there is tissue")
+        advice = f"{nothing}; look at overlay.png, and lower --min-tissue or --stride if there is tissue"
+        warnings.append(tissue.dark_field or advice)
     if max(slide.mpp) > model.mpp * 1.1:
         flags.append("upsampled")
         warnings.append(
             f"the slide has {max(slide.mpp):.4g} microns per pixel, the model wants {model.mpp:g}: patches are enlarged"
         )
+    if overridden := override_of(slide):
+        flags.append("mpp-overridden")
+        warnings.append(overridden)
     names, called = (mil.config.class_names, mil.config.positive_classes) if mil else ((), ())
     said = {} if slide_scores is None else dict(zip(names, slide_scores.probabilities.tolist(), strict=True))
     if slide_scores is None:

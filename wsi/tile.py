@@ -17,7 +17,7 @@ from wsi.errors import GridError
 from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
-from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide
+from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide, override_of
 from wsi.store import PatchStore, check_kind, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tiling import stream
 from wsi.tissue import TissueConfig, TissueMask, tissue_of
@@ -236,7 +236,7 @@ def _numbers(
     n_unreadable = int(store.get("unreadable").sum())
     if not len(store):
         flags.append("no-tile" if tissue.mask.any() else "no-tissue")
-        warnings.append("no tile holds enough tissue; lower --min-tissue if there is some")
+        warnings.append(tissue.dark_field or "no tile holds enough tissue; lower --min-tissue if there is some")
     if n_unreadable:
         flags.append("unreadable-tiles")
         warnings.append(
@@ -249,6 +249,9 @@ def _numbers(
             f"the slide has {max(slide.mpp):.4g} microns per pixel, {store.grid.mpp:g} was asked for: "
             "patches are enlarged"
         )
+    if overridden := override_of(slide):
+        flags.append("mpp-overridden")
+        warnings.append(overridden)
     return {
         "slide_id": slide_id,
         "slide": absolute(slide.path),

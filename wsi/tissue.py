@@ -94,6 +94,9 @@ class TissueMask:
         The level-0 area covered; a mask pixel is ``box.w / w`` by ``box.h / h`` level-0 pixels.
     mpp : Mpp
         Microns per level-0 pixel.
+    luminance : float, optional
+        Median of the picture that was looked at, 0 to 255 (ITU-R BT.601), without pure white, which the reader fills
+        in where nothing was scanned; None where there is no such picture.
 
     Examples
     --------
@@ -112,6 +115,15 @@ class TissueMask:
     pen: Bool2d
     box: Box
     mpp: Mpp
+    luminance: float | None = None
+
+    @property
+    def dark_field(self) -> str:
+        """Say that this does not look like brightfield, where it is too dark for it; else empty."""
+        if self.luminance is None or self.luminance >= _BLACK_LEVEL:
+            return ""
+        what = "it looks like fluorescence or another dark-field image, which this package does not score"
+        return f"no tile holds tissue, and {what}: its median luminance is {self.luminance:.0f} of 255"
 
     @property
     def area_mm2(self) -> float:
@@ -264,7 +276,10 @@ def find_tissue(slide: Slide, config: TissueConfig | None = None) -> TissueMask:
     pixel_um = size_um[0] / w
     mask, pen = _segment(rgb, pixel_um, config)
     mask |= unknown  # perhaps tissue: its tiles will be looked at, and counted as unreadable
-    return TissueMask(mask, pen, box, slide.mpp)
+    some = rgb[::4, ::4]
+    seen = some[(some < 255).any(axis=2)]
+    luminance = float(np.median(seen @ np.array([0.299, 0.587, 0.114], np.float32))) if len(seen) else None
+    return TissueMask(mask, pen, box, slide.mpp, luminance)
 
 
 def _overview(slide: Slide, box: Box, w: int, h: int) -> tuple[U8, Bool2d]:

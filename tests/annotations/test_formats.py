@@ -361,7 +361,7 @@ def test_import_renames_and_tells(tmp_path: Path, wsi: Run):
 def test_import_counts_from_the_slides_bounds(data_dir: Path, tmp_path: Path, wsi: Run):
     slides = data_dir / "patches/idc_mosaic_slides"
     xml = slides / "idc_14082_tumor_asap.xml"
-    code, _, err = wsi("import", xml, "--slide", slides / "idc_14082.tif", "--mpp", "4", "-o", tmp_path)
+    code, _, err = wsi("import", xml, "--slide", slides / "idc_14082.tif", "--slide-mpp", "4", "-o", tmp_path)
     assert code == 0, err
     before, after = (read_annotations(path) for path in (xml, tmp_path / "idc_14082_tumor_asap.geojson"))
     assert sum(a.geometry.area for a in before) == pytest.approx(sum(a.geometry.area for a in after))

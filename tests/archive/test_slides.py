@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,64 @@ def test_manifests_as_spreadsheets_write_them(tmp_path: Path) -> None:
         ("b\n2.svs", "y"),
         ("\u00e9.svs", "z"),
     ]
+
+
+def test_all_wrong_rows_of_a_manifest_are_told_at_once(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs")
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("slide,mpp\na.svs,\nb.svs,\na.svs,fine\n,0.5\n")
+    with pytest.raises(ManifestError) as caught:
+        find_slides([str(manifest)])
+    head, *told = str(caught.value).splitlines()
+    assert head == f"{manifest}: 3 of its rows are wrong:"
+    assert told == [
+        f"  line 3: there is no slide {tmp_path / 'b.svs'}. Paths are relative to the manifest",
+        "  line 4: mpp is 'fine', not a number above 0. Microns per pixel, such as 0.25",
+        "  line 5: names no slide. Fill in the column 'slide'",
+    ]
+    manifest.write_text("slide\n" + "b.svs\n" * 21)
+    with pytest.raises(ManifestError) as caught:
+        find_slides([str(manifest)])
+    told = str(caught.value).splitlines()
+    assert len(told) == 22 and told[-2].startswith("  line 21: ") and told[-1] == "  and 1 more"
+
+
+def dicom(series: str, image_type: str, columns: int, rows: int, *, implicit: bool = False) -> bytes:
+    """The few elements of DICOM PS3.5 that tell instances of a series apart, little endian."""
+    said = b""
+    for group, element, kind, value in (
+        (0x0008, 0x0008, b"CS", image_type.encode()),
+        (0x0020, 0x000E, b"UI", series.encode()),
+        (0x0048, 0x0006, b"UL", struct.pack("<I", columns)),
+        (0x0048, 0x0007, b"UL", struct.pack("<I", rows)),
+    ):
+        value += b"\0" * (len(value) % 2)
+        length = struct.pack("<I", len(value)) if implicit else kind + struct.pack("<H", len(value))
+        said += struct.pack("<HH", group, element) + length + value
+    return bytes(128) + b"DICM" + said
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_dicom_series_is_named_by_its_finest_level(tmp_path: Path, implicit: bool) -> None:
+    for name, kind, columns, rows in (
+        ("1", "LABEL", 9000, 9000), ("2", "VOLUME", 1024, 512), ("3", "VOLUME", 4096, 2048),
+        ("4", "VOLUME", 4096, 2048), ("5", "THUMBNAIL", 512, 256),
+    ):  # fmt: skip
+        head = dicom("1.2.3", f"ORIGINAL\\PRIMARY\\{kind}\\NONE", columns, rows, implicit=implicit)
+        (tmp_path / f"{name}.dcm").write_bytes(head)
+    (tmp_path / "6.dcm").write_bytes(dicom("1.2.4", "ORIGINAL\\PRIMARY\\OVERVIEW", 64, 64, implicit=implicit))
+    (tmp_path / "35.svs").write_text("")
+    before = [Path(ref.path).name for ref in find_slides([str(tmp_path)])]
+    assert before == ["3.dcm", "35.svs", "6.dcm"]
+    for name in "15":
+        (tmp_path / f"{name}.dcm").unlink()
+    assert [Path(ref.path).name for ref in find_slides([str(tmp_path)])] == before
+
+
+def test_a_real_dicom_series_is_not_named_by_its_label(data_dir: Path) -> None:
+    import openslide
+
+    (ref,) = find_slides([str(data_dir / "wsi/dicom_cmu1_small_region")])
+    with openslide.OpenSlide(ref.path) as slide:
+        assert Path(ref.path).stat().st_size == max(path.stat().st_size for path in Path(ref.path).parent.iterdir())
+        assert slide.dimensions == (2220, 2967)

@@ -289,8 +289,10 @@ class TestResume:
         code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--stride", 16)
         assert code == 2 and "stride_px was null, now 16" in stderr and "--force" in stderr
         assert digest(tmp_path / "r") == before
-        code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--mpp", 0.4)
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--slide-mpp", 0.4)
         assert code == 2 and "the file's own microns per pixel, now 0.4" in stderr
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--mpp", 0.4)
+        assert code == 2 and "No such option: --mpp" in stderr and "--slide-mpp" in stderr
         assert [row["slide_id"] for row in rows(tmp_path / "r/slides.csv")] == ["a"]
         assert (
             wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--stride", 16, "--force")[0] == 0
@@ -377,7 +379,7 @@ class TestBadInput:
         failures = {row["slide_id"]: row for row in rows(tmp_path / "r/failures.csv")}
         assert set(failures) == {"letter", "truncated", "nompp", "small"}
         assert "not a slide" in failures["letter"]["error"] and failures["letter"]["stage"] == "open"
-        assert "--mpp" in failures["nompp"]["remedy"]
+        assert "--slide-mpp" in failures["nompp"]["remedy"]
         assert "smaller than one tile" in failures["small"]["error"] and failures["small"]["stage"] == "grid"
         assert len(stderr.splitlines()) == 4
 
@@ -404,6 +406,18 @@ class TestBadInput:
             code, _, stderr = wsi(*arguments)
             assert code == 2 and says in stderr and len(stderr.splitlines()) == 1, arguments
         assert wsi("score")[0] == 2
+
+    def test_microns_that_contradict_the_files_own_are_told(
+        self, wsi: Run, slides: Path, model: Path, tmp_path: Path
+    ) -> None:
+        """The file says 0.5: 0.54 is within 10 % of it, 0.25 is not."""
+        (slides / "list.csv").write_text("slide,mpp\na.svs,0.54\nb.svs,0.25\n")
+        code, _, stderr = wsi("score", slides / "list.csv", "-m", model, "-o", tmp_path)
+        assert code == 0 and "1 of them flagged" in stderr
+        near, far = (json.loads((tmp_path / name / "result.json").read_bytes()) for name in "ab")
+        assert near["flags"] == [] == near["warnings"] and far["n_tiles"]
+        assert [row["flags"].split()[:1] for row in rows(tmp_path / "slides.csv")] == [[], ["mpp-overridden"]]
+        assert "the file says 0.5 x 0.5 microns per pixel, and 0.25 (manifest) was given" in far["warnings"][0]
 
     def test_manifest(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
         (slides / "list.csv").write_text("slide,mpp\na.svs,\nb.svs,0.25\n")
@@ -453,6 +467,10 @@ class TestBadInput:
         assert result["reasons"]["grade"] == "no tissue" and result["warnings"]
         assert json.loads((tmp_path / "r/blank/regions.geojson").read_text())["features"] == []
         assert wsi("score", tmp_path / "blank.svs", "-m", model, "-o", tmp_path / "r", "-q")[0] == 0
+        write_pyramid(tmp_path / "dark.svs", [255 - blank], 0.5, svs=True)
+        assert wsi("score", tmp_path / "dark.svs", "-m", model, "-o", tmp_path / "d", "-q")[0] == 0
+        (said,) = json.loads((tmp_path / "d/dark/result.json").read_text())["warnings"]
+        assert "fluorescence" in said and "--min-tissue" not in said
 
     def test_damage_is_counted_and_never_scored(self, wsi: Run, model: Path, tmp_path: Path) -> None:
         """One stored tile inside the tissue is damaged, in the level that patches are cut from."""

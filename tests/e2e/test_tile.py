@@ -101,6 +101,12 @@ def test_one_bad_slide_does_not_end_the_run(wsi: Run, slides: Path, tmp_path: Pa
     assert set(failures) == {"letter", "nompp"} and "--slide-mpp" in failures["nompp"]["remedy"]
     code, _, _ = wsi("tile", folder / "nompp.svs", "--slide-mpp", 0.5, "--mpp", 1, "--tile", 32, "-o", tmp_path / "s")
     assert code == 0 and rows(tmp_path / "s/slides.csv")[0]["mpp_source"] == "user"
+    assert rows(tmp_path / "s/slides.csv")[0]["flags"] == ""
+    code, _, _ = wsi(
+        "tile", folder / "a.svs", "--slide-mpp", 0.25, "--mpp", 1, "--tile", 32, "-o", tmp_path / "t", "-q"
+    )
+    assert code == 0 and rows(tmp_path / "t/slides.csv")[0]["flags"] == "mpp-overridden"
+    assert "0.25 (user) was given" in (tmp_path / "t/a/result.json").read_text()
 
 
 def test_wrong_calls(wsi: Run, slides: Path, tmp_path: Path) -> None:
@@ -152,7 +158,7 @@ class TestScoring:
         self, wsi: Run, jpeg_slide: Path, tmp_path: Path
     ) -> None:
         """The phantom model wants 64 px at 2 mpp: level 1 of a slide of 1 mpp."""
-        common = ("score", jpeg_slide, "-m", "phantom", "--mpp", 1, "-q")
+        common = ("score", jpeg_slide, "-m", "phantom", "--slide-mpp", 1, "-q")
         assert wsi(*common, "--pixels", "verbatim", "-o", tmp_path / "v")[0] == 0
         assert wsi(*common, "--pixels", "zstd", "-o", tmp_path / "z")[0] == 0
         own, read = (PatchStore.open(tmp_path / name / "own/store.zarr") for name in ("v", "z"))

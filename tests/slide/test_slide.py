@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from PIL import Image
 
 from tests.slide.make import halved, picture, spoil, write_pyramid
 from wsi.errors import MppError, SlideError, SlideNotFound, SlideUnreadable
-from wsi.slide import Slide, base, open_slide
+from wsi.slide import Slide, _fingerprint, base, fingerprint, open_slide
 from wsi.tissue import find_tissue
 from wsi.units import Box
 
@@ -148,7 +149,7 @@ class TestMpp:
     @pytest.mark.parametrize("mpp", [None, 26.458, 352.78, 0.01])
     def test_missing_or_implausible_names_the_remedy(self, tmp_path: Path, reader: str, mpp: float | None) -> None:
         write_pyramid(tmp_path / "a.svs", [picture(300, 200)], mpp, svs=True)
-        with pytest.raises(MppError, match="--mpp"):
+        with pytest.raises(MppError, match="Give it with --slide-mpp"):
             open_slide(tmp_path / "a.svs", reader)
 
     def test_the_user_may_be_wrong(self, pyramid: Path, reader: str) -> None:
@@ -401,3 +402,25 @@ class TestRealFiles:
             with pytest.raises(SlideError) as caught, open_slide(path) as slide:  # all lack an mpp at the least
                 slide.read(Box(0, 0, *slide.size), slide.size)
             assert "\n" not in str(caught.value) and path.name in str(caught.value)
+
+
+def test_a_fingerprint_tells_files_of_one_size_apart(tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).bytes(200_000)
+    literal = hashlib.sha256(b"200000\n" + whole[:65536] + whole[-65536:]).hexdigest()[:12]
+    for i, value in (
+        (0, literal),
+        (65_535, None),
+        (65_536, literal),
+        (134_463, literal),
+        (134_464, None),
+        (199_999, None),
+    ):
+        file = tmp_path / f"{i}.svs"
+        file.write_bytes(whole[:i] + bytes([whole[i] ^ (i > 0)]) + whole[i + 1 :])
+        found = fingerprint(str(file))
+        assert found is not None and len(found) == 12 and (found == literal) == (value is not None), i
+    file.write_bytes(b"short")
+    assert fingerprint(str(file)) == hashlib.sha256(b"5\nshortshort").hexdigest()[:12]
+    read = _fingerprint.cache_info().misses
+    assert fingerprint(str(file)) and _fingerprint.cache_info().misses == read, "an unchanged file is read once"
+    assert fingerprint("https://example.org/a.svs") is None is fingerprint(str(tmp_path / "none.svs"))

@@ -21,7 +21,7 @@ from wsi.engine import EngineConfig, ScoreConfig
 from wsi.errors import ConfigMismatch, OutputError, WsiError, is_output_error
 from wsi.files import sha256_of
 from wsi.result import EXPLAINED, Progress, SlideResult, read_result
-from wsi.slide import absolute, file_bytes
+from wsi.slide import absolute, fingerprint
 from wsi.stain import TARGETS
 from wsi.tile import TileConfig, estimate_tiled_bytes, tile_slide
 from wsi.tissue import TissueConfig
@@ -216,9 +216,11 @@ class Task:
 
 
 def is_of(result: SlideResult, ref: SlideRef) -> bool:
-    """Whether a result is of this slide, and of its file as it is now, as far as its size tells."""
-    sizes = result.numbers.get("file_bytes"), file_bytes(ref.path)
-    return result.numbers.get("slide") == absolute(ref.path) and (None in sizes or sizes[0] == sizes[1])
+    """Whether a result is of this slide, and of its file as it is now, as far as its fingerprint tells."""
+    if result.numbers.get("slide") != absolute(ref.path):
+        return False
+    prints = result.numbers.get("file_fingerprint"), fingerprint(ref.path)
+    return None in prints or prints[0] == prints[1]
 
 
 def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
@@ -251,8 +253,11 @@ def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
             return {"kind": "done", "value": float(ready.answers[task.question](task.ref))}
         earlier = read_result(own)
         if earlier is not None and not is_of(earlier, task.ref):
-            what = f"is of the slide as it was: {earlier.numbers['file_bytes']} bytes, now {file_bytes(task.ref.path)}"
-            raise ConfigMismatch(own, what, "Delete that folder, or run this slide alone with --force")
+            raise ConfigMismatch(
+                own,
+                "is of another file than lies there now under the slide's name",
+                "Delete that folder, or run this slide alone with --force",
+            )
         ready.work(task.ref, own, watch)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, own.parent):

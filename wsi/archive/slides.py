@@ -20,6 +20,9 @@ _DICOM = (".dcm", ".dicom")
 #: Columns of a manifest; it may have others.
 COLUMNS = ("slide", "mpp", "mask", "label", "patient")
 
+#: Of the wrong rows of a manifest.
+_MOST_SHOWN = 20
+
 
 @dataclass(frozen=True)
 class SlideRef:
@@ -66,7 +69,7 @@ def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRe
     SlideNotFound
         Nothing is at a path, or no slide in a folder.
     ManifestError
-        A row is wrong; its number is named.
+        Rows are wrong; their numbers are named.
     """
     found: dict[str, SlideRef] = {}
     for name in inputs:
@@ -104,18 +107,19 @@ def _joined(one: SlideRef, other: SlideRef) -> SlideRef:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    slides, series = [], set()
+    slides: list[Path] = []
+    series: dict[tuple[Path, bytes], list[tuple[bool, int, Path]]] = {}
     for path in sorted(_files_in(folder)):
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES or not path.is_file():
             continue
         if suffix in _DICOM:
-            uid = _dicom_series(path)
-            if (path.parent, uid) in series:
-                continue
-            series.add((path.parent, uid))
-        slides.append(path)
-    return slides
+            uid, is_volume, n_px = _dicom_instance(path)
+            series.setdefault((path.parent, uid), []).append((not is_volume, -n_px, path))
+        else:
+            slides.append(path)
+    # A series is named by its finest level, which stays when labels and overviews are deleted.
+    return sorted([*slides, *(min(instances)[2] for instances in series.values())])
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
@@ -137,20 +141,27 @@ def _files_in(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in files if name[0] != ".")
 
 
-def _dicom_series(path: Path) -> bytes:
-    """Return the SeriesInstanceUID (0020,000E): files of one series are levels and parts of one slide."""
+def _dicom_instance(path: Path) -> tuple[bytes, bool, int]:
+    """Return a file's series, of which files are levels and parts of one slide; whether it is a level; its pixels."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
-    at = head.find(b"\x20\x00\x0e\x00")
-    if at < 0:
-        return path.name.encode()  # each file for itself
-    explicit = head[at + 4 : at + 6] == b"UI"
-    length = int.from_bytes(head[at + 6 : at + 8] if explicit else head[at + 4 : at + 8], "little")
-    return head[at + 8 : at + 8 + length].strip(b"\0 ")
+
+    def value(tag: bytes, kind: bytes) -> bytes:
+        if (at := head.find(tag)) < 0:
+            return b""
+        explicit = head[at + 4 : at + 6] == kind
+        length = int.from_bytes(head[at + 6 : at + 8] if explicit else head[at + 4 : at + 8], "little")
+        return head[at + 8 : at + 8 + length]
+
+    uid = value(b"\x20\x00\x0e\x00", b"UI").strip(b"\0 ")  # SeriesInstanceUID (0020,000E)
+    image_type = value(b"\x08\x00\x08\x00", b"CS").strip(b"\0 ").split(b"\\")  # (0008,0008)
+    # TotalPixelMatrixColumns and Rows (0048,0006 and 0007)
+    w, h = (int.from_bytes(value(tag, b"UL"), "little") for tag in (b"\x48\x00\x06\x00", b"\x48\x00\x07\x00"))
+    return uid or path.name.encode(), b"VOLUME" in image_type, w * h  # without a UID each file for itself
 
 
 def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
-    refs = []
+    refs, bad = [], []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -161,9 +172,19 @@ def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
                 remedy = f"Columns: {COLUMNS[0]}[,{','.join(COLUMNS[1:])}]"
                 raise ManifestError(path, f"has no column 'slide' (it has {has})", remedy)
             for row in reader:
-                refs.append(_in_row(f"{path}, line {reader.line_num}", path.parent, row, mpp))
+                try:
+                    refs.append(_in_row(f"{path}, line {reader.line_num}", path.parent, row, mpp))
+                except ManifestError as error:
+                    bad.append(error)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(path, f"is no CSV in UTF-8 ({error})", "Save it as CSV in UTF-8") from error
+    if len(bad) == 1:
+        raise bad[0]
+    if bad:
+        shown = [str(error).removeprefix(f"{path}, ") for error in bad[:_MOST_SHOWN]]
+        if len(bad) > _MOST_SHOWN:
+            shown.append(f"and {len(bad) - _MOST_SHOWN} more")
+        raise ManifestError(path, "\n  ".join([f"{len(bad)} of its rows are wrong:", *shown]))
     if not refs:
         raise ManifestError(path, "names no slides", "One row a slide below the header")
     return refs

@@ -26,7 +26,9 @@ def import_annotations(
     class_names: Annotated[
         list[str] | None, typer.Option("--class", help="OLD=NEW: what a group is called instead (repeatable).")
     ] = None,
-    mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, where the slide does not say.")] = None,
+    slide_mpp: Annotated[
+        float | None, typer.Option(help="Microns per level-0 pixel, where the slide does not say.")
+    ] = None,
     mask: Annotated[
         bool,
         typer.Option("--mask", help="Write masks of where to look, and slides.csv for wsi score or wsi tile."),
@@ -69,7 +71,7 @@ def import_annotations(
         target = out / f"{stem}{'.png' if mask else '.geojson'}"
         if target.exists() and target.samefile(file):
             raise OutputError(target, "is read, and would be written over", "Choose another folder with -o")
-        with open_slide(str(belongs), mpp=mpp) if belongs else nullcontext() as opened:
+        with open_slide(str(belongs), mpp=slide_mpp) if belongs else nullcontext() as opened:
             try:
                 found = read_annotations(file, frame=Frame.of(opened) if opened else Frame())
             except OSError as error:
@@ -82,7 +84,11 @@ def import_annotations(
                     row |= {"mask": str(target), "annotations": len(found)}
                     row["mm2"] = round(write_mask(target, named, opened), 6)
                     name = str(belongs.absolute())
-                    listed[name] = {"slide": name, "mask": target.name, "mpp": "" if mpp is None else f"{mpp:g}"}
+                    listed[name] = {
+                        "slide": name,
+                        "mask": target.name,
+                        "mpp": "" if slide_mpp is None else f"{slide_mpp:g}",
+                    }
                 else:
                     bounds = opened.bounds if opened else None
                     row["geojson"] = str(target)

@@ -11,7 +11,7 @@ import typer
 def info(
     slide: Annotated[str, typer.Argument(help="A slide file or URL.")],
     reader: Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")] = "auto",
-    mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, overriding the file.")] = None,
+    slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, overriding the file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show size, levels, microns per pixel and where they come from, bounds and reader.
@@ -25,7 +25,7 @@ def info(
     """
     from wsi.slide import open_slide
 
-    with open_slide(slide, reader, mpp=mpp) as opened:
+    with open_slide(slide, reader, mpp=slide_mpp) as opened:
         width, height = opened.size
         facts: dict[str, Any] = {
             "slide": opened.path,

@@ -20,7 +20,7 @@ def score(
         str | None,
         typer.Option(help="MIL head: a name, a folder, or 'none'. Default: the one inside the model's folder."),
     ] = None,
-    mpp: archive.GivenMpp = None,
+    slide_mpp: archive.GivenMpp = None,
     stride: Annotated[
         int | None, typer.Option(help="Distance between tiles in pixels at the model's mpp. Default: side by side.")
     ] = None,
@@ -79,7 +79,7 @@ def score(
     Examples:
       wsi score slide.svs --model idc-breast -o results
 
-      wsi score archive/ extra.csv --model idc-breast --mpp 0.25 -o results
+      wsi score archive/ extra.csv --model idc-breast --slide-mpp 0.25 -o results
 
       wsi score slide.svs --model hf-hub:OWNER/NAME --positive tumor -o results
 
@@ -88,7 +88,7 @@ def score(
     from wsi.archive import default_threads, find_slides, score_archive
     from wsi.engine import EngineConfig, ScoreConfig
 
-    refs = find_slides(slides, mpp)
+    refs = find_slides(slides, slide_mpp)
     engine = EngineConfig(
         model, mil, device=device, precision=precision, torchscript=torchscript, batch_size=batch_size,
         threads=threads or default_threads(),

@@ -9,8 +9,10 @@ Examples
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,17 @@ from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, UnknownFormat
 from wsi.result import rounded
 from wsi.slide.base import DECODES, GivenMpp, Slide
 
-__all__ = ["Slide", "absolute", "check_reading", "facts_of", "file_bytes", "identity_of", "is_url", "open_slide"]
+__all__ = [
+    "Slide", "absolute", "check_reading", "facts_of", "file_bytes", "fingerprint", "identity_of", "is_url",
+    "open_slide", "override_of",
+]  # fmt: skip
 
 #: Names accepted as `reader`. "auto" is our own TIFF reader for what it is sure of, then OpenSlide, then tiffslide for
 #: what OpenSlide does not know.
 READERS = ("auto", "tiff", "openslide", "tiffslide")
+
+#: Bytes at a file's beginning, and at its end, that its fingerprint is made of.
+_ENDS = 1 << 16
 
 
 def open_slide(
@@ -109,7 +117,7 @@ def is_url(path: str) -> bool:
 def identity_of(slide: Slide) -> dict[str, Any]:
     """What a store of patches is bound to: JSON-able, and the same only for the same slide read in the same way."""
     read = {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader, "decode": slide.decode}
-    return {"slide_path": absolute(slide.path), "slide": read, "file_bytes": file_bytes(slide.path)}
+    return {"slide_path": absolute(slide.path), "slide": read, "file_fingerprint": fingerprint(slide.path)}
 
 
 def file_bytes(path: str) -> int | None:
@@ -117,6 +125,27 @@ def file_bytes(path: str) -> int | None:
     with suppress(OSError):
         return None if is_url(path) else Path(path).stat().st_size
     return None
+
+
+def fingerprint(path: str) -> str | None:
+    """Return what tells a slide's file from others: SHA-256 (12 digits) over its size, first and last 64 KiB.
+
+    Where a slide has several files (MIRAX, DICOM), of the one that is named. None of a URL, which would take three
+    requests, and where it cannot be told. A file is read once by a process, as long as it does not change.
+    """
+    with suppress(OSError):
+        if not is_url(path):
+            found = Path(path).stat()
+            return _fingerprint(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    return None
+
+
+@lru_cache(maxsize=1 << 17)
+def _fingerprint(path: str, size: int, *_unchanged: int) -> str:
+    with Path(path).open("rb") as file:
+        first = file.read(_ENDS)
+        file.seek(max(0, size - _ENDS))
+        return hashlib.sha256(b"%d\n" % size + first + file.read(_ENDS)).hexdigest()[:12]
 
 
 def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
@@ -129,8 +158,17 @@ def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
         "coordinate_frame": coordinate_frame,
         "vendor": slide.vendor,
         "reader": slide.reader,
-        "file_bytes": file_bytes(slide.path),
+        "file_fingerprint": fingerprint(slide.path),
     }
+
+
+def override_of(slide: Slide) -> str:
+    """Say how the microns per pixel that were given contradict the file's own; empty where they do not."""
+    if slide.overridden is None:
+        return ""
+    own, given = slide.overridden, f"{slide.mpp.x:g} ({slide.mpp_source})"
+    said = f"the file says {own.x:.4g} x {own.y:.4g} microns per pixel, and {given} was given"
+    return f"{said}, which all numbers are by: if it is not meant, leave it out, and use --force"
 
 
 def _open_with(reader: str, name: str, given: GivenMpp | None, decode: str) -> Slide:

@@ -23,6 +23,9 @@ U8 = npt.NDArray[np.uint8]
 #: of 72 or 96 dots per inch (353 and 265 um) taken for a resolution.
 MPP_RANGE = (0.05, 20.0)
 
+#: Microns per pixel that are given, and those of the file, further apart than this contradict each other.
+_CONTRADICTION = 1.1
+
 #: A level a little coarser than asked is still the right one: pyramid sizes are rounded to whole pixels.
 _LEVEL_TOLERANCE = 1.005
 
@@ -62,6 +65,8 @@ class Slide(ABC):
         Microns per level-0 pixel.
     mpp_source : str
         Where `mpp` comes from: "vendor:<name>", "tiff-tags", "user" or "manifest".
+    overridden : Mpp, optional
+        The file's own microns per pixel, where `mpp` was given and is more than 10 % off it.
     bounds : Box
         The scanned part of the level-0 plane; the whole plane where the file names none.
     centre_nm : (float, float), optional
@@ -75,6 +80,7 @@ class Slide(ABC):
     mpp: Mpp
     mpp_source: str
     bounds: Box
+    overridden: Mpp | None = None
     centre_nm: tuple[float, float] | None = None
     decode: str = "full"
 
@@ -304,8 +310,12 @@ def numbers_in(properties: Mapping[str, Any], *names: str) -> Any:  # as many fl
         return None
 
 
-def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, ...] | None, source: str) -> tuple[Mpp, str]:
-    """Decide the slide's microns per pixel, or say why it has none.
+def resolve_mpp(
+    path: str, given: GivenMpp | None, found: tuple[float, ...] | None, source: str
+) -> tuple[Mpp, str, Mpp | None]:
+    """Decide the slide's microns per pixel and whose word they are, or say why it has none.
+
+    Third, what the file says, where it is plausible and another is given.
 
     Parameters
     ----------
@@ -322,15 +332,12 @@ def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, ...] | No
         Missing, outside ``MPP_RANGE``, or x and y apart by more than 5 %.
     """
     low, high = MPP_RANGE
-    remedy = (
-        "Give it with --mpp, for wsi tile with --slide-mpp "
-        "(microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
-    )
+    remedy = "Give it with --slide-mpp (microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
     if given is not None:
         if not (math.isfinite(given.mpp) and low <= given.mpp <= high):
             what = f"{given.mpp:g} microns per pixel ({given.source}) is outside {low}-{high}"
             raise MppError(path, what, "Give the microns that one full-resolution pixel measures")
-        return Mpp(given.mpp, given.mpp), given.source
+        return Mpp(given.mpp, given.mpp), given.source, _contradicted(given.mpp, found)
     if found is None:
         raise MppError(path, "the file does not say how many microns a pixel measures", remedy)
     x, y = found
@@ -338,7 +345,14 @@ def resolve_mpp(path: str, given: GivenMpp | None, found: tuple[float, ...] | No
         raise MppError(path, f"the file says {x:g} x {y:g} microns per pixel ({source}), outside {low}-{high}", remedy)
     if abs(x / y - 1) > 0.05:
         raise MppError(path, f"the file says {x:g} x {y:g} microns per pixel ({source}), not square", remedy)
-    return Mpp(x, y), source
+    return Mpp(x, y), source, None
+
+
+def _contradicted(given: float, found: tuple[float, ...] | None) -> Mpp | None:
+    """What the file says, where that is no default of some writer's and more than 10 % off what is given."""
+    if found is None or not all(MPP_RANGE[0] <= own <= MPP_RANGE[1] for own in found):
+        return None
+    return Mpp(*found) if max(max(given / own, own / given) for own in found) > _CONTRADICTION else None
 
 
 def refuse_turned(path: str, page: tifffile.TiffPage) -> None:

@@ -59,7 +59,7 @@ class OpenSlideReader(Slide):
                 except Exception as error:  # tifffile raises whatever it meets in a damaged file
                     raise SlideUnreadable(path, f"is damaged or incomplete ({_brief(error)})", _AGAIN) from error
             mpp = numbers_in(properties, openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-            self.mpp, self.mpp_source = resolve_mpp(path, given, mpp, source)
+            self.mpp, self.mpp_source, self.overridden = resolve_mpp(path, given, mpp, source)
             self.bounds = _bounds_of(properties, self.size)
             x, y = (f"hamamatsu.{axis}OffsetFromSlideCentre" for axis in "XY")
             self.centre_nm = numbers_in(properties, x, y)

@@ -119,7 +119,7 @@ class TiffReader(Slide):
         self.level_sizes = tuple(_ordered(level.size, self._turn[0]) for level in self._levels)
         if self.vendor == "aperio" and any((level.counts == 0).any() for level in self._levels):
             raise UnknownFormat(self.path, "is an Aperio file with missing tiles", _ELSEWHERE)
-        self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, found, source)
+        self.mpp, self.mpp_source, self.overridden = resolve_mpp(self.path, self._given, found, source)
         level, self.bounds = self._levels[0], Box(0, 0, *self.size)
         if not any(self._turn):
             self.bounds = extent((level.counts > 0).reshape(-1, level.columns), level.tile_px, self.size)

@@ -77,7 +77,7 @@ class TiffSlideReader(Slide):
         page = self._pages[0]
         source = "tiff-tags" if self.vendor == "generic-tiff" else f"vendor:{self.vendor}"
         found = numbers_in(properties, "tiffslide.mpp-x", "tiffslide.mpp-y")
-        self.mpp, self.mpp_source = resolve_mpp(self.path, self._given, found, source)
+        self.mpp, self.mpp_source, self.overridden = resolve_mpp(self.path, self._given, found, source)
         self._holes = [_missing_tiles(page) for page in self._pages]
         self.bounds = Box(0, 0, *self.size)
         if (holes := self._holes[0]) is not None:
