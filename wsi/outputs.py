@@ -157,7 +157,15 @@ def numbers_of(
     names, called = (mil.config.class_names, mil.config.positive_classes) if mil else ((), ())
     said = {} if slide_scores is None else dict(zip(names, slide_scores.probabilities.tolist(), strict=True))
     if slide_scores is None:
-        reasons["grade"] = "no MIL model" if mil is None else nothing
+        why = "no MIL model" if mil is None else nothing
+        reasons |= dict.fromkeys(("grade", "probabilities", "positive_probability", "uncertainty"), why)
+    elif not called:
+        reasons["positive_probability"] = "the head names no positive classes"
+    grade_threshold = None if mil is None else mil.grade_threshold
+    if grade_threshold is None:
+        no_positive = "the head names no positive classes, or all: no threshold decides the grade"
+        reasons["grade_threshold"] = "no MIL model" if mil is None else no_positive
+    reasons |= {} if doubts is None else doubts.reasons()
     if not positive:
         reasons["positive_mm2"] = reasons["largest_region_um"] = "the model names no positive classes; use --positive"
     elif not len(grid):
@@ -205,6 +213,7 @@ def numbers_of(
         "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
         "probabilities": {name: rounded(said[name]) if said else None for name in names} if mil else None,
         "positive_probability": rounded(sum(said[name] for name in called)) if said and called else None,
+        "grade_threshold": grade_threshold,  # of the slide's positive_probability; `threshold` is of tiles
         "uncertainty": None if doubts is None else doubts.as_json(),
         "n_tiles": len(grid),
         "tissue_mm2": rounded(tissue.area_mm2),

@@ -76,6 +76,11 @@ class TestResults:
             assert row["grade"] in ("tumour", "no tumour") and result["grade"] == row["grade"]
             assert float(row["prob_tumour"]) + float(row["prob_no tumour"]) == pytest.approx(1, abs=1e-5)
             assert result["mpp"] == 0.5 and result["mpp_source"] == "vendor:aperio"
+            assert (result["grade_threshold"], result["threshold"]) == (0.5, 0.5)
+            decided = "tumour" if result["positive_probability"] >= result["grade_threshold"] else "no tumour"
+            assert result["grade"] == decided
+            null = {name for name, value in (result | result["uncertainty"]).items() if value is None}
+            assert null - {"stain", "mpp_given", "mask", "mask_sha256"} == set(result["reasons"])  # all but inputs
             store = PatchStore.open(folder / "store.zarr")
             assert len(store) == int(row["n_tiles"]) > 20 and store.missing() == []
             assert float(row["positive_mm2"]) <= float(row["tissue_mm2"])
@@ -147,6 +152,8 @@ class TestResults:
         wsi("score", slides / "a.svs", "-m", model, "--mil", "none", "-o", tmp_path, "-q")
         result = json.loads((tmp_path / "a/result.json").read_text())
         assert result["grade"] is None and result["reasons"]["grade"] == "no MIL model"
+        ungraded = ("probabilities", "positive_probability", "grade_threshold", "uncertainty")
+        assert all(result[name] is None and result["reasons"][name] == "no MIL model" for name in ungraded)
         assert rows(tmp_path / "slides.csv")[0]["grade"] == ""
 
     def test_a_grade_says_how_sure_it_is_and_when_not_to_use_it(

@@ -111,6 +111,12 @@ class MilModel:
             return self.config.class_names[int((probabilities.cumsum() < 0.5 - 1e-12).sum())]
         return self.config.class_names[int(pick_class(probabilities[None], self.config)[0])]
 
+    @property
+    def grade_threshold(self) -> float | None:
+        """Probability from which the positive classes together are the grade; None where it decides nothing."""
+        decides = 0 < len(self.config.positive_classes) < len(self.config.class_names)
+        return self.config.threshold if decides else None
+
     def evidence(self, grade: SlideGrade) -> dict[str, npt.NDArray[Any]]:
         """Return what spoke for a class, a number (n,) a tile, by class; of two classes for the second alone.
 
@@ -178,6 +184,15 @@ class Doubts(NamedTuple):
     uncertainty: Uncertainty
     prediction_set: tuple[str, ...] | None
     abstain: str | None
+
+    def reasons(self) -> dict[str, str]:
+        """Say of what ``as_json`` has as None why it is."""
+        why = {
+            "mutual_information": "the head is a single network: nothing to disagree",
+            "prediction_set": "the head holds no threshold of prediction sets",
+            "abstain": "nothing speaks against the grade",
+        }
+        return {name: why[name] for name, value in self.as_json().items() if value is None}
 
     def as_json(self) -> dict[str, Any]:
         """Return it as result.json holds it: entropies in nats to six digits."""
