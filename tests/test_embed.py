@@ -165,6 +165,8 @@ def test_from_slides_to_a_grader_by_the_command_line(wsi: Run, tmp_path: Path) -
     assert wsi(*train, tmp_path / "grader", "--encoder", first)[0] == 0
     config = json.loads((tmp_path / "grader" / "config.json").read_text())
     assert config["encoder_sha256"] == told["embedded"][0]["encoder_sha256"]
+    tiles = [each["n_tiles"] - each["n_unreadable"] for each in told["embedded"]]
+    assert config["bag_tiles"] == [min(tiles), max(tiles)]  # of three folds: every slide trains one
 
     code, out, err = wsi("embed", stores, "--encoder", first, "--mil", tmp_path / "grader", "--json")
     table = rows(stores / "grades.csv")

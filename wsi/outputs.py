@@ -197,6 +197,11 @@ def numbers_of(
     if drawn.alone is None:
         no_context = "scored without context" if model.context is not None else "the model has no context"
         reasons["positive_alone_mm2"] = reasons.get("positive_mm2", f"{no_context}: positive_mm2 is of each tile alone")
+    grade = mil.grade(slide_scores.probabilities) if mil and slide_scores else None
+    found_mm2 = None if "positive_mm2" in reasons else tissue_mm2(outlines)
+    if grade is not None and grade not in called and set(called) & set(positive) and found_mm2:
+        flags.append("grade-and-tiles-disagree")
+        warnings.append(f"the grade is {grade!r}, and {found_mm2:g} mm2 are {' or '.join(positive)} by their tiles")
     if drawn.suppressed:
         flags.append("context-suppressed")
         warnings.append(
@@ -210,14 +215,14 @@ def numbers_of(
         "mpp_given": mpp_given,
         "stain": None if stain is None else json.loads(stain.to_json()),
         "use": "research only",
-        "grade": mil.grade(slide_scores.probabilities) if mil and slide_scores else None,
+        "grade": grade,
         "probabilities": {name: rounded(said[name]) if said else None for name in names} if mil else None,
         "positive_probability": rounded(sum(said[name] for name in called)) if said and called else None,
         "grade_threshold": grade_threshold,  # of the slide's positive_probability; `threshold` is of tiles
         "uncertainty": None if doubts is None else doubts.as_json(),
         "n_tiles": len(grid),
         "tissue_mm2": rounded(tissue.area_mm2),
-        "positive_mm2": None if "positive_mm2" in reasons else tissue_mm2(outlines),
+        "positive_mm2": found_mm2,
         "positive_alone_mm2": None if drawn.alone is None else tissue_mm2(drawn.alone),
         "largest_region_um": (
             rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)) if outlines else None

@@ -172,6 +172,12 @@ class TestResults:
         assert doubt["uncertainty"]["prediction_set"] == ["no tumour", "tumour"]
         for words in ("cannot be told apart", "outside the range of the training slides"):
             assert words in doubt["uncertainty"]["abstain"] and any(words in line for line in doubt["warnings"])
+        write_head(tmp_path / "never", patch_model.num_features, patch_model.sha256, threshold=1.0)
+        words = ("--mil", tmp_path / "never", "--threshold", 0, "-o", tmp_path / "apart", "-q")
+        assert wsi("score", slides / "a.svs", "-m", model, *words)[0] == 0
+        apart = json.loads((tmp_path / "apart/a/result.json").read_text())
+        assert apart["grade"] == "no tumour" and "grade-and-tiles-disagree" in apart["flags"]
+        assert f"{apart['positive_mm2']:g} mm2 are tumour" in apart["warnings"][0]
 
     def test_a_stain_outside_the_training_range_is_a_reason_to_abstain(
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path

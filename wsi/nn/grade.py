@@ -27,6 +27,8 @@ from wsi.result import called, rounded
 
 #: Share of unreadable tissue from which on a grade should not be used: what decides may lie in what nobody saw.
 MOST_UNREADABLE = 0.1
+#: A slide may have so many times the tiles of the largest training bag, or of the smallest over it, and not beyond.
+BAG_FACTOR = 2
 
 
 class SlideGrade(NamedTuple):
@@ -152,6 +154,10 @@ class MilModel:
             reasons.append(f"{unreadable:.0%} of tissue unreadable")
         if stain is not None:
             reasons.append(stain)
+        if config.bag_tiles is not None:
+            (least, most), n = config.bag_tiles, len(features)
+            if n > BAG_FACTOR * most or n * BAG_FACTOR < least:
+                reasons.append(f"{n} tiles; learnt from bags of {least} to {most}")
         chosen: tuple[str, ...] | None = None
         if config.conformal_threshold is not None:
             chosen = tuple(names[i] for i in prediction_set(grade.probabilities, config.conformal_threshold))
