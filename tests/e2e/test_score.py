@@ -597,6 +597,9 @@ class TestOtherVerbs:
         code, stdout, _ = wsi("doctor", "--json")
         facts = json.loads(stdout)
         assert code == 0 and facts["problems"] == [] and facts["openslide library"] >= "4.0.1"
+        plain = subprocess.run([sys.executable, "-c", "import timm"], capture_output=True, check=False)
+        assert facts["torchvision fits torch"].startswith("yes" if plain.returncode == 0 else "no: wsi mends it")
+        assert wsi("doctor")[1].endswith("all well\n")
 
     def test_help_is_fast_and_loads_nothing_heavy(self) -> None:
         code = (
