@@ -131,7 +131,7 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     slides = scored_slides(predictions) if predictions.is_dir() else {}
     groups = [group for group in config.groups if group in rows[0] or not slides or group not in RESULT_COLUMNS]
     _need(rows[0], labels, config.label, *groups, *([config.patient] if config.patient else []))
-    table_at = _table_of(predictions, slides)
+    table_at = _table_of(predictions, slides, config)
     if table_at is None:
         found = {name: str(slide.numbers.get("positive_probability")) for name, slide in slides.items()}
     else:
@@ -284,14 +284,15 @@ def _id_column(row: Mapping[str, str], path: Path) -> str:
     raise EvaluationError(path, f"has the columns {', '.join(row)}", f"One must name the case: {', '.join(ID_COLUMNS)}")
 
 
-def _table_of(predictions: Path, slides: Mapping[str, ScoredSlide]) -> Path | None:
+def _table_of(predictions: Path, slides: Mapping[str, ScoredSlide], config: TableConfig) -> Path | None:
     """Return the CSV that scores are in; None where they are in the slides' own results."""
     if not slides:
         return predictions
-    if any(slide.numbers.get("positive_probability") is not None for slide in slides.values()):
-        return None
-    if (predictions / "grades.csv").is_file():
+    own = any(slide.numbers.get("positive_probability") is not None for slide in slides.values())
+    if (predictions / "grades.csv").is_file() and (config.score or not own):
         return predictions / "grades.csv"
+    if own:
+        return None
     remedy = "Grade them: wsi score, or wsi embed, with --mil"
     raise EvaluationError(predictions, "holds no probability of a slide", remedy)
 
