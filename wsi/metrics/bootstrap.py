@@ -77,8 +77,8 @@ def bootstrap(
         highest = np.zeros(n, np.intp)
         np.maximum.at(highest, of, [ranks[stratum] for stratum in strata])
         groups = [np.flatnonzero(highest == stratum) for stratum in np.unique(highest)]
-        if (fewest := min(map(len, groups))) < FEWEST:
-            return Estimate(value, n=n, reason=f"no interval: {fewest} {unit} of a class, fewer than {FEWEST}")
+        if min(map(len, groups)) < FEWEST:
+            return Estimate(value, n=n, reason=f"no interval: fewer than {FEWEST} {unit} of a class")
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(n_draws):
