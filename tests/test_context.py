@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -11,14 +12,18 @@ from scipy.special import expit, logit
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import Matern
 
+from tests.conftest import REPOSITORY
 from tests.e2e.conftest import Run
 from tests.nn.make import write_model
 from tests.slide.make import halved, section, write_pyramid
 from wsi import PatchStore
 from wsi.context import in_context
 from wsi.errors import ModelError
+from wsi.export.objects import measurements
 from wsi.grid import TileGrid
 from wsi.nn.checkpoint import Context, read_config
+from wsi.scored import scored_slides
+from wsi.units import Mpp
 
 CONTEXT = Context(1, range_um=700.0, nugget=0.8, mean=-0.5, slope=1.7, intercept=0.3)
 
@@ -100,3 +105,61 @@ def test_a_slide_is_scored_in_context(wsi: Run, tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"context": context | {"nugget": 2.0}}))
     code, _, err = wsi("score", slide, *words)
     assert code == 2 and "another configuration: context was" in err
+
+
+def test_what_context_takes_away_is_told(wsi: Run, tmp_path: Path) -> None:
+    """Every tile reaches a threshold alone that none reaches in context; without context the network's word stays."""
+    full = section()
+    slide = tmp_path / "a.svs"
+    write_pyramid(slide, [full, halved(full)], 0.5, svs=True)
+    write_model(tmp_path / "plain", mpp=1.0)
+    context = {"range_um": 100.0, "nugget": 1.0, "mean": 0.0, "intercept": -2.0}
+    write_model(tmp_path / "model", mpp=1.0, context=context)
+
+    def score(model: str, out: str, *words: object) -> tuple[dict[str, object], PatchStore]:
+        run = wsi("score", slide, "-m", tmp_path / model, "-o", tmp_path / out, "--threshold", threshold, "-q", *words)
+        assert run[0] == 0
+        own = tmp_path / out / "a"
+        return json.loads((own / "result.json").read_text()), PatchStore.open(own / "store.zarr")
+
+    threshold = 0.5
+    plain, store = score("plain", "first")
+    alone = store.get("probabilities")
+    threshold = float(np.float32(alone[:, 1].min() * 0.999))  # which every tile reaches
+    plain, _ = score("plain", "second")
+    assert plain["positive_alone_mm2"] is None and "no context" in plain["reasons"]["positive_alone_mm2"]
+    shown, store = score("model", "shown")
+    assert store.get("probabilities")[:, 1].max() < threshold and shown["positive_mm2"] == 0
+    assert shown["positive_alone_mm2"] == plain["positive_mm2"] > 0 and "context-suppressed" in shown["flags"]
+    (said,) = (each for each in shown["warnings"] if "positive alone" in each)
+    assert said.startswith(f"{len(store)} tiles with {plain['positive_mm2']:g} mm2 ")
+    with gzip.open(tmp_path / "shown/a/tiles.geojson.gz") as file:
+        tiles = [feature["properties"]["measurements"] for feature in json.load(file)["features"]]
+    np.testing.assert_allclose([each["prob_tumour_alone"] for each in tiles], alone[:, 1], atol=1e-4)
+    slide_of = scored_slides(tmp_path / "shown")["a"]
+    assert np.array_equal(measurements(slide_of, slide_of.tiles(store))["prob_tumour_alone"], alone[:, 1])
+    left, store = score("model", "left", "--no-context")
+    assert np.array_equal(store.get("probabilities"), alone) and "probabilities_alone" not in store.arrays
+    assert left["positive_mm2"] == plain["positive_mm2"] and "context-suppressed" not in left["flags"]
+    assert left["reasons"]["positive_alone_mm2"].startswith("scored without context")
+    code, _, err = wsi(
+        "score", slide, "-m", tmp_path / "model", "-o", tmp_path / "left", "--threshold", threshold, "-q"
+    )
+    assert code == 2 and "another configuration: context was" in err
+
+
+def test_small_foci_are_suppressed_as_the_card_says() -> None:
+    """The table of small foci in the card of idc-breast, row by row."""
+    folder = REPOSITORY / "models/idc-breast"
+    model = read_config(folder, "patch")
+    assert model.context is not None
+    card = (folder / "CARD.md").read_text(encoding="utf-8").partition("### Small foci")[2]
+    told = [float(row.split("|")[3]) for row in card.splitlines() if row.startswith("| ") and " x " in row]
+    side = round(60 * model.tile_px * model.mpp)
+    grid = TileGrid.of_level((side, side), (side, side), slide_mpp=Mpp(1, 1), tile_px=side // 60)
+    for k, expected in enumerate(told, 1):
+        p = np.full((60, 60), 0.03, np.float32)
+        p[20 : 20 + k, 20 : 20 + k] = 0.9
+        found = in_context(np.stack([1 - p.ravel(), p.ravel()], 1), grid, model.context)[:, 1].max()
+        assert found == pytest.approx(expected, abs=0.001)
+    assert len(told) == 5

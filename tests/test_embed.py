@@ -20,7 +20,7 @@ from tests.nn.test_encoder import write_timm
 from tests.slide.make import halved, section, write_pyramid
 from tests.train.make import write_labels
 from wsi.embed import embed_slide
-from wsi.errors import ConfigMismatch, ModelError, StoreError, WsiError
+from wsi.errors import ConfigMismatch, ModelError, StoreError, TrainError, WsiError
 from wsi.nn.encoder import load_encoder
 from wsi.nn.grade import load_mil_model
 from wsi.nn.patch import PatchModel
@@ -153,6 +153,8 @@ def test_from_slides_to_a_grader_by_the_command_line(wsi: Run, tmp_path: Path) -
         write_pyramid(tmp_path / "slides" / f"{i}.svs", [full], 0.5, svs=True)
     stores, first = tmp_path / "stores", write_timm(tmp_path / "vit")
     assert wsi("tile", tmp_path / "slides", "--mpp", 1, "--tile", 40, "--pixels", "none", "-o", stores, "-q")[0] == 0
+    with pytest.raises(TrainError, match=r"holds features of no encoder.*wsi embed .*stores --encoder uni"):
+        read_bag(stores / "0" / "store.zarr")
     code, out, err = wsi("embed", stores, "--encoder", first, "--json", "-q")
     told = json.loads(out)
     assert code == 0 and err == "" and len(told["embedded"]) == 6 and told["embedded"][0]["width"] == 64
@@ -162,9 +164,13 @@ def test_from_slides_to_a_grader_by_the_command_line(wsi: Run, tmp_path: Path) -
     train = ("train", "mil", stores, "--labels", labels, "--folds", 3, "--epochs", 2, "-q", "-o")
     code, _, err = wsi(*train, tmp_path / "grader")
     assert code == 2 and "--encoder" in err
+    code, _, err = wsi(*train, tmp_path / "grader", "--encoder", "uni")
+    assert code == 2 and f"wsi embed {stores} --encoder uni" in err
     assert wsi(*train, tmp_path / "grader", "--encoder", first)[0] == 0
     config = json.loads((tmp_path / "grader" / "config.json").read_text())
     assert config["encoder_sha256"] == told["embedded"][0]["encoder_sha256"]
+    tiles = [each["n_tiles"] - each["n_unreadable"] for each in told["embedded"]]
+    assert config["bag_tiles"] == [min(tiles), max(tiles)]  # of three folds: every slide trains one
 
     code, out, err = wsi("embed", stores, "--encoder", first, "--mil", tmp_path / "grader", "--json")
     table = rows(stores / "grades.csv")
@@ -173,6 +179,15 @@ def test_from_slides_to_a_grader_by_the_command_line(wsi: Run, tmp_path: Path) -
     grade = head(bag.features, bag.boxes)
     assert float(table[2]["prob_b"]) == pytest.approx(grade.probabilities[1], abs=1e-6)
     assert table[2]["grade"] == head.grade(grade.probabilities) == json.loads(out)["graded"][2]["grade"]
+    for positive, column in (("b", "prob_b"), ("a", "prob_a")):
+        words = ("--labels", labels, "--positive", positive, "--bootstrap", 0, "-o", tmp_path / positive)
+        assert wsi("evaluate", "slides", stores, *words)[0] == 0
+        found = [float(row["score"]) for row in rows(tmp_path / positive / "cases.csv")]
+        assert found == [float(row[column]) for row in table]
+    assert table[2]["positive_probability"] == table[2]["prob_b"] and table[2]["grade_threshold"]
+    shutil.move(stores / "grades.csv", tmp_path / "grades.csv")
+    code, _, err = wsi("evaluate", "slides", stores, *words)
+    assert code == 2 and "wsi embed, with --mil" in err
     code, _, err = wsi("embed", stores, "--encoder", second, "--mil", tmp_path / "grader")
     assert code == 2 and "trained on the features of another patch model" in err
 

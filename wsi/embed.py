@@ -135,8 +135,9 @@ def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]
     Returns
     -------
     dict
-        grade, prob_<class>, entropy, mutual_information, prediction_set, abstain, stain_distance; None and `reason` of
-        a slide without a readable tile, or whose stain cannot be measured.
+        grade, grade_threshold, positive_probability, prob_<class>, entropy, mutual_information, prediction_set,
+        abstain, stain_distance; None and `reason` of a slide without a readable tile, or whose stain cannot be
+        measured.
 
     Raises
     ------
@@ -166,7 +167,10 @@ def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]
         except (StoreError, SlideError) as error:
             stained = StainCheck(undefined=f"no pixels to measure its stain by: {error}")
     doubts = mil.doubts(grade, features, unreadable=1 - float(readable.mean()), stain=stained.outside).as_json()
-    row["grade"] = mil.grade(grade.probabilities)
+    row |= {"grade": mil.grade(grade.probabilities), "grade_threshold": mil.grade_threshold}
+    if mil.grade_threshold is not None:
+        positive = sum(grade.probabilities[mil.config.class_names.index(k)] for k in mil.config.positive_classes)
+        row["positive_probability"] = rounded(float(positive))
     row |= {f"prob_{k}": rounded(float(p)) for k, p in zip(mil.config.class_names, grade.probabilities, strict=True)}
     chosen = doubts.pop("prediction_set")
     row |= doubts | {"prediction_set": None if chosen is None else " or ".join(chosen)}

@@ -15,7 +15,7 @@ from wsi.store import check_kind
 from wsi.tissue import TissueConfig
 
 if TYPE_CHECKING:
-    from wsi.nn.checkpoint import ModelConfig
+    from wsi.nn.checkpoint import Context, ModelConfig
     from wsi.nn.grade import MilModel
     from wsi.nn.patch import PatchModel
 
@@ -45,6 +45,8 @@ class ScoreConfig:
     max_unreadable : float
         Share of the tissue that may be undecodable: those tiles have no score; a slide with more fails.
     tissue : TissueConfig
+    context : bool
+        Let tiles inform each other where the model says how far (``wsi.context``); False leaves what it says of each.
     explain : bool
         Show in explained.png where in the top tiles the patch model looked (Grad-CAM); without a MIL head, in the
         tiles of the highest probability. Decides no number.
@@ -61,7 +63,12 @@ class ScoreConfig:
     stain_target: str = "veta"
     max_unreadable: float = 0.01
     tissue: TissueConfig = field(default_factory=TissueConfig)
+    context: bool = True
     explain: bool = False
+
+    def context_of(self, model: ModelConfig) -> Context | None:
+        """Return how far the tiles of a slide inform each other in this run; None for not at all."""
+        return model.context if self.context else None
 
     def check(self, model: ModelConfig) -> None:
         """Refuse what no slide could be scored with: an unknown class or reader, a stride that is not positive."""

@@ -134,11 +134,12 @@ def score_slide(
                 "Copy it from the source again, or allow more with --max-unreadable",
             )
         readable = ~unreadable
-        if engine.model.config.context is not None:
+        context, alone = config.context_of(engine.model.config), None
+        if context is not None:
             with clock.stage("context"):
                 everywhere = np.full((len(store), 2), np.nan, np.float32)
                 alone = store.get("probabilities_alone")[readable]
-                everywhere[readable] = in_context(alone, grid.keep(readable), engine.model.config.context)
+                everywhere[readable] = in_context(alone, grid.keep(readable), context)
                 store.put("probabilities", everywhere)
         with clock.stage("grade"):
             slide_scores = doubts = None
@@ -152,7 +153,7 @@ def score_slide(
                 store.put("attention", attention)
         with clock.stage("export"):
             probabilities, scored = store.get("probabilities")[readable], grid.keep(readable)
-            drawn = write_outputs(folder, slide, tissue, scored, probabilities, slide_scores, engine, config)
+            drawn = write_outputs(folder, slide, tissue, scored, probabilities, alone, slide_scores, engine, config)
             if engine.mil is not None and slide_scores is not None:
                 save_sheet(folder / "tiles.png", slide, scored, engine.mil.evidence(slide_scores))
             if config.explain and len(scored):
@@ -220,7 +221,7 @@ def estimate_bytes(
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
         tissue = tissue_of(slide, config.tissue, mask)
         n = len(_lay_grid(slide, tissue, engine.model.config, config)[0])
-    said = 2 if engine.model.config.context is not None else 1  # with what each tile says alone
+    said = 2 if config.context_of(engine.model.config) is not None else 1  # with what each tile says alone
     numbers = 4 * len(engine.model.config.class_names) * said + 2 * (engine.model.num_features or 0) + 4
     return _PICTURE_BYTES + n * (numbers + _OUTLINE_BYTES) + pixel_bytes(config.pixels, n, engine.model.config.tile_px)
 
@@ -311,7 +312,7 @@ def _store(
     }
     classes = len(engine.model.config.class_names)
     arrays: dict[str, tuple[tuple[int, ...], str]] = {"probabilities": ((classes,), "float32")}
-    if engine.model.config.context is not None:
+    if config.context_of(engine.model.config) is not None:
         arrays["probabilities_alone"] = arrays["probabilities"]
     if engine.model.num_features:
         arrays["features"] = ((engine.model.num_features,), "float16")

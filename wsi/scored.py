@@ -31,12 +31,15 @@ class ScoredTiles:
     probabilities : float32 (n, k)
     attention : float32 (n,), optional
         Sums to 1; None where no MIL model graded the slide.
+    alone : float32 (n, k), optional
+        What the model said of each tile before they informed each other; None where they did not.
     """
 
     grid: TileGrid
     rows: npt.NDArray[np.int64]
     probabilities: npt.NDArray[np.float32]
     attention: npt.NDArray[np.float32] | None
+    alone: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class ScoredSlide:
             raise ResultsError(self.folder, "holds no scores", "Score the slide: wsi score")
         readable = np.flatnonzero(~store.get("unreadable"))
         attention = store.get("attention")[readable] if "attention" in store.arrays and len(readable) else None
-        return ScoredTiles(store.grid.keep(readable), readable, store.get("probabilities")[readable], attention)
+        alone = store.get("probabilities_alone")[readable] if "probabilities_alone" in store.arrays else None
+        return ScoredTiles(store.grid.keep(readable), readable, store.get("probabilities")[readable], attention, alone)
 
     def heatmap(self) -> Heatmap:
         """Return the probability of the positive classes on the tiles.

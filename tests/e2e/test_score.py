@@ -76,6 +76,11 @@ class TestResults:
             assert row["grade"] in ("tumour", "no tumour") and result["grade"] == row["grade"]
             assert float(row["prob_tumour"]) + float(row["prob_no tumour"]) == pytest.approx(1, abs=1e-5)
             assert result["mpp"] == 0.5 and result["mpp_source"] == "vendor:aperio"
+            assert (result["grade_threshold"], result["threshold"]) == (0.5, 0.5)
+            decided = "tumour" if result["positive_probability"] >= result["grade_threshold"] else "no tumour"
+            assert result["grade"] == decided
+            null = {name for name, value in (result | result["uncertainty"]).items() if value is None}
+            assert null - {"stain", "mpp_given", "mask", "mask_sha256"} == set(result["reasons"])  # all but inputs
             store = PatchStore.open(folder / "store.zarr")
             assert len(store) == int(row["n_tiles"]) > 20 and store.missing() == []
             assert float(row["positive_mm2"]) <= float(row["tissue_mm2"])
@@ -147,6 +152,8 @@ class TestResults:
         wsi("score", slides / "a.svs", "-m", model, "--mil", "none", "-o", tmp_path, "-q")
         result = json.loads((tmp_path / "a/result.json").read_text())
         assert result["grade"] is None and result["reasons"]["grade"] == "no MIL model"
+        ungraded = ("probabilities", "positive_probability", "grade_threshold", "uncertainty")
+        assert all(result[name] is None and result["reasons"][name] == "no MIL model" for name in ungraded)
         assert rows(tmp_path / "slides.csv")[0]["grade"] == ""
 
     def test_a_grade_says_how_sure_it_is_and_when_not_to_use_it(
@@ -165,6 +172,12 @@ class TestResults:
         assert doubt["uncertainty"]["prediction_set"] == ["no tumour", "tumour"]
         for words in ("cannot be told apart", "outside the range of the training slides"):
             assert words in doubt["uncertainty"]["abstain"] and any(words in line for line in doubt["warnings"])
+        write_head(tmp_path / "never", patch_model.num_features, patch_model.sha256, threshold=1.0)
+        words = ("--mil", tmp_path / "never", "--threshold", 0, "-o", tmp_path / "apart", "-q")
+        assert wsi("score", slides / "a.svs", "-m", model, *words)[0] == 0
+        apart = json.loads((tmp_path / "apart/a/result.json").read_text())
+        assert apart["grade"] == "no tumour" and "grade-and-tiles-disagree" in apart["flags"]
+        assert f"{apart['positive_mm2']:g} mm2 are tumour" in apart["warnings"][0]
 
     def test_a_stain_outside_the_training_range_is_a_reason_to_abstain(
         self, wsi: Run, slides: Path, model: Path, tmp_path: Path
@@ -611,6 +624,9 @@ class TestOtherVerbs:
         code, stdout, _ = wsi("doctor", "--json")
         facts = json.loads(stdout)
         assert code == 0 and facts["problems"] == [] and facts["openslide library"] >= "4.0.1"
+        plain = subprocess.run([sys.executable, "-c", "import timm"], capture_output=True, check=False)
+        assert facts["torchvision fits torch"].startswith("yes" if plain.returncode == 0 else "no: wsi mends it")
+        assert wsi("doctor")[1].endswith("all well\n")
 
     def test_help_is_fast_and_loads_nothing_heavy(self) -> None:
         code = (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.compare import auroc_difference, mcnemar
 from wsi.metrics.estimate import Estimate
+from wsi.metrics.roc import auroc
 
 
 def test_draws_patients_whole():
@@ -26,12 +27,27 @@ def test_draws_patients_whole():
 
 
 def test_strata_keep_their_size():
-    labels = np.array([0, 0, 0, 0, 1, 1])
+    labels = np.array([0] * 7 + [1] * 5)
     seen = []
-    bootstrap(lambda rows: seen.append(labels[rows].sum()) or 0.0, range(6), strata=labels.tolist(), n_draws=50)
-    assert set(seen) == {2}
-    bootstrap(lambda rows: seen.append(labels[rows].sum()) or 0.0, range(6), n_draws=50)
+    bootstrap(lambda rows: seen.append(labels[rows].sum()) or 0.0, range(12), strata=labels.tolist(), n_draws=50)
+    assert set(seen) == {5} and len(seen) > 1
+    bootstrap(lambda rows: seen.append(labels[rows].sum()) or 0.0, range(12), n_draws=50)
     assert len(set(seen)) > 1
+
+
+@pytest.mark.parametrize(("positives", "rows"), [(1, 1), (4, 1), (4, 9), (5, 1)])
+def test_a_class_of_few_patients_gives_no_interval(positives: int, rows: int):
+    """However many rows each has; of five there is one."""
+    truth = np.repeat([0] * 20 + [1] * positives, rows)
+    score = np.random.default_rng(0).random(len(truth))
+    patients = np.repeat(np.arange(20 + positives), rows).tolist()
+    found = bootstrap(lambda i: auroc(truth[i], score[i]).value, patients, strata=truth.tolist(), n_draws=100)
+    assert found.value == auroc(truth, score).value
+    if positives < 5:
+        assert found.low is found.high is None
+        assert found.reason == "no interval: fewer than 5 patients of a class"
+    else:
+        assert found.low < found.value < found.high
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

@@ -100,6 +100,18 @@ def test_abstaining_says_why(tmp_path: Path) -> None:
     assert blind == "38% of tissue unreadable" and sure.doubts(grade, features, unreadable=0.09).abstain is None
 
 
+def test_slides_unlike_the_training_bags_in_size_are_abstained_from(tmp_path: Path) -> None:
+    model = load_mil_model(gated(tmp_path / "m", bag_tiles=[8, 40]))
+    for n, said in ((3, "3 tiles; learnt from bags of 8 to 40"), (4, None), (80, None), (81, "81 tiles; learnt from")):
+        features = a_bag(n)[0].numpy()
+        abstain = model.doubts(model(features), features).abstain
+        assert abstain is None if said is None else str(abstain).startswith(said)
+    assert load_mil_model("idc-breast").config.bag_tiles == (8, 40)
+    for wrong in ([8], [40, 8], [0, 3]):
+        with pytest.raises(ModelError, match="bag_tiles"):
+            load_mil_model(gated(tmp_path / str(wrong), bag_tiles=wrong))
+
+
 def test_evidence_is_what_moves_a_class_against_the_others(tmp_path: Path) -> None:
     features = a_bag(12)[0].numpy()
     three = load_mil_model(gated(tmp_path / "three"))

@@ -77,8 +77,8 @@ class ScoreJob:
     config: ScoreConfig
     status: ClassVar[str] = "scored"
     columns: ClassVar[tuple[str, ...]] = (
-        "grade", "probabilities", "n_tiles", "n_unreadable", "tissue_mm2", "positive_mm2", "largest_region_um",
-        "mpp", "mpp_source", "flags",
+        "grade", "probabilities", "n_tiles", "n_unreadable", "tissue_mm2", "positive_mm2", "positive_alone_mm2",
+        "largest_region_um", "mpp", "mpp_source", "flags",
     )  # fmt: skip
 
     def finished(self, own: Path) -> SlideResult | None:
@@ -98,6 +98,7 @@ class ScoreJob:
             check_maps(engine.model)
         numbers = asdict(config)
         unbound = {name: numbers.pop(name) for name in ("max_unreadable", "explain")}  # which decide no number
+        del numbers["context"]  # bound below, where the model has one
         said = [asdict(replace(each.config, folder=Path())) for each in (engine.model, engine.mil) if each is not None]
         numbers["model_config"] = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
         if config.stain is not None and config.stain_target not in TARGETS:
@@ -105,7 +106,7 @@ class ScoreJob:
         if engine.stain_range is not None:
             numbers["stain_range"] = engine.stain_range.sha256[:12]
         if engine.model.config.context is not None:
-            numbers["context"] = asdict(engine.model.config.context)
+            numbers["context"] = asdict(engine.model.config.context) if config.context else None
 
         def work(ref: SlideRef, own: Path, progress: Progress) -> None:
             if read_result(own) is not None:  # all that is missing is its explanation

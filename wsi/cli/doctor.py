@@ -43,7 +43,13 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     except (ImportError, OSError) as error:
         problems.append(f"OpenSlide does not load ({error}): pip install openslide-bin")
     try:
-        import wsi.nn.backbone  # noqa: F401
+        from wsi.nn.backbone import TORCHVISION_MENDED
+
+        facts["torchvision fits torch"] = (
+            "no: wsi mends it for itself, but a plain `import timm` fails; install builds that match"
+            if TORCHVISION_MENDED
+            else "yes"
+        )
     except Exception as error:  # noqa: BLE001  whatever breaks the import is what is to be told
         problems.append(f"timm does not load ({error}): install torch and torchvision of matching versions")
     facts["native kernels"] = (

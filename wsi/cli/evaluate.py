@@ -147,7 +147,9 @@ def camelyon17(
 
 Labels = Annotated[Path | None, typer.Option(help="CSV: a case (slide_id, image_id, id, ...), label, further columns.")]
 Label = Annotated[str, typer.Option(help="Column of the label.")]
-Score = Annotated[str | None, typer.Option(help="Column of the score. Default: score, or the only prob_... one.")]
+Score = Annotated[
+    str | None, typer.Option(help="Column of the score. Default: score, prob_<positive>, or the only prob_... one.")
+]
 Positive = Annotated[str, typer.Option(help="The label that counts as positive.")]
 Patient = Annotated[str | None, typer.Option(help="Column of the patient. Default: patient.")]
 Validation = Annotated[
@@ -160,7 +162,10 @@ Compare = Annotated[Path | None, typer.Option(help="Predictions of another run o
 
 @evaluate.command()
 def slides(
-    predictions: Annotated[Path, typer.Argument(help="Results of wsi score, or a CSV with a score a slide.")],
+    predictions: Annotated[
+        Path,
+        typer.Argument(help="Results of wsi score, stores with grades.csv (wsi embed), or a CSV with a score a slide."),
+    ],
     out: Out,
     labels: Labels = None,
     label: Label = "label",
@@ -195,7 +200,8 @@ def slides(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold,
         6 if isup else grades, isup and label == "gleason_score", bootstrap, seed,
     )  # fmt: skip
-    in_csv = [place for place in (predictions, compare, validation) if place and not place.is_dir()]
+    places = [place for place in (predictions, compare, validation) if place]
+    in_csv = [place for place in places if not place.is_dir() or (place / "grades.csv").is_file()]
     _idle(score and not in_csv, "--score", "is a column of a CSV", "Leave it out")
     cases, warnings = read_cases(predictions, labels or predictions, config)
     held = _held_out(validation, config)

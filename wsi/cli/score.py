@@ -49,6 +49,9 @@ def score(
     stain_target: Annotated[
         str, typer.Option(help="What stains are made to look like: veta, another packaged name, or an image file.")
     ] = "veta",
+    context: Annotated[
+        bool, typer.Option(help="Let tiles inform each other where the model says how far; --no-context: each alone.")
+    ] = True,
     explain: Annotated[
         bool,
         typer.Option(
@@ -104,6 +107,7 @@ def score(
         decode=decode,
         stain=stain,
         stain_target=stain_target,
+        context=context,
         explain=explain,
     )
     with watching(len(refs), quiet=quiet, log=log_json) as tell:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from wsi.errors import EvaluationError
 from wsi.evaluate.inputs import read_rows, unique
 from wsi.metrics.kappa import isup_grade
-from wsi.scored import scored_slides
+from wsi.scored import ScoredSlide, scored_slides
 
 #: Columns that name a case, the first that is there counts.
 ID_COLUMNS = ("slide_id", "image_id", "patch_id", "id", "slide", "patient")
@@ -53,7 +53,8 @@ class TableConfig:
     Attributes
     ----------
     label, score : str, optional
-        Columns of the label and of the score; default: ``label``, and the only ``prob_...`` column or ``score``.
+        Columns of the label and of the score; default: ``label``, and ``score``, ``prob_<positive>``,
+        ``positive_probability`` or the only ``prob_...`` one, the first that is there.
     positive : str
         The label that counts as positive; others are negative.
     patient : str, optional
@@ -102,7 +103,8 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     Parameters
     ----------
     predictions : Path
-        A CSV, or a results folder of ``wsi score`` (each slide's positive probability).
+        A CSV, or a results folder of ``wsi score`` (each slide's positive probability); where its slides have none, its
+        ``grades.csv``, which ``wsi embed --mil`` wrote.
     labels : Path
         A CSV. May be the same file as `predictions`.
     config : TableConfig
@@ -129,14 +131,15 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     slides = scored_slides(predictions) if predictions.is_dir() else {}
     groups = [group for group in config.groups if group in rows[0] or not slides or group not in RESULT_COLUMNS]
     _need(rows[0], labels, config.label, *groups, *([config.patient] if config.patient else []))
-    if slides:
+    table_at = _table_of(predictions, slides, config)
+    if table_at is None:
         found = {name: str(slide.numbers.get("positive_probability")) for name, slide in slides.items()}
     else:
-        table = read_rows(predictions)
-        column = config.score or _score_column(table[0], predictions, grades=bool(config.grades))
-        _need(table[0], predictions, column)
-        own = _id_column(table[0], predictions)
-        found = {name: row[column] for name, row in unique(table, own, predictions).items()}
+        table = read_rows(table_at)
+        column = config.score or _score_column(table[0], table_at, config)
+        _need(table[0], table_at, column)
+        own = _id_column(table[0], table_at)
+        found = {name: row[column] for name, row in unique(table, own, table_at).items()}
     missing = [name for name in truth if name not in found]
     if missing:
         raise EvaluationError(
@@ -281,8 +284,24 @@ def _id_column(row: Mapping[str, str], path: Path) -> str:
     raise EvaluationError(path, f"has the columns {', '.join(row)}", f"One must name the case: {', '.join(ID_COLUMNS)}")
 
 
-def _score_column(row: Mapping[str, str], path: Path, *, grades: bool) -> str:
-    names = [name for name in (("grade", "isup_grade") if grades else ("score", "probability")) if name in row]
+def _table_of(predictions: Path, slides: Mapping[str, ScoredSlide], config: TableConfig) -> Path | None:
+    """Return the CSV that scores are in; None where they are in the slides' own results."""
+    if not slides:
+        return predictions
+    own = any(slide.numbers.get("positive_probability") is not None for slide in slides.values())
+    if (predictions / "grades.csv").is_file() and (config.score or not own):
+        return predictions / "grades.csv"
+    if own:
+        return None
+    remedy = "Grade them: wsi score, or wsi embed, with --mil"
+    raise EvaluationError(predictions, "holds no probability of a slide", remedy)
+
+
+def _score_column(row: Mapping[str, str], path: Path, config: TableConfig) -> str:
+    usual = ("grade", "isup_grade") if config.grades else ("score", "probability")
+    names = [name for name in usual if name in row]
+    if not names and not config.grades:
+        names = [name for name in (f"prob_{config.positive}", "positive_probability") if name in row][:1]
     names = names or [name for name in row if name.startswith("prob_")]
     if len(names) != 1:
         raise EvaluationError(path, f"has the columns {', '.join(row)}", "Say which one is the --score")

@@ -52,9 +52,17 @@ def percentile_rank(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.asarray(np.searchsorted(np.sort(values), values) * (100 / max(len(values), 1)), np.float64)
 
 
+def probabilities_alone(
+    names: Sequence[str], positive: npt.NDArray[np.bool_], alone: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
+    """Return what the model said of each tile alone (n, k), as measurements: of the positive classes."""
+    return {f"prob_{names[i]}_alone": alone[:, i] for i in np.flatnonzero(positive)}
+
+
 def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArray[Any]]:
     """Return what is known of each tile: probabilities, their uncertainty, and the percentile of its attention.
 
+    Where tiles informed each other (``wsi.context``), also what the model said of the tile alone.
     The uncertainty is the entropy of the probabilities over that of no knowledge at all: 0 to 1.
     """
     p = tiles.probabilities
@@ -62,6 +70,8 @@ def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArra
     if p.shape[1] > 1:
         entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(axis=1)
         found["uncertainty"] = (entropy / np.log(p.shape[1])).clip(0, 1) + 0.0  # no -0
+    if tiles.alone is not None:
+        found |= probabilities_alone(slide.class_names, slide.positive, tiles.alone)
     if tiles.attention is not None:
         found["attention_percentile"] = percentile_rank(tiles.attention)
     return found

@@ -12,6 +12,10 @@ from wsi.metrics.estimate import Estimate
 
 Rows = npt.NDArray[np.intp]
 
+#: Fewer patients of a stratum give no interval. n patients can be drawn in C(2n - 1, n) ways: 3, 10 and 35 of two to
+#: four, of which a tail of 1 in 40 is no more than the most extreme; 126 of five.
+FEWEST = 5
+
 
 def bootstrap(
     statistic: Callable[[Rows], float | None],
@@ -34,7 +38,7 @@ def bootstrap(
         Whose each row is.
     strata : sequence (n,), optional
         Each row's stratum, such as its label. Patients are drawn among those whose highest stratum is the same, so
-        that each draw holds as many of each.
+        that each draw holds as many of each. With fewer than five patients in one there is no interval.
     n_draws : int
         0 for no interval.
     seed : int
@@ -73,6 +77,8 @@ def bootstrap(
         highest = np.zeros(n, np.intp)
         np.maximum.at(highest, of, [ranks[stratum] for stratum in strata])
         groups = [np.flatnonzero(highest == stratum) for stratum in np.unique(highest)]
+        if min(map(len, groups)) < FEWEST:
+            return Estimate(value, n=n, reason=f"no interval: fewer than {FEWEST} {unit} of a class")
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(n_draws):

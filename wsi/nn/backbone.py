@@ -36,6 +36,8 @@ def _import_torchvision() -> None:
 
 
 _import_torchvision()
+#: torchvision did not load as it is: any other program's `import timm` fails here.
+TORCHVISION_MENDED = bool(_kept_alive)
 import timm  # noqa: E402
 import timm.layers  # noqa: E402
 

@@ -100,6 +100,8 @@ class ModelConfig:
         MIL heads: least probability of a class in the prediction set, and the set's coverage.
     largest_shift : float, optional
         MIL heads: how far from the mean the farthest training slide lay (``grade.feature_shift``).
+    bag_tiles : (int, int), optional
+        MIL heads: tiles of the smallest and of the largest bag that the head was trained on.
     """
 
     folder: Path
@@ -123,6 +125,7 @@ class ModelConfig:
     conformal_threshold: float | None = None
     coverage: float = 0.9
     largest_shift: float | None = None
+    bag_tiles: tuple[int, int] | None = None
 
 
 def model_folders() -> tuple[Path, ...]:
@@ -302,6 +305,9 @@ def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
     threshold, shift = raw.get("conformal_threshold"), raw.get("largest_shift")
     if head.temperature <= 0 or members < 1:
         raise TypeError(f"temperature is {head.temperature} and members is {members}")
+    bag_tiles = tuple(map(int, raw["bag_tiles"])) if raw.get("bag_tiles") is not None else None
+    if bag_tiles is not None and not (len(bag_tiles) == 2 and 1 <= bag_tiles[0] <= bag_tiles[1]):
+        raise TypeError(f"bag_tiles is {list(bag_tiles)}, not the fewest and the most tiles of a training bag")
     return {
         "head": head,
         "num_logits": head.num_logits,
@@ -309,6 +315,7 @@ def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
         "conformal_threshold": None if threshold is None else float(threshold),
         "coverage": float(raw.get("coverage", 0.9)),
         "largest_shift": None if shift is None else float(shift),
+        "bag_tiles": bag_tiles,
     }
 
 

@@ -27,6 +27,8 @@ from wsi.result import called, rounded
 
 #: Share of unreadable tissue from which on a grade should not be used: the part that decides may be unreadable.
 MOST_UNREADABLE = 0.1
+#: A slide may have so many times the tiles of the largest training bag, or of the smallest over it, and not beyond.
+BAG_FACTOR = 2
 
 
 class SlideGrade(NamedTuple):
@@ -111,6 +113,12 @@ class MilModel:
             return self.config.class_names[int((probabilities.cumsum() < 0.5 - 1e-12).sum())]
         return self.config.class_names[int(pick_class(probabilities[None], self.config)[0])]
 
+    @property
+    def grade_threshold(self) -> float | None:
+        """Probability from which the positive classes together are the grade; None where it decides nothing."""
+        decides = 0 < len(self.config.positive_classes) < len(self.config.class_names)
+        return self.config.threshold if decides else None
+
     def evidence(self, grade: SlideGrade) -> dict[str, npt.NDArray[Any]]:
         """Return the evidence of each tile for each class, {class: (n,)}; of two classes for the second only.
 
@@ -146,6 +154,10 @@ class MilModel:
             reasons.append(f"{unreadable:.0%} of tissue unreadable")
         if stain is not None:
             reasons.append(stain)
+        if config.bag_tiles is not None:
+            (least, most), n = config.bag_tiles, len(features)
+            if n > BAG_FACTOR * most or n * BAG_FACTOR < least:
+                reasons.append(f"{n} tiles; learnt from bags of {least} to {most}")
         chosen: tuple[str, ...] | None = None
         if config.conformal_threshold is not None:
             chosen = tuple(names[i] for i in prediction_set(grade.probabilities, config.conformal_threshold))
@@ -178,6 +190,15 @@ class Doubts(NamedTuple):
     uncertainty: Uncertainty
     prediction_set: tuple[str, ...] | None
     abstain: str | None
+
+    def reasons(self) -> dict[str, str]:
+        """Say of what ``as_json`` has as None why it is."""
+        why = {
+            "mutual_information": "the head is a single network: nothing to disagree",
+            "prediction_set": "the head holds no threshold of prediction sets",
+            "abstain": "nothing speaks against the grade",
+        }
+        return {name: why[name] for name, value in self.as_json().items() if value is None}
 
     def as_json(self) -> dict[str, Any]:
         """Return it as result.json holds it: entropies in nats to six digits."""

@@ -201,7 +201,10 @@ def _read_store(path: Path, encoder: str | None) -> Bag:
         }
     if len({sha256 for _, sha256 in found.values()}) != 1:
         what = f"holds features of {there or 'no encoder'}" + (f", not of {encoder!r} alone" if encoder else "")
-        raise TrainError(path, what, "Name one with --encoder" if there else "Run wsi embed")
+        make = f"wsi embed {path.parent.parent} --encoder {encoder or 'uni (or another)'}"
+        if encoder is None and there:
+            raise TrainError(path, what, "Name one with --encoder")
+        raise TrainError(path, what, f"Make them: {make}" + (", or name another --encoder" if there else ""))
     array, (name, sha256) = found.popitem()
     readable = ~store.get("unreadable") if not store.missing("unreadable") else slice(None)
     grid, slide = store.grid, store.attributes.get("slide", {})

@@ -113,6 +113,7 @@ def train_mil(
     nets = [member.net for member in members.values()]
     means = (torch.from_numpy(bags.stats[i].sum / bags.stats[i].tiles)[None] for s in splits for i in s.train)
     shift = max(feature_shift(nets[0], mean) for mean in means)
+    bag_tiles = [bags.stats[i].tiles for split in splits for i in split.train]
     tiles = {i: partial(bags.tiles, i) for i in cohort.cases}
     stains, unlike = learn_stains(tiles, {i: case.patient for i, case in cohort.cases.items()}, splits)
     weights, sha256 = packed((nets[0] if len(nets) == 1 else torch.nn.ModuleList(nets)).state_dict())
@@ -135,6 +136,7 @@ def train_mil(
         **calibration,
         **({"baseline": [head.baseline for head in heads]} if config.head == "cox" else {}),
         "largest_shift": float(f"{shift * (1 + 1e-5):.6g}"),  # six digits, and not below: the farthest is within
+        "bag_tiles": [min(bag_tiles), max(bag_tiles)],
         "encoder_sha256": bags.encoder if bags.encoder and len(bags.encoder) == 64 else None,
         "encoder": bags.encoder,
         "weights_sha256": sha256,

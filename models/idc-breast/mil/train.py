@@ -228,6 +228,7 @@ def main() -> None:
         "class_names": ["no idc", "idc"],
         "positive_classes": ["idc"],
         "threshold": threshold,
+        "bag_tiles": list(SIZES),
         "encoder_sha256": encoder_config["weights_sha256"],
         "weights_sha256": sha256,
     }
