@@ -178,6 +178,17 @@ def test_outlines_and_scale_bar_lie_where_they_should(tmp_path: Path, slide: Arr
     assert black.max() == pytest.approx(100 / 0.5, abs=2), "a fifth of 500 um is 100 um"
 
 
+@pytest.mark.parametrize("threshold", [0.25, 0.8])
+def test_the_threshold_is_marked_on_the_colour_bar(tmp_path: Path, slide: ArraySlide, threshold: float):
+    heatmap = heatmap_of(np.linspace(0, 1, 120).reshape(10, 12).tolist())
+    marked = overlay(tmp_path, slide, heatmap, threshold=threshold)
+    left = MARGIN + 1000 + 22  # the bar is 18 px wide and 360 high
+    black = marked[MARGIN : MARGIN + 360, left + 2 : left + 16].max(axis=(1, 2)) < 90
+    assert np.flatnonzero(black).mean() == pytest.approx((1 - threshold) * 360, abs=1.5)
+    plain = overlay(tmp_path, slide, heatmap)
+    assert not (plain[MARGIN + 3 : MARGIN + 357, left + 2 : left + 16].max(axis=(1, 2)) < 90).any()
+
+
 def test_the_same_input_is_the_same_file(tmp_path: Path, slide: ArraySlide):
     heatmap = heatmap_of(np.linspace(-1, 2, 120).reshape(10, 12).tolist())
     names = [tmp_path / "a.png", tmp_path / "b.png"]

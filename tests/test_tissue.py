@@ -136,8 +136,18 @@ def test_a_slide_full_of_tissue_is_not_cut_in_two():
 
 @pytest.mark.parametrize(
     "ink",
-    [(45, 85, 185), (90, 163, 140), (35, 110, 60), (205, 30, 45), (35, 33, 38)],
-    ids=["blue", "teal", "green", "red", "black"],
+    [
+        (45, 85, 185),
+        (30, 50, 160),
+        (20, 40, 140),
+        (30, 60, 150),
+        (20, 30, 100),
+        (90, 163, 140),
+        (35, 110, 60),
+        (205, 30, 45),
+        (35, 33, 38),
+    ],
+    ids=["blue", "darker", "dark", "permanent", "navy", "teal", "green", "red", "black"],
 )
 def test_ink_is_left_out_on_glass_and_on_tissue(ink):
     slide = slide_of((STROMA, 20, 100, 180, 150), (TUMOUR, 60, 140, 60, 60), (ink, 130, 30, 25, 200))
@@ -148,6 +158,13 @@ def test_ink_is_left_out_on_glass_and_on_tissue(ink):
     assert share(found.mask, 125, 25, 40, 70) == 0, "the blurred rim of a stroke on glass is no tissue"
     kept = find_tissue(slide, TissueConfig(exclude_pen=False))
     assert not kept.pen.any()
+
+
+@pytest.mark.parametrize("colour", [(186, 56, 69), (203, 58, 67), (166, 44, 62)])
+def test_a_clot_is_tissue(colour):
+    """Blood as dense as in public H&E patches of three patients; common red markers have this colour."""
+    found = find_tissue(slide_of((colour, 60, 60, 120, 150)))
+    assert not found.pen.any() and share(found.mask, 62, 62, 116, 146) > 0.98
 
 
 def test_nuclei_and_pigment_are_too_small_for_ink():

@@ -22,6 +22,8 @@ from wsi.units import Box, Mpp
 
 #: Opacity of the lowest and of the highest value: the tissue shows through where there is little to say.
 _ALPHA = (0.25, 0.65)
+#: Red, green, blue and opacity of the tiles where they have no values.
+_TINT = (0.0, 0.35, 0.9, 0.25)
 #: Figures are at least this long: a small picture is drawn with larger pixels.
 _MIN_LONG_SIDE_PX = 800
 _DPI = 100
@@ -155,7 +157,9 @@ def save_overlay(
     *,
     regions: Sequence[shapely.Polygon] = (),
     tissue_outlines: Sequence[shapely.Polygon] = (),
+    tiles: TileGrid | None = None,
     label: str = "score",
+    threshold: float | None = None,
     long_side_px: int = 1600,
 ) -> None:
     """Write a PNG of the slide with its heatmap, outlines, a scale bar and a colour bar.
@@ -170,8 +174,12 @@ def save_overlay(
     heatmap : Heatmap, optional
     regions, tissue_outlines : sequence of shapely.Polygon
         Level-0 pixels; drawn with a heavy and a thin line.
+    tiles : TileGrid, optional
+        Tinted where there is no heatmap.
     label : str
         What the colours, from 0 to 1, mean.
+    threshold : float, optional
+        Marked on the colour bar.
     long_side_px : int
         Pixels along the longer side of the slide; fewer where the slide has fewer.
 
@@ -192,6 +200,7 @@ def save_overlay(
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     bounds = slide.bounds
     shrink = min(1.0, long_side_px / max(bounds.w, bounds.h))
@@ -200,6 +209,8 @@ def save_overlay(
     colours = _colours()
     if heatmap is not None:
         picture = _blend(picture, heatmap, bounds, colours)
+    elif tiles is not None:
+        picture = _blend(picture, Heatmap(tiles, np.zeros(len(tiles), np.float32)), bounds, np.array([_TINT]))
 
     # Everything is laid out in pixels, so that a thumbnail pixel is a figure pixel.
     zoom = max(1, math.ceil(_MIN_LONG_SIDE_PX / max(size)))
@@ -221,6 +232,8 @@ def save_overlay(
 
     _draw_outlines(axes, tissue_outlines, (("#1a1a1a", 0.9),), "tissue")
     _draw_outlines(axes, regions, (("white", 3.6), ("#c2003d", 1.8)), "positive region")
+    if heatmap is None and tiles is not None:
+        axes.add_line(Line2D([], [], color=_TINT[:3], alpha=_TINT[3], linewidth=9, label="tiles"))
     _draw_scale_bar(axes, bounds, slide.mpp, px_per_level0=w / bounds.w)
     if heatmap is not None:
         bar_h = min(h, 360)
@@ -230,6 +243,10 @@ def save_overlay(
         # Shown as it looks over white glass, not as the bare colour map.
         on_white = ListedColormap(colours[:, :3] * colours[:, 3:] + 1 - colours[:, 3:])
         bar = figure.colorbar(ScalarMappable(Normalize(0, 1), on_white), cax=bar_axes)
+        if threshold is not None:
+            label += f"\nthreshold {threshold:.4g}"
+            across = bar.ax.get_yaxis_transform()  # beyond the bar on both sides, so that it is seen on every colour
+            bar.ax.plot([-0.3, 1.3], [threshold] * 2, transform=across, clip_on=False, color="black", linewidth=1.6)
         bar.set_label(label, fontsize=12)
         bar.ax.tick_params(labelsize=11, width=0.8)
         bar.outline.set(edgecolor="0.6", linewidth=0.8)

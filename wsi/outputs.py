@@ -13,8 +13,8 @@ import shapely
 
 from wsi import __version__
 from wsi.engine import Engine, ScoreConfig
-from wsi.export.objects import TISSUE, path_classes, percentile_rank, positive_regions, probabilities_alone
-from wsi.export.qupath import Region, write_regions, write_tiles
+from wsi.export.objects import path_classes, percentile_rank, positive_regions, probabilities_alone, tissue_regions
+from wsi.export.qupath import write_regions, write_tiles
 from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
@@ -93,10 +93,7 @@ def write_outputs(
     )
 
     tissue_outlines = tissue.outlines()
-    regions = [
-        Region(outline, TISSUE, f"Tissue {i}", {"area_mm2": _mm2(outline, slide)})
-        for i, outline in enumerate(tissue_outlines, 1)
-    ]
+    regions = tissue_regions(tissue_outlines, slide.mpp)
     outlines: list[shapely.Polygon] = []
     before: list[shapely.Polygon] | None = None
     suppressed: list[shapely.Polygon] = []
@@ -119,6 +116,7 @@ def write_outputs(
         regions=outlines,
         tissue_outlines=tissue_outlines,
         label=f"probability of {' or '.join(positive)}" if positive else "",
+        threshold=threshold,
     )
     return Drawn(tissue_outlines, outlines, before, suppressed)
 

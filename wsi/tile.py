@@ -14,8 +14,11 @@ import numpy as np
 
 from wsi import __version__
 from wsi.errors import GridError
+from wsi.export.objects import tissue_regions
+from wsi.export.qupath import write_regions
 from wsi.files import sha256_of
 from wsi.grid import TileGrid
+from wsi.heatmap import save_overlay
 from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
 from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide, override_of
 from wsi.store import PatchStore, check_kind, copy_tiles, pixel_bytes, stored_tiles
@@ -95,7 +98,8 @@ def tile_slide(
     path : str
         The slide.
     folder : path
-        Its store, and last result.json; its name is the slide's id.
+        Its store, the tissue's outlines (regions.geojson), a picture of them and of the tiles (overlay.png), and last
+        result.json; its name is the slide's id.
     config : TileConfig, optional
     threads : int
         Reading, decoding and encoding at a time.
@@ -122,6 +126,11 @@ def tile_slide(
                 slide, store, threads=threads, progress=lambda done: report(done, len(grid)), spent=clock.seconds
             )
             clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
+        with clock.stage("export"):
+            outlines = tissue.outlines()
+            regions, use = tissue_regions(outlines, slide.mpp), {"use": "research only"}
+            write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=folder.name, metadata=use)
+            save_overlay(folder / "overlay.png", slide, None, tissue_outlines=outlines, tiles=grid)
         numbers = _numbers(slide, folder.name, tissue, store, mpp, mask)
     result = SlideResult(numbers, clock.seconds)
     progress("finish", 0, 0)  # the last chance to stop
@@ -252,6 +261,8 @@ def _numbers(
     if overridden := override_of(slide):
         flags.append("mpp-overridden")
         warnings.append(overridden)
+    if nearly := _nearly_stored(slide, store.grid):
+        warnings.append(nearly)
     return {
         "slide_id": slide_id,
         "slide": absolute(slide.path),
@@ -270,3 +281,17 @@ def _numbers(
         "mask": mask and absolute(mask),
         "mask_sha256": mask and sha256_of(mask),
     }
+
+
+def _nearly_stored(slide: Slide, grid: TileGrid) -> str | None:
+    """What to do where a level's own pixels are within 2 % of those of `grid`, and were resampled."""
+    steps = [side / grid.tile_px for side in grid.tile]  # level-0 pixels a patch pixel
+    level = slide.level_for(max(min(steps), 1e-9))
+    own = [full / stored for full, stored in zip(slide.size, slide.level_sizes[level], strict=True)]
+    off = [step / stored for step, stored in zip(steps, own, strict=True)]
+    if not 1e-6 < max(abs(ratio - 1) for ratio in off) <= 0.02:
+        return None
+    return (
+        f"resampled by {max(off, key=lambda ratio: abs(ratio - 1)):.4g} from pixels of {own[0] * slide.mpp.x:.4g} um: "
+        f"--level {level} keeps the slide's own pixels, which are sharper"
+    )

@@ -168,3 +168,15 @@ class TestScoring:
         code, _, stderr = wsi("score", jpeg_slide, "-m", "phantom", "--pixels", "verbatim", "-o", tmp_path / "w", "-q")
         assert code == 2 and "[grid]" in stderr and "jpeg or zstd" in stderr
         assert not (tmp_path / "w/own/store.zarr").exists()
+
+
+def test_ink_is_kept_on_request(wsi: Run, tmp_path: Path) -> None:
+    rgb = np.full((600, 800, 3), 243, np.uint8)
+    rgb[100:500, 200:600] = (45, 85, 185)
+    slide = write_pyramid(tmp_path / "blue.tif", [rgb], 0.5)
+    for name, options, found in (("a", (), False), ("b", ("--keep-pen",), True)):
+        assert wsi("tile", slide, "--tile", 64, *options, "--pixels", "none", "-o", tmp_path / name, "-q")[0] == 0
+        assert (int(rows(tmp_path / name / "slides.csv")[0]["n_tiles"]) > 30) == found
+        configuration = json.loads((tmp_path / name / "run.json").read_text())["configuration"]
+        assert configuration["tissue"]["exclude_pen"] != found
+    assert wsi("tile", slide, "--tile", 64, "--pixels", "none", "-o", tmp_path / "a", "--keep-pen", "-q")[0] == 2

@@ -26,6 +26,9 @@ Reader = Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")
 Decode = Annotated[
     str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
 ]
+KeepPen = Annotated[
+    bool, typer.Option("--keep-pen", help="Take marker ink for tissue: for stains as blue or green as ink (trichrome).")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")]

@@ -58,6 +58,7 @@ def score(
             help="Show in explained.png where in the top tiles the patch model looked (Grad-CAM), of scored slides too."
         ),
     ] = False,
+    keep_pen: archive.KeepPen = False,
     reader: archive.Reader = "auto",
     decode: archive.Decode = "auto",
     device: archive.Device = "auto",
@@ -86,10 +87,13 @@ def score(
 
       wsi score slide.svs --model hf-hub:OWNER/NAME --positive tumor -o results
 
+      wsi score trichrome.svs --model FOLDER --keep-pen -o results
+
       wsi score "archive/**/*.svs" --model idc-breast -o results --slide-timeout 3600 --max-memory 8GB
     """
     from wsi.archive import default_threads, find_slides, score_archive
     from wsi.engine import EngineConfig, ScoreConfig
+    from wsi.tissue import TissueConfig
 
     refs = find_slides(slides, slide_mpp)
     engine = EngineConfig(
@@ -105,6 +109,7 @@ def score(
         max_unreadable=max_unreadable,
         reader=reader,
         decode=decode,
+        tissue=TissueConfig(exclude_pen=not keep_pen),
         stain=stain,
         stain_target=stain_target,
         context=context,

@@ -40,6 +40,7 @@ def tile(
         ),
     ] = "jpeg",
     slide_mpp: archive.GivenMpp = None,
+    keep_pen: archive.KeepPen = False,
     reader: archive.Reader = "auto",
     decode: archive.Decode = "auto",
     threads: archive.Threads = None,
@@ -63,9 +64,12 @@ def tile(
       wsi tile slides/ --pixels verbatim -o stores
 
       wsi tile slide.svs --level 1 --min-tissue 0.5 --pixels zstd -o stores
+
+      wsi tile trichrome/ --keep-pen -o stores
     """
     from wsi.archive import find_slides, tile_archive
     from wsi.tile import TileConfig
+    from wsi.tissue import TissueConfig
 
     refs = find_slides(slides, slide_mpp)
     config = TileConfig(
@@ -77,6 +81,7 @@ def tile(
         pixels=pixels,
         reader=reader,
         decode=decode,
+        tissue=TissueConfig(exclude_pen=not keep_pen),
     )
     with watching(len(refs), quiet=quiet, log=log_json) as tell:
         summary = tile_archive(

@@ -34,6 +34,14 @@ def path_classes(names: Sequence[str], positive: Sequence[str]) -> list[PathClas
     return [PathClass(name, colours[name]) for name in names]
 
 
+def tissue_regions(outlines: Sequence[shapely.Polygon], mpp: Mpp) -> list[Region]:
+    """Return the pieces of tissue as annotations with their areas; `outlines` in level-0 pixels."""
+    return [
+        Region(outline, TISSUE, f"Tissue {i}", {"area_mm2": mpp.area_um2(outline.area) / 1e6})
+        for i, outline in enumerate(outlines, 1)
+    ]
+
+
 def classes_of(slide: ScoredSlide) -> list[PathClass]:
     """Return the classes of a slide's tiles."""
     return path_classes(slide.class_names, slide.numbers.get("positive_classes") or ())
