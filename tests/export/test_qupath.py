@@ -369,6 +369,7 @@ several = st.lists(crossing | holed | slivers, min_size=1, max_size=4).map(
 
 @given(crossing | holed | slivers | several, st.floats(-3, 3))
 @example(shapely.Polygon([(0, 0), (1 / 3, 100), (2 / 3, 0), (1, 100), (100, 100), (100, 0)]), 0.005)
+@example(shapely.Polygon([(1, 0), (-1, 0), (0, 20)], [[(0, 0), (0, 1 / 256), (1, 3)]]), 0.0)  # two that share an edge
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_polygon_is_accepted_and_keeps_its_area(tmp_path: Path, geometry, corner):
     bounds = Box(corner, corner / 3, 100.0, 90.555)

@@ -126,8 +126,11 @@ def _mended(geometry: shapely.Geometry, bounds: Box, within: shapely.Polygon | N
     if within is not None:
         found = shapely.intersection(found, within)
     for _ in range(_MAX_REPAIRS):
-        # Snap rounding: unlike rounding each coordinate, it cannot make edges cross.
-        snapped = shapely.set_precision(found, 10.0**-_DECIMALS)
+        # Snap rounding: unlike rounding each coordinate, it cannot make edges cross. Of the areas alone, joined where
+        # they touch: a collection of areas that share an edge counts as valid, and they are no MultiPolygon.
+        parts = shapely.get_parts(shapely.get_parts(found))
+        areas = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
+        snapped = shapely.union_all(areas, grid_size=10.0**-_DECIMALS)
         found = shapely.transform(snapped, lambda xy: np.round(xy, _DECIMALS))
         if found.is_valid:
             return _coordinates(np.array([found], object))[0]
