@@ -144,7 +144,8 @@ def numbers_of(
     """Assemble result.json: what was asked, found and doubted; what is undefined is None, and `reasons` says why."""
     model, mil = engine.model.config, engine.mil
     (positive, threshold), outlines = _positive_of(engine, config), drawn.positive
-    flags, warnings, reasons = [], [], {}
+    flags, warnings = [], []
+    reasons: dict[str, str] = {}
     nothing = "no tile holds enough tissue" if tissue.mask.any() else "no tissue"
     if not len(grid):
         flags.append("no-tile" if tissue.mask.any() else "no-tissue")

@@ -192,6 +192,7 @@ class TestResults:
         for name in ("here", "elsewhere"):
             assert wsi("score", slides / "a.svs", "-m", tmp_path / name, "-o", tmp_path / f"r-{name}", "-q")[0] == 0
             results[name] = json.loads((tmp_path / f"r-{name}/a/result.json").read_text())
+            results[name]["flags"].remove("grade-and-tiles-disagree")  # of random weights, and of both alike
         inside, outside = results["here"], results["elsewhere"]
         assert inside["uncertainty"]["abstain"] is None and inside["flags"] == [] and inside["stain_distance"] < 2
         assert outside["flags"] == ["stain-outside", "abstain"] and outside["stain_distance"] > 20

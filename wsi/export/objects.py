@@ -56,7 +56,7 @@ def probabilities_alone(
     names: Sequence[str], positive: npt.NDArray[np.bool_], alone: npt.NDArray[Any]
 ) -> dict[str, npt.NDArray[Any]]:
     """Return what the model said of each tile alone (n, k), as measurements: of the positive classes."""
-    return {f"prob_{names[i]}_alone": alone[:, i] for i in np.flatnonzero(positive)}
+    return {f"prob_{names[i]}_alone": alone[:, i] for i in np.flatnonzero(positive).tolist()}
 
 
 def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArray[Any]]:
