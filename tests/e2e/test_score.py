@@ -648,3 +648,12 @@ class TestOtherVerbs:
         for verb in ("score", "tile", "info", "demo", "doctor"):
             code, stdout, _ = wsi(verb, "--help")
             assert code == 0 and f"wsi {verb}" in stdout.split("Example")[1]
+
+
+def test_ink_is_scored_on_request(wsi: Run, model: Path, tmp_path: Path) -> None:
+    rgb = np.full((600, 800, 3), 243, np.uint8)
+    rgb[100:500, 200:600] = (45, 85, 185)
+    write_pyramid(tmp_path / "blue.svs", [rgb], 1.0, svs=True)
+    for name, options, found in (("a", (), False), ("b", ("--keep-pen",), True)):
+        assert wsi("score", tmp_path / "blue.svs", "-m", model, *options, "-o", tmp_path / name, "-q")[0] == 0
+        assert (float(rows(tmp_path / name / "slides.csv")[0]["tissue_mm2"]) > 0.15) == found

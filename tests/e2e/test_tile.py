@@ -173,10 +173,17 @@ class TestScoring:
 def test_ink_is_kept_on_request(wsi: Run, tmp_path: Path) -> None:
     rgb = np.full((600, 800, 3), 243, np.uint8)
     rgb[100:500, 200:600] = (45, 85, 185)
-    slide = write_pyramid(tmp_path / "blue.tif", [rgb], 0.5)
+    slide = tmp_path / "blue.svs"
+    write_pyramid(slide, [rgb], 1.0, svs=True)
     for name, options, found in (("a", (), False), ("b", ("--keep-pen",), True)):
-        assert wsi("tile", slide, "--tile", 64, *options, "--pixels", "none", "-o", tmp_path / name, "-q")[0] == 0
+        assert (
+            wsi("tile", slide, "--level", 0, "--tile", 64, *options, "--pixels", "none", "-o", tmp_path / name, "-q")[0]
+            == 0
+        )
         assert (int(rows(tmp_path / name / "slides.csv")[0]["n_tiles"]) > 30) == found
         configuration = json.loads((tmp_path / name / "run.json").read_text())["configuration"]
         assert configuration["tissue"]["exclude_pen"] != found
-    assert wsi("tile", slide, "--tile", 64, "--pixels", "none", "-o", tmp_path / "a", "--keep-pen", "-q")[0] == 2
+    assert (
+        wsi("tile", slide, "--level", 0, "--tile", 64, "--pixels", "none", "-o", tmp_path / "a", "--keep-pen", "-q")[0]
+        == 2
+    )
