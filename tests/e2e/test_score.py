@@ -221,7 +221,7 @@ class TestResume:
         (slides / "a.svs").write_bytes(whole[: len(whole) // 3])
         try:  # what cannot be explained stays scored, is a failure of this run, and holds nobody up
             assert wsi("score", slides, *words, "-o", later, "--explain")[0] == 3
-            assert [(row["slide_id"], row["stage"]) for row in rows(later / "failures.csv")] == [("a", "explain")]
+            assert [(row["slide_id"], row["stage"]) for row in rows(later / "failures.csv")] == [("a", "open")]
             assert [row["slide_id"] for row in rows(later / "slides.csv")] == ["a", "b"]
             assert {k: v for k, v in digest(later).items() if "failure" not in k} == {
                 k: v for k, v in explained.items() if k != "a/explained.png"
@@ -235,7 +235,7 @@ class TestResume:
         (later / "a/explained.png").unlink()
         try:  # another slide under the name of one that was scored
             assert wsi("score", slides, *words, "-o", later, "--explain")[0] == 3
-            assert "is of a slide of" in rows(later / "failures.csv")[0]["error"]
+            assert "is of another file than" in rows(later / "failures.csv")[0]["error"]
         finally:
             (slides / "a.svs").write_bytes(whole)
 
