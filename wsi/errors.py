@@ -6,7 +6,8 @@
     |-- SlideError                   something about one slide
     |   |-- SlideNotFound            also FileNotFoundError
     |   |-- SlideUnreadable          also ValueError   not a slide, damaged, or unsupported pixels
-    |   |   `-- UnknownFormat
+    |   |   |-- UnknownFormat
+    |   |   `-- NotRgb                               channels in pages of their own
     |   `-- MppError                 also ValueError   no plausible microns per pixel
     |-- GridError                    also ValueError   tile, stride or mpp that make no grid
     |-- StainError                   also ValueError   pixels, a matrix or a target that cannot be normalised with

@@ -22,6 +22,7 @@ from wsi.engine import Engine, ScoreConfig
 from wsi.errors import ModelError, SlideUnreadable, StoreError
 from wsi.files import remove_folder
 from wsi.grid import TileGrid
+from wsi.heatmap import overlay_bytes
 from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.gradcam import grad_cam
@@ -39,8 +40,8 @@ from wsi.store import PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tissue import TissueMask, tissue_of
 from wsi.units import Box
 
-#: What a slide's overlay takes, and a tile in GeoJSON: about what was seen.
-_PICTURE_BYTES, _OUTLINE_BYTES = 4_000_000, 60
+#: What a tile takes in GeoJSON: about what was seen.
+_OUTLINE_BYTES = 60
 #: Tiles that a slide is judged by before it is scored.
 _TRIAGE_TILES = 64
 
@@ -221,9 +222,10 @@ def estimate_bytes(
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
         tissue = tissue_of(slide, config.tissue, mask)
         n = len(_lay_grid(slide, tissue, engine.model.config, config)[0])
+        pictures = 2 * overlay_bytes(slide)  # and tiles.png
     said = 2 if config.context_of(engine.model.config) is not None else 1  # with what each tile says alone
     numbers = 4 * len(engine.model.config.class_names) * said + 2 * (engine.model.num_features or 0) + 4
-    return _PICTURE_BYTES + n * (numbers + _OUTLINE_BYTES) + pixel_bytes(config.pixels, n, engine.model.config.tile_px)
+    return pictures + n * (numbers + _OUTLINE_BYTES) + pixel_bytes(config.pixels, n, engine.model.config.tile_px)
 
 
 def triage(

@@ -18,7 +18,7 @@ from wsi.export.objects import tissue_regions
 from wsi.export.qupath import write_regions
 from wsi.files import sha256_of
 from wsi.grid import TileGrid
-from wsi.heatmap import save_overlay
+from wsi.heatmap import overlay_bytes, save_overlay
 from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
 from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide, override_of
 from wsi.store import PatchStore, check_kind, copy_tiles, pixel_bytes, stored_tiles
@@ -144,7 +144,7 @@ def estimate_tiled_bytes(path: str, config: TileConfig, *, mpp: float | None = N
         tissue = tissue_of(slide, config.tissue, mask)
         grid = lay_grid(slide, config)
         n = int((tissue.fraction(grid.boxes()) >= config.min_tissue).sum())
-    return pixel_bytes(config.pixels, n, grid.tile_px) + 10 * n
+        return overlay_bytes(slide) + pixel_bytes(config.pixels, n, grid.tile_px) + 10 * n
 
 
 def lay_grid(slide: Slide, config: TileConfig) -> TileGrid:

@@ -90,7 +90,8 @@ def test_half_written_files_of_a_killed_run_are_swept(slides: Path, tmp_path: Pa
     (own / ".store.zarr.77.draft").mkdir()
     (own / ".store.zarr.77.draft/zarr.json").write_text("{")
     tile_archive(find_slides([str(slides / "s0.svs")]), tmp_path / "r", CONFIG, workers=0)
-    assert sorted(path.name for path in own.iterdir()) == ["result.json", "seconds.json", "store.zarr"]
+    written = ["overlay.png", "regions.geojson", "result.json", "seconds.json", "store.zarr"]
+    assert sorted(path.name for path in own.iterdir()) == written
     tables = ["failures.csv", "run.json", "slides.csv", "slides.parquet"]
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted([*tables, "s0"])
 

@@ -74,14 +74,14 @@ def test_two_runs_at_once_with_slides_of_one_name(
 ) -> None:
     """Each has its own list, and finds the name free when it begins."""
     one, two = named(tmp_path, slides / "s0.svs", slides / "s1.svs")
-    weigh = _Run.weigh
+    check_disk = _Run.check_disk
 
     def other_first(self: _Run) -> None:
-        monkeypatch.setattr(_Run, "weigh", weigh)
+        monkeypatch.setattr(_Run, "check_disk", check_disk)
         tile_archive([one], tmp_path / "r", CONFIG, workers=0)
-        weigh(self)
+        check_disk(self)
 
-    monkeypatch.setattr(_Run, "weigh", other_first)
+    monkeypatch.setattr(_Run, "check_disk", other_first)
     (row,) = tile_archive([two], tmp_path / "r", CONFIG, workers=0).done
     assert row["slide"] == two.path and row["slide_id"].startswith("same-")
     assert {row["slide"] for row in rows(tmp_path / "r/slides.csv")} == {one.path, two.path}

@@ -107,14 +107,15 @@ def test_estimates_are_near_what_is_written(slides: Path, tmp_path: Path, pixels
     tile_archive(find_slides([path]), tmp_path, config, workers=0)
     written = sum(file.stat().st_size for file in (tmp_path / "s0").rglob("*") if file.is_file())
     about = estimate_tiled_bytes(path, config)
-    assert about < 20_000 if pixels == "none" else 0.2 < about / written < 5  # made-up tissue is not H&E
+    assert 0.2 < about / written < 5, (about, written)  # made-up tissue is not H&E
 
 
 def test_scoring_is_estimated_too(slides: Path, tmp_path: Path) -> None:
     engine = EngineConfig(str(write_model(tmp_path / "model", mpp=1.0)), device="cpu").load()
     few = estimate_bytes(str(slides / "s0.svs"), engine, ScoreConfig())
     many = estimate_bytes(str(slides / "s0.svs"), engine, ScoreConfig(pixels="zstd"))
-    assert 4_000_000 < few < 4_200_000 < many
+    assert 2_000_000 < few < 3_000_000
+    assert many - few > 50 * 64 * 64 * 3 / 4, (few, many)  # of some fifty tiles
 
 
 def test_a_mask_says_where_tissue_is(slides: Path, tmp_path: Path) -> None:

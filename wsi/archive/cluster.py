@@ -80,8 +80,8 @@ class Cluster:
         return configuration, {**execution, "scheduler": self._address}
 
     def free(self) -> bool:
-        """See ``Executor``. One more than there are workers, so that none waits for us."""
-        return len(self._running) <= len(self._client.ncores())
+        """See ``Executor``. No slide waits at a worker: Dask would blame it for the death of that worker too."""
+        return len(self._running) < len(self._client.ncores())
 
     def give(self, task: Task) -> None:
         ref, own = task.ref, str(Path(task.own).absolute())  # workers have working directories of their own

@@ -182,7 +182,8 @@ def within(xy: npt.NDArray[np.float64], bounds: Box) -> npt.NDArray[np.float64]:
 
 def identifiers(slide_id: str, kind: str, numbers: Sequence[int]) -> Iterator[str]:
     """UUIDs of version 5 (RFC 9562, 5.5) of ``wsi:<slide>/<kind>/<number>``: the same object always gets the same."""
-    begun = hashlib.sha1(uuid.NAMESPACE_URL.bytes + f"wsi:{slide_id}/{kind}/".encode(), usedforsecurity=False)
+    name = f"wsi:{slide_id}/{kind}/".encode(errors="backslashreplace")  # of folders whose names are not UTF-8 too
+    begun = hashlib.sha1(uuid.NAMESPACE_URL.bytes + name, usedforsecurity=False)
     for number in numbers:
         ended = begun.copy()
         ended.update(b"%d" % number)
