@@ -1,12 +1,16 @@
 // The Python face of the CPU kernels: checks what the caller gives, releases the GIL, computes nothing.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../area/area.h"
+#include "../conv/winograd.h"
 #include "stain.h"
 
 namespace nb = nanobind;
@@ -51,6 +55,37 @@ void area_average(Image source, Edges edges_y, Edges edges_x, Output out) {
                     out.data(), out.stride(0), row_sums.data());
 }
 
+using Maps = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using Values = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using NewMaps = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+std::vector<std::string> winograd_instructions() {
+  switch (wsi::best_instructions()) {
+    case wsi::Instructions::kAvx512: return {"avx512f", "avx2"};
+    case wsi::Instructions::kAvx2: return {"avx2"};
+    default: return {};
+  }
+}
+
+void winograd(Maps x, Maps filters, Values bias, NewMaps out, int64_t threads, const std::string& instructions) {
+  const wsi::Convolution f{x.data(), filters.data(), bias.data(), out.data(), int64_t(x.shape(0)), int64_t(x.shape(1)),
+                           int64_t(x.shape(2)), int64_t(x.shape(3)), int64_t(out.shape(3))};
+  if (f.c_in % wsi::kLanes || f.c_out % wsi::kPanel)
+    throw std::invalid_argument("x, out: channels must be multiples of 16 and 32");
+  if (int64_t(filters.shape(0)) != wsi::kTransformed || int64_t(filters.shape(1)) != f.c_out / wsi::kPanel ||
+      int64_t(filters.shape(2)) != f.c_in || int64_t(filters.shape(3)) != wsi::kPanel)
+    throw std::invalid_argument("filters: must be (36, c_out / 32, c_in, 32)");
+  if (int64_t(bias.shape(0)) != f.c_out) throw std::invalid_argument("bias: must be (c_out,)");
+  for (int axis = 0; axis < 3; ++axis)
+    if (out.shape(axis) != x.shape(axis)) throw std::invalid_argument("out: must have the images and sides of x");
+  if (threads < 1) throw std::invalid_argument("threads: must be at least 1");
+  const auto have = winograd_instructions();
+  if (std::find(have.begin(), have.end(), instructions) == have.end())
+    throw std::invalid_argument("instructions: this processor has no " + instructions);
+  nb::gil_scoped_release release;
+  wsi::winograd(f, threads, instructions == "avx2" ? wsi::Instructions::kAvx2 : wsi::Instructions::kAvx512);
+}
+
 using Stain = wsi::StainArrays<nb::device::cpu>;
 
 template <typename Map>
@@ -93,6 +128,9 @@ NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels; wsi.native.twin specifies them.";
   m.def("area_average", &area_average, "source"_a.noconvert(), "edges_y"_a.noconvert(), "edges_x"_a.noconvert(),
         "out"_a.noconvert(), "Average source over the cells between the edges into out; see wsi.native.twin.");
+  m.def("winograd", &winograd, "x"_a.noconvert(), "filters"_a.noconvert(), "bias"_a.noconvert(), "out"_a.noconvert(),
+        "threads"_a, "instructions"_a, "Convolve x into out; see wsi.nn.winograd.");
+  m.def("winograd_instructions", &winograd_instructions, "What winograd can use here, the best first; empty: it can't.");
   define<Stain::Rows, float>(m, "od_map", "tables"_a.noconvert(), "bias"_a);
   define<Stain::Table, Stain::SparseValues>(m, "sparse_map", "density"_a.noconvert(), "values"_a.noconvert());
   define<Stain::Table, Stain::Codes, Stain::LabValues>(m, "lab_map", "linear"_a.noconvert(), "codes"_a.noconvert(),

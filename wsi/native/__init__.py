@@ -1,7 +1,7 @@
 """The compiled kernels, and the NumPy twin that specifies each of them.
 
 Each function here is the compiled one where the package was built with a C++ compiler and the twin
-otherwise; both give the same bytes. ``HAVE_CPU`` says which.
+otherwise; both give the same bytes (``winograd``: the same but for rounding). ``HAVE_CPU`` says which.
 
 ``cuda`` holds the same kernels for device arrays where the package was built with a CUDA compiler, else None.
 It imports without a GPU or a driver; whether there is a device is asked by ``cuda_devices()`` and not at
@@ -24,6 +24,8 @@ try:
         od_map_tensor,
         sparse_map,
         sparse_map_tensor,
+        winograd,
+        winograd_instructions,
     )
 
     HAVE_CPU = True
@@ -36,6 +38,8 @@ except ImportError:  # installed without a compiler
         od_map_tensor,
         sparse_map,
         sparse_map_tensor,
+        winograd,
+        winograd_instructions,
     )
 
     HAVE_CPU = False
@@ -49,6 +53,7 @@ except ImportError:  # installed without a CUDA compiler
 __all__ = [
     "FIXED_POINT_BITS", "HAVE_CPU", "LAB_CODES", "MAX_CELL_PX", "area_average", "cuda", "cuda_devices",
     "lab_map", "lab_map_tensor", "levels", "od_map", "od_map_tensor", "sparse_map", "sparse_map_tensor",
+    "winograd", "winograd_instructions",
 ]  # fmt: skip
 
 

@@ -229,3 +229,59 @@ def _power_of_two(x: F32) -> F32:
     for power in _POWERS[1:]:
         p = p * f + power
     return np.asarray(p * ((whole + 127) << 23).view(np.float32))
+
+
+def winograd_instructions() -> list[str]:
+    """Return the instruction sets that ``winograd`` can use here, the best first; empty without the compiled kernel.
+
+    Examples
+    --------
+    >>> winograd_instructions()
+    []
+    """
+    return []
+
+
+def winograd(x: F32, filters: F32, bias: F32, out: F32, threads: int, instructions: str) -> None:
+    """Convolve images with filters of 3 x 3, stride 1, a margin of zeros of 1 px, by F(4 x 4, 3 x 3).
+
+    Parameters
+    ----------
+    x : float32 (n, h, w, c_in)
+        c_in a multiple of 16.
+    filters : float32 (36, c_out / 32, c_in, 32)
+        Transformed: ``G g G^T`` of each filter ``g``; c_out a multiple of 32.
+    bias : float32 (c_out,)
+    out : float32 (n, h, w, c_out)
+        Written in place.
+    threads : int
+        Decide no bit.
+    instructions : str
+        One of ``winograd_instructions()``; decides no bit.
+
+    Notes
+    -----
+    ``Y = A^T [sum over channels of (G g G^T) * (B^T d B)] A`` for each tile of 4 x 4 pixels, ``d`` being the 6 x 6 input
+    pixels about it, and 0, ``+-1/sqrt(2)``, ``+-sqrt(2)`` and infinity the points of interpolation, whose rounding errors
+    are smaller than those of whole numbers (Barabasz et al.). The compiled kernel computes in float32, with fused
+    multiply-adds; this in float64.
+
+    References
+    ----------
+    A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, arXiv:1509.09308, section 4.
+    B. Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", ACM
+    Transactions on Mathematical Software 2020, arXiv:1803.10986.
+    """
+    p, q = 0.5**0.5, 2**0.5
+    b_t = [[1, 0, -2.5, 0, 1, 0], [0, -2 * p, -2, p, 1, 0], [0, 2 * p, -2, -p, 1, 0],
+           [0, -q / 2, -0.5, q, 1, 0], [0, q / 2, -0.5, -q, 1, 0], [0, 1, 0, -2.5, 0, 1]]  # fmt: skip
+    a_t = [[1, 1, 1, 1, 1, 0], [0, p, -p, q, -q, 0], [0, p**2, p**2, q**2, q**2, 0], [0, p**3, -(p**3), q**3, -(q**3), 1]]
+    n, h, w, c_in = x.shape
+    g = filters.transpose(0, 2, 1, 3).reshape(6, 6, c_in, -1).astype(np.float64)
+    padded = np.pad(x.astype(np.float64), ((0, 0), (1, 4 - h % 4 + 1), (1, 4 - w % 4 + 1), (0, 0)))
+    for top in range(0, h, 4):
+        for left in range(0, w, 4):
+            d = padded[:, top : top + 6, left : left + 6]
+            v = np.einsum("ai,nijc,bj->nabc", b_t, d, b_t)
+            y = np.einsum("ia,nabo,jb->nijo", a_t, np.einsum("nabc,abco->nabo", v, g), a_t) + bias
+            out[:, top : top + 4, left : left + 4] = y[:, : h - top, : w - left]

@@ -26,6 +26,7 @@ from wsi.nn.checkpoint import (
     weights_sha256,
 )
 from wsi.nn.fold import fold_norms
+from wsi.nn.winograd import use_winograd
 
 #: Architectures of ours; every other name is timm's.
 OUR_NETS = {"wsi-p4m": ("wsi.nn.p4m", "P4MNet"), "wsi-encoder": ("wsi.nn.backbone", "EncoderNet")}
@@ -238,7 +239,8 @@ def load_patch_model(
     torchscript : bool
         Allow ``torchscript_model.pt``, which runs whatever code the file holds. Off by default.
     fold : bool
-        Fold batch norms into convolutions (``fold_norms``), for speed; off for who goes on training its weights.
+        Fold batch norms into convolutions (``fold_norms``) and, in float32 on the CPU, compute those of 3 x 3 with fewer
+        multiplications (``use_winograd``), for speed; off for who goes on training its weights.
 
     Raises
     ------
@@ -260,6 +262,8 @@ def load_patch_model(
     fit_weights(net, load_weights(config), config)
     if fold:
         fold_norms(net)
+        if (device, precision) == ("cpu", "float32"):
+            use_winograd(net)
     return PatchModel(
         config, net, name=shown, num_features=int(net.num_features), sha256=weights_sha256(config), device=device,
         precision=precision,

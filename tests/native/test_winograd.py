@@ -1,0 +1,87 @@
+"""The compiled 3 x 3 convolution against its specification, and what it refuses."""
+
+import numpy as np
+import pytest
+
+from wsi import native
+from wsi.native import twin
+
+needs_kernel = pytest.mark.skipif(not native.winograd_instructions(), reason="no compiler, or a processor without AVX2")
+
+
+def operands(shape, c_in, c_out, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((*shape, c_in), np.float32)
+    filters = rng.standard_normal((36, c_out // 32, c_in, 32), np.float32)
+    return x, filters, rng.standard_normal(c_out, np.float32), np.full((*shape, c_out), np.nan, np.float32)
+
+
+def test_the_twin_convolves():
+    """Against the definition, with a filter of which the transform is known: the middle tap is 1."""
+    p, q = 0.5**0.5, 2**0.5
+    rows = [[1, 0, 0], [-1, -p, -0.5], [-1, p, -0.5], [1, q, 2], [1, -q, 2], [0, 0, 1]]
+    g = np.array(rows) / np.array([[1], [1.5], [1.5], [6], [6], [1]])
+    x, _, bias, out = operands((1, 5, 9), 16, 32)
+    taps = np.zeros((3, 3, 16, 32))
+    taps[1, 1, :, :16] = np.eye(16)
+    taps[0, 2, :, 16:] = np.eye(16)  # the pixel above to the right
+    filters = np.einsum("ai,ijco,bj->abco", g, taps, g).reshape(36, 1, 16, 32).astype(np.float32)
+    twin.winograd(x, filters, bias, out, 1, "any")
+    np.testing.assert_allclose(out[..., :16], x + bias[:16], atol=1e-5)
+    above_right = np.pad(x, ((0, 0), (1, 0), (0, 1), (0, 0)))[:, :-1, 1:]
+    np.testing.assert_allclose(out[..., 16:], above_right + bias[16:], atol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("instructions", native.winograd_instructions())
+@pytest.mark.parametrize(
+    ("shape", "c_in", "c_out"),
+    [((2, 8, 8), 16, 32), ((1, 1, 1), 16, 32), ((3, 7, 5), 48, 96), ((1, 2, 13), 32, 64), ((5, 14, 14), 64, 64)],
+)
+def test_the_kernel_is_its_twin_but_for_rounding(shape, c_in, c_out, instructions):
+    x, filters, bias, out = operands(shape, c_in, c_out)
+    expected = out.copy()
+    twin.winograd(x, filters, bias, expected, 1, instructions)
+    native.winograd(x, filters, bias, out, 2, instructions)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=3e-6 * expected.std())
+
+
+@needs_kernel
+@pytest.mark.parametrize("instructions", native.winograd_instructions())
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_bytes_do_not_depend_on_threads_batch_or_instructions(threads, instructions):
+    """With 16 threads several share the same tiles, each for some of the output channels."""
+    x, filters, bias, whole = operands((9, 11, 6), 32, 160)
+    native.winograd(x, filters, bias, whole, 1, native.winograd_instructions()[0])
+    out = np.full_like(whole, np.nan)
+    native.winograd(x, filters, bias, out, threads, instructions)
+    np.testing.assert_array_equal(out, whole)
+    native.winograd(x[4:6], filters, bias, out[4:6], threads, instructions)
+    np.testing.assert_array_equal(out, whole)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"x": np.zeros((1, 4, 4, 8), np.float32)}, "multiples of 16 and 32"),
+        ({"out": np.zeros((1, 4, 4, 16), np.float32)}, "multiples of 16 and 32"),
+        ({"filters": np.zeros((36, 1, 32, 32), np.float32)}, "filters"),
+        ({"bias": np.zeros(31, np.float32)}, "bias"),
+        ({"out": np.zeros((1, 4, 5, 32), np.float32)}, "out: must have"),
+        ({"threads": 0}, "threads"),
+        ({"instructions": "mmx"}, "has no mmx"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, said):
+    x, filters, bias, out = operands((1, 4, 4), 16, 32)
+    arguments = {"x": x, "filters": filters, "bias": bias, "out": out, "threads": 1}
+    arguments["instructions"] = native.winograd_instructions()[0]
+    with pytest.raises(ValueError, match=said):
+        native.winograd(**(arguments | change))
+
+
+@needs_kernel
+def test_no_images_are_no_work():
+    x, filters, bias, out = operands((0, 4, 4), 16, 32)
+    native.winograd(x, filters, bias, out, 4, native.winograd_instructions()[0])
