@@ -61,6 +61,7 @@ def test_a_network_gives_the_same_logits(name, replaced):
         net.float()
         fold_norms(net)
         assert use_winograd(net) == replaced
+        net.to(memory_format=torch.channels_last)
         torch.testing.assert_close(net.embed(x).double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 

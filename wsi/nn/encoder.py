@@ -30,7 +30,7 @@ from wsi.nn.checkpoint import (
     normalisation,
     weights_sha256,
 )
-from wsi.nn.fold import fold_norms
+from wsi.nn.fold import for_inference
 from wsi.nn.patch import PatchModel, load_patch_model, pick_device, pick_precision
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -163,13 +163,14 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
     # What classifies is left out, and nothing else: fit_weights refuses other names.
     state = {key: value for key, value in state.items() if key in own or not key.startswith(net.classifier_names)}
     fit_weights(net.net, state, config)
-    if fold:
-        fold_norms(net)
     device = pick_device(device)
+    precision = pick_precision(precision, device)
+    if fold:
+        for_inference(net, device, precision)
     shown = known if recipe else folder.resolve().name if Path(name).is_dir() else name
     return PatchModel(
         config, net, name=shown, num_features=net.num_features, sha256=weights_sha256(config),
-        device=device, precision=pick_precision(precision, device),
+        device=device, precision=precision,
     )  # fmt: skip
 
 

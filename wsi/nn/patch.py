@@ -25,8 +25,7 @@ from wsi.nn.checkpoint import (
     read_config,
     weights_sha256,
 )
-from wsi.nn.fold import fold_norms
-from wsi.nn.winograd import use_winograd
+from wsi.nn.fold import for_inference
 
 #: Architectures of ours; every other name is timm's.
 OUR_NETS = {"wsi-p4m": ("wsi.nn.p4m", "P4MNet"), "wsi-encoder": ("wsi.nn.backbone", "EncoderNet")}
@@ -239,8 +238,7 @@ def load_patch_model(
     torchscript : bool
         Allow ``torchscript_model.pt``, which runs whatever code the file holds. Off by default.
     fold : bool
-        Fold batch norms into convolutions (``fold_norms``) and, in float32 on the CPU, compute those of 3 x 3 with fewer
-        multiplications (``use_winograd``), for speed; off for who goes on training its weights.
+        Make it faster by ``for_inference``; off for whoever goes on training its weights.
 
     Raises
     ------
@@ -261,9 +259,7 @@ def load_patch_model(
     net: Any = make_net(config)
     fit_weights(net, load_weights(config), config)
     if fold:
-        fold_norms(net)
-        if (device, precision) == ("cpu", "float32"):
-            use_winograd(net)
+        for_inference(net, device, precision)
     return PatchModel(
         config, net, name=shown, num_features=int(net.num_features), sha256=weights_sha256(config), device=device,
         precision=precision,

@@ -31,7 +31,7 @@ class WinogradConv2d(nn.Module):
     Parameters
     ----------
     conv : Conv2d
-        One that ``takes`` accepts. Its weights are copied, transformed, to 4 times the memory.
+        One that ``takes`` accepts. Its weights stay for who reads them; transformed, they take 4 times their memory.
 
     References
     ----------
@@ -46,16 +46,18 @@ class WinogradConv2d(nn.Module):
     """
 
     filters: torch.Tensor
-    bias: torch.Tensor
+    offsets: torch.Tensor
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
         n, c_in = conv.out_channels, conv.in_channels
         u = torch.einsum("ai,ocij,bj->abco", _G, conv.weight.detach().double(), _G)
-        u = u.reshape(36, c_in, n // _PANEL, _PANEL).transpose(1, 2)
-        self.register_buffer("filters", u.float().contiguous(), persistent=False)
-        bias = torch.zeros(n) if conv.bias is None else conv.bias.detach().clone()
-        self.register_buffer("bias", bias, persistent=False)
+        u = u.reshape(36, c_in, n // _PANEL, _PANEL).transpose(1, 2).float().contiguous()
+        # Flat, since a network of which the memory format changes turns all that has four axes.
+        self.register_buffer("filters", u.flatten(), persistent=False)
+        offsets = torch.zeros(n) if conv.bias is None else conv.bias.detach().clone()
+        self.register_buffer("offsets", offsets, persistent=False)
         self.instructions = native.winograd_instructions()[0]
 
     @staticmethod
@@ -72,10 +74,10 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve float32 (b, c_in, h, w) to (b, c_out, h, w), channels-last in memory."""
-        out = torch.empty((len(x), len(self.bias), *x.shape[2:]), memory_format=torch.channels_last)
+        out = torch.empty((len(x), len(self.offsets), *x.shape[2:]), memory_format=torch.channels_last)
         native.winograd(
             x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy(),
-            self.filters.numpy(), self.bias.numpy(), out.permute(0, 2, 3, 1).numpy(),
+            self.filters.view(36, -1, x.shape[1], _PANEL).numpy(), self.offsets.numpy(), out.permute(0, 2, 3, 1).numpy(),
             torch.get_num_threads(), self.instructions,
         )  # fmt: skip
         return out
