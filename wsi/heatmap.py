@@ -273,9 +273,9 @@ def save_overlay(
     sheet[margin : margin + h, margin : margin + w] = picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
     canvas.draw()
     drawn = np.asarray(canvas.buffer_rgba())
-    ink = drawn[..., 3] > 0
-    alpha = drawn[ink][:, 3:].astype(np.uint32)
-    sheet[ink] = (drawn[ink][:, :3] * alpha + sheet[ink] * (255 - alpha) + 127) // 255
+    ink = np.flatnonzero(drawn[..., 3])
+    rgba, under = drawn.reshape(-1, 4)[ink].astype(np.uint32), sheet.reshape(-1, 3)
+    under[ink] = (rgba[:, :3] * rgba[:, 3:] + under[ink] * (255 - rgba[:, 3:]) + 127) // 255
     with replacing(path) as file:
         # Each byte less the mean of its neighbours (PNG, 9.2): smaller than Pillow's file in half the time.
         file.write(imagecodecs.png_encode(sheet, level=1, filter=imagecodecs.PNG.FILTER.AVG))

@@ -52,10 +52,13 @@ class WinogradConv2d(nn.Module):
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         n, c_in = conv.out_channels, conv.in_channels
-        u = torch.einsum("ai,ocij,bj->abco", _G, conv.weight.detach().double(), _G)
-        u = u.reshape(36, c_in, n // _PANEL, _PANEL).transpose(1, 2).float().contiguous()
+        filters = torch.empty(36, n // _PANEL, c_in, _PANEL)
+        for panel, g in enumerate(conv.weight.detach().split(_PANEL)):  # by parts: float64 would take twice the memory
+            # G g G^T, flattened by rows, is the Kronecker product of G and G times the flattened filter g.
+            u = torch.kron(_G, _G) @ g.double().reshape(-1, 9).T
+            filters[:, panel] = u.reshape(36, _PANEL, c_in).transpose(1, 2)
         # Flat, since a network of which the memory format changes turns all that has four axes.
-        self.register_buffer("filters", u.flatten(), persistent=False)
+        self.register_buffer("filters", filters.flatten(), persistent=False)
         offsets = torch.zeros(n) if conv.bias is None else conv.bias.detach().clone()
         self.register_buffer("offsets", offsets, persistent=False)
         self.instructions = native.winograd_instructions()[0]
