@@ -2,10 +2,10 @@
 
     python benchmarks/bench_forward.py resnet18 idc-breast --precision float32
 
-Batches go through ``PatchModel.score``; the best of the rounds counts. Two limits are timed between them: ``torch.matmul``
-of two square matrices, whose multiply-adds a second are 1.00 in the last column but one; and the network as it was
-before ``for_inference``, over which the last column is. The process keeps freed memory, as `wsi score` does;
-`--default-memory` shows what the C library's default costs.
+Batches go through ``PatchModel.score``; the best of the rounds counts. Two things are timed between them:
+``torch.matmul`` of two square matrices, to whose multiply-adds a second the column "of matmul" compares those of the network as it is
+written down; and the network as it was before ``for_inference``: "of plain" is how many times as fast it has become.
+The process keeps freed memory, as `wsi score` does; `--default-memory` shows what the C library's default costs.
 """
 
 from __future__ import annotations

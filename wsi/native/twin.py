@@ -261,22 +261,27 @@ def winograd(x: F32, filters: F32, bias: F32, out: F32, threads: int, instructio
 
     Notes
     -----
-    ``Y = A^T [sum over channels of (G g G^T) * (B^T d B)] A`` for each tile of 4 x 4 pixels, ``d`` being the 6 x 6 input
-    pixels about it, and 0, ``+-1/sqrt(2)``, ``+-sqrt(2)`` and infinity the points of interpolation, whose rounding errors
-    are smaller than those of whole numbers (Barabasz et al.). The compiled kernel computes in float32, with fused
-    multiply-adds; this in float64.
+    ``Y = A^T [sum over channels of (G g G^T) * (B^T d B)] A`` for each tile of 4 x 4 pixels, where ``d`` are the 6 x 6
+    input pixels about it. The points of interpolation are 0, ``+-1/sqrt(2)``, ``+-sqrt(2)`` and infinity, since whole
+    numbers round worse (Barabasz et al.). The compiled kernel computes in float32 with fused multiply-adds, this in
+    float64.
 
     References
     ----------
     A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, arXiv:1509.09308, section 4.
-    B. Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", ACM
-    Transactions on Mathematical Software 2020, arXiv:1803.10986.
+    B. Barabasz et al., "Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks",
+    ACM Transactions on Mathematical Software 2020, arXiv:1803.10986.
     """
     p, q = 0.5**0.5, 2**0.5
     b_t = [[1, 0, -2.5, 0, 1, 0], [0, -2 * p, -2, p, 1, 0], [0, 2 * p, -2, -p, 1, 0],
            [0, -q / 2, -0.5, q, 1, 0], [0, q / 2, -0.5, -q, 1, 0], [0, 1, 0, -2.5, 0, 1]]  # fmt: skip
-    a_t = [[1, 1, 1, 1, 1, 0], [0, p, -p, q, -q, 0], [0, p**2, p**2, q**2, q**2, 0], [0, p**3, -(p**3), q**3, -(q**3), 1]]
-    n, h, w, c_in = x.shape
+    a_t = [
+        [1, 1, 1, 1, 1, 0],
+        [0, p, -p, q, -q, 0],
+        [0, p**2, p**2, q**2, q**2, 0],
+        [0, p**3, -(p**3), q**3, -(q**3), 1],
+    ]
+    _, h, w, c_in = x.shape
     g = filters.transpose(0, 2, 1, 3).reshape(6, 6, c_in, -1).astype(np.float64)
     padded = np.pad(x.astype(np.float64), ((0, 0), (1, 4 - h % 4 + 1), (1, 4 - w % 4 + 1), (0, 0)))
     for top in range(0, h, 4):

@@ -80,9 +80,12 @@ class WinogradConv2d(nn.Module):
         out = torch.empty((len(x), len(self.offsets), *x.shape[2:]), memory_format=torch.channels_last)
         native.winograd(
             x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy(),
-            self.filters.view(36, -1, x.shape[1], _PANEL).numpy(), self.offsets.numpy(), out.permute(0, 2, 3, 1).numpy(),
-            torch.get_num_threads(), self.instructions,
-        )  # fmt: skip
+            self.filters.view(36, -1, x.shape[1], _PANEL).numpy(),
+            self.offsets.numpy(),
+            out.permute(0, 2, 3, 1).numpy(),
+            torch.get_num_threads(),
+            self.instructions,
+        )
         return out
 
 
