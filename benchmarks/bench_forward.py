@@ -2,8 +2,8 @@
 
     python benchmarks/bench_forward.py resnet18 idc-breast --precision float32
 
-Batches go through ``PatchModel.score``; the best of the rounds counts. Two things are timed between them: the product of
-two square matrices, and the network before ``for_inference``. The column "of matmul" has the network's multiply-adds a
+Batches go through ``PatchModel.score``; the best of the rounds counts. Timed between them: the product of two
+square matrices, and the network before ``for_inference``. The column "of matmul" has the network's multiply-adds a
 second (as it is written down) over those of the product, "of plain" how many times as fast it has become. The process
 keeps freed memory, as `wsi score` does; `--default-memory` shows what the C library's default costs.
 """

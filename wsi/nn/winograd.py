@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -64,7 +66,7 @@ class WinogradConv2d(nn.Module):
         self.instructions = native.winograd_instructions()[0]
 
     @staticmethod
-    def takes(conv: nn.Module) -> bool:
+    def takes(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
         """Whether a module is a convolution that this one can replace."""
         return (
             type(conv) is nn.Conv2d
