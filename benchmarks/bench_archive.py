@@ -5,8 +5,8 @@
 
 Slides are phantoms: a few different ones under many names. Printed are the seconds that slides took inside (the sum of
 their stages) and outside (between them: claims, hand-over, tables) a slide, resident memory of run and worker over the
-slides, and with `--pure` the wall against the forward passes of as many tiles, held in memory, in batches as full: by
-turns, `--rounds` times, since the machine's own pace moves by more than what is measured.
+slides, and with `--pure` the wall against the forward passes of as many tiles, held in memory ready for the network, in
+batches as full: by turns, `--rounds` times, since the machine's own pace moves by more than what is measured.
 `--network` is any of timm's, with random weights; default is the model `phantom`.
 """
 
@@ -76,13 +76,14 @@ def pure_seconds(engine: EngineConfig, results: Path) -> float:
 
     model = engine.load().model
     n = sum(len(PatchStore.open(path)) for path in results.glob("*/store.zarr"))
-    patches = np.random.default_rng(0).integers(0, 256, (64, model.config.tile_px, model.config.tile_px, 3), np.uint8)
-    model(patches)
+    rgb = np.random.default_rng(0).integers(0, 256, (64, model.config.tile_px, model.config.tile_px, 3), np.uint8)
+    x = model.normalised(rgb)
+    model.score(x)
     begun = time.perf_counter()
     for _ in range(n // 64):
-        model(patches)
+        model.score(x)
     if n % 64:
-        model(patches[: n % 64])
+        model.score(x[: n % 64])
     return time.perf_counter() - begun
 
 
@@ -96,7 +97,9 @@ def main() -> None:
     parser.add_argument("--pure", action="store_true")
     parser.add_argument("--rounds", type=int, default=1, help="of --pure")
     chosen = parser.parse_args()
-    keep_freed_memory()  # as workers do: for the passes that they are compared with
+    # As workers do, for the passes that they are compared with.
+    keep_freed_memory()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_slides(folder / "slides", chosen.slides, chosen.size)
