@@ -1,12 +1,12 @@
-"""XML of ASAP, ImageScope, HALO and NDP.view, told apart by their roots.
+"""XML of ASAP, ImageScope, HALO and NDP.view, distinguished by the root element.
 
 Coordinates of the first three are level-0 pixels of the whole plane.
 
-- ASAP (``annotation/XmlRepository.cpp``): ``Coordinate`` elements in the order of ``Order``; rings are not closed. A
-  spline is taken by its control points, as ASAP's own masks do.
+- ASAP (``annotation/XmlRepository.cpp``): ``Coordinate`` elements, sorted by ``Order``; rings are not closed. A spline
+  is read as the polygon of its control points, as in ASAP's own masks.
 - ImageScope and HALO: layers (``Annotation``) of regions; ``NegativeROA="1"`` is a hole in its layer.
-- NDP.view (``.ndpa``): nanometres from the middle of the glass; where the image lies on it, only the slide tells
-  (``XOffsetFromSlideCentre``), so that the slide must be given.
+- NDP.view (``.ndpa``): nanometres from the centre of the glass. The position of the image on the glass is in the slide
+  only (``XOffsetFromSlideCentre``), so the slide must be given.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ASAP = {
     "measurement": "line",
     **dict.fromkeys(("dot", "pointset"), "points"),
 }
-#: ImageScope numbers its kinds, HALO and others name them.
+#: Types are numbers in ImageScope, names in HALO and others.
 _REGIONS = {
     **dict.fromkeys(("", "0", "polygon", "freehand"), "area"),
     **dict.fromkeys(("1", "rectangle"), "area"),

@@ -1,4 +1,4 @@
-"""Cases, labels and scores out of CSVs, joined by name."""
+"""Cases with labels and scores, read from CSVs and results folders and joined by name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from wsi.evaluate.inputs import read_rows, unique
 from wsi.metrics.kappa import isup_grade
 from wsi.scored import ScoredSlide, scored_slides
 
-#: Columns that name a case, the first that is there counts.
+#: Columns that can name a case; the first one present is used.
 ID_COLUMNS = ("slide_id", "image_id", "patch_id", "id", "slide", "patient")
-#: What result.json knows of a slide, and slides may be divided by without a column of the labels.
+#: Entries of result.json that can define subgroups without a column in the labels.
 RESULT_COLUMNS = ("mpp", "mpp_source", "vendor", "reader")
-#: Numbers of more kinds than this are divided by their terciles.
+#: A numeric column with more distinct values than this is divided into terciles.
 _MOST_NUMBERS = 6
 
 
@@ -34,9 +34,9 @@ class Cases:
     labels : bool (n,), or int (n,) for grades
     scores : float64 (n,), or int (n,) for grades
     patients : tuple of str
-        Whose each case is: the unit that intervals are over.
+        The patient of each case: the unit that the bootstrap draws.
     groups : mapping of str to tuple of str
-        Further columns, each a way to divide the cases.
+        Columns that define subgroups, with the value of each case.
     """
 
     ids: tuple[str, ...]
@@ -48,34 +48,33 @@ class Cases:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """Which columns mean what, and what is asked.
+    """The columns of a table of cases, and what is measured.
 
     Attributes
     ----------
     label, score : str, optional
-        Columns of the label and of the score; default: ``label``, and ``score``, ``prob_<positive>``,
-        ``positive_probability`` or the only ``prob_...`` one, the first that is there.
+        Columns of the label and of the score. Defaults: ``label``; and the first present of ``score``,
+        ``prob_<positive>``, ``positive_probability`` and a single ``prob_...``.
     positive : str
-        The label that counts as positive; others are negative.
+        The label that counts as positive; all others are negative.
     patient : str, optional
-        Column of the patient; default ``patient`` where it is there, else every case is its own.
+        Column of the patient. Default: ``patient`` if present, else each case is its own patient.
     groups : tuple of str
-        Columns to divide the cases by; numbers of many kinds by their terciles. Of a results folder also
-        ``RESULT_COLUMNS``.
+        Columns that define subgroups (see ``divided``); for a results folder also ``RESULT_COLUMNS``.
     specificity : float
-        Where sensitivity is reported.
+        The specificity at which sensitivity is reported.
     threshold : float, optional
-        Probability from which a case is positive, chosen elsewhere.
+        Probability from which a case is positive, chosen on other cases.
     grades : int
         Number of ordered grades; 0 for two classes and a score.
     gleason : bool
-        Labels are Gleason scores, and become ISUP grades.
+        Labels are Gleason scores, to be converted to ISUP grades.
     n_bootstrap, seed : int
 
     Raises
     ------
     EvaluationError
-        A specificity outside 0 to 1, a threshold that is not finite.
+        The specificity is outside 0 to 1, or the threshold is not finite.
     """
 
     label: str = "label"
@@ -103,10 +102,10 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     Parameters
     ----------
     predictions : Path
-        A CSV, or a results folder of ``wsi score`` (each slide's positive probability); where its slides have none, its
-        ``grades.csv``, which ``wsi embed --mil`` wrote.
+        A CSV, or a results folder of ``wsi score`` (each slide's positive probability). If its slides have no
+        probability, its ``grades.csv``, as written by ``wsi embed --mil``.
     labels : Path
-        A CSV. May be the same file as `predictions`.
+        A CSV; may be the same file as `predictions`.
     config : TableConfig
 
     Returns
@@ -118,8 +117,7 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     Raises
     ------
     EvaluationError
-        A case without a prediction, a name that stands twice, a score that is no finite number, a column that is not
-        there.
+        A case has no prediction, a name occurs twice, a score is not a finite number, or a column is missing.
 
     Examples
     --------
@@ -186,13 +184,13 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
 
 @dataclass(frozen=True)
 class Cohort:
-    """Whose scored slides are, and how they may be divided.
+    """The patients of scored slides, and columns that define subgroups.
 
     Attributes
     ----------
     patients : mapping of slide id to patient
     groups : mapping of column to mapping of slide id to value
-        Numbers of many kinds by their terciles, see ``divided``.
+        Values are those of ``divided``.
     """
 
     patients: Mapping[str, str]
@@ -202,23 +200,23 @@ class Cohort:
 def read_cohort(
     results: Path, labels: Path | None = None, *, patient: str | None = None, groups: Sequence[str] = ()
 ) -> Cohort:
-    """Read patients and columns of scored slides.
+    """Read the patients and subgroups of scored slides.
 
     Parameters
     ----------
     results : Path
         A results folder of ``wsi score``.
     labels : Path, optional
-        A CSV with a row a slide. Without it every slide is a patient of its own.
+        A CSV with one row per slide. Without it each slide is its own patient.
     patient : str, optional
-        Its column of the patient; default ``patient`` where it is there.
+        Column of the patient; default ``patient`` if present.
     groups : sequence of str
-        Its columns to divide slides by, or ``RESULT_COLUMNS``.
+        Columns of `labels`, or ``RESULT_COLUMNS``, that define subgroups.
 
     Raises
     ------
     EvaluationError
-        A slide without a row, a column that is not there.
+        A slide has no row, or a column is missing.
 
     Examples
     --------
@@ -257,7 +255,7 @@ def read_cohort(
 
 
 def divided(values: Sequence[str]) -> tuple[str, ...]:
-    """Return the groups that values of a column make: themselves, or the terciles of numbers of many kinds.
+    """Return the subgroup of each value of a column: the value, or its tercile if the column has many numbers.
 
     Examples
     --------
@@ -273,7 +271,7 @@ def divided(values: Sequence[str]) -> tuple[str, ...]:
     if len(np.unique(numbers)) <= _MOST_NUMBERS or not np.isfinite(numbers).all():
         return tuple(values)
     third = np.searchsorted(np.quantile(numbers, [1 / 3, 2 / 3]), numbers)
-    ranges = {i: numbers[third == i] for i in np.unique(third).tolist()}  # with many ties there may be fewer than three
+    ranges = {i: numbers[third == i] for i in np.unique(third).tolist()}  # ties can leave fewer than three
     return tuple(f"{ranges[i].min():.10g} to {ranges[i].max():.10g}" for i in third.tolist())
 
 
@@ -285,7 +283,7 @@ def _id_column(row: Mapping[str, str], path: Path) -> str:
 
 
 def _table_of(predictions: Path, slides: Mapping[str, ScoredSlide], config: TableConfig) -> Path | None:
-    """Return the CSV that scores are in; None where they are in the slides' own results."""
+    """Return the CSV with the scores; None if they are in the slides' result.json."""
     if not slides:
         return predictions
     own = any(slide.numbers.get("positive_probability") is not None for slide in slides.values())

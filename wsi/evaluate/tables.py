@@ -1,4 +1,4 @@
-"""Any labels: two classes and a probability, or ordered grades; by patient, with subgroups, and two runs compared."""
+"""Cases with labels: two classes and a score, or ordered grades; with subgroups and comparison of two runs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,13 @@ from wsi.evaluate.cases import Cases, TableConfig
 from wsi.evaluate.report import Plot, Report, data_hash
 from wsi.evaluate.subgroups import Statistic, gap_of, subgroup_rows
 from wsi.metrics.bootstrap import bootstrap
-from wsi.metrics.calibration import (
-    brier,
-    expected_calibration_error,
-    net_benefit,
-    recalibration,
-    reliability,
-)
+from wsi.metrics.calibration import brier, expected_calibration_error, net_benefit, recalibration, reliability
 from wsi.metrics.compare import auroc_difference, mcnemar
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.kappa import confusion, quadratic_kappa
 from wsi.metrics.roc import auprc, auroc, operating_point, proportion, threshold_at
 
-#: Methods of intervals that hold for independent cases alone.
+#: Methods whose intervals assume independent cases.
 _FOR_INDEPENDENT = ("DeLong, logit", "paired DeLong", "Wilson", "Wald")
 
 
@@ -49,15 +43,15 @@ def evaluate_table(
     cases : Cases
     config : TableConfig, optional
     validation : Cases, optional
-        Other cases, of which the threshold for the asked specificity is taken.
+        Other cases, on which the threshold for the wanted specificity is chosen.
     other : Cases, optional
-        The same cases scored by another run, to compare with.
+        The same cases scored by another run, for comparison.
     warnings : sequence of str
 
     Raises
     ------
     EvaluationError
-        `other` is of other cases.
+        `other` has other cases.
 
     Examples
     --------
@@ -200,12 +194,12 @@ def _mean(right: npt.NDArray[np.bool_]) -> float | None:
 
 
 def _one_each(cases: Cases) -> bool:
-    """Whether every case is of another patient, and so independent of the others."""
+    """Whether every case is of a different patient, and so independent of the others."""
     return len(set(cases.patients)) == len(cases.patients)
 
 
 def _honest(estimate: Estimate, cases: Cases) -> Estimate:
-    """Take away an interval that these cases are too dependent for."""
+    """Remove an interval that assumes independent cases if these are not."""
     if _one_each(cases) or estimate.method not in _FOR_INDEPENDENT:
         return estimate
     why = f"no interval: {estimate.method} takes cases for independent, and patients have several"
@@ -213,7 +207,7 @@ def _honest(estimate: Estimate, cases: Cases) -> Estimate:
 
 
 def _tests(p_values: Mapping[str, float | None], cases: Cases) -> list[dict[str, Any]]:
-    """Rows of tests, which hold for independent cases alone."""
+    """Rows of p-values; without the values if cases are not independent."""
     if _one_each(cases):
         return [{"test": test, "p_value": p} for test, p in p_values.items()]
     why = "takes cases for independent, and patients have several: see the interval over patients"
