@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -140,8 +141,7 @@ def _levels(path: Path) -> dict[int, tuple[int, int]]:
             return {1: image.size}
     try:
         with tifffile.TiffFile(path) as tiff:
-            pages = [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
-            sizes = [(page.imagewidth, page.imagelength) for page in pages]
+            sizes = [(page.imagewidth, page.imagelength) for page in _pages(tiff)]
             if not all(isinstance(side, int) and side > 0 for size in sizes for side in size):
                 raise ValueError("a side is no whole number of pixels")
     except _DAMAGED as error:
@@ -157,6 +157,11 @@ def _levels(path: Path) -> dict[int, tuple[int, int]]:
     return levels
 
 
+def _pages(tiff: tifffile.TiffFile) -> list[Any]:
+    """All pages with their SubIFDs."""
+    return [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
+
+
 def _pixels(path: Path, size: tuple[int, int]) -> U8:
     """Return the level of that size, uint8 (h, w)."""
     if path.suffix.lower() == ".png":
@@ -165,8 +170,7 @@ def _pixels(path: Path, size: tuple[int, int]) -> U8:
     else:
         try:
             with tifffile.TiffFile(path) as tiff:
-                pages = [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
-                page = next(page for page in pages if (page.imagewidth, page.imagelength) == size)
+                page = next(page for page in _pages(tiff) if (page.imagewidth, page.imagelength) == size)
                 if page.is_tiled and page.tilewidth * page.tilelength > _MAX_PIXELS:
                     raise ValueError(f"its tiles are {page.tilewidth} x {page.tilelength} px")
                 values = page.asarray()

@@ -1,4 +1,4 @@
-"""``wsi import``: anybody's outlines to our GeoJSON."""
+"""``wsi import``: convert annotations of other programs to GeoJSON or masks."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ import typer
 from wsi.cli.display import say
 from wsi.errors import AnnotationError, OutputError, WsiError
 
-#: Columns of the slides.csv that --mask writes, the last where it was said.
+#: Columns of the slides.csv that --mask writes; the last only if --slide-mpp was given.
 _MANIFEST = ("slide", "mask", "mpp")
 
 
 def import_annotations(
     files: Annotated[list[Path], typer.Argument(help="Files of ASAP, ImageScope, HALO, NDP.view, QuPath, ...")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for <name>.geojson.")],
-    slide: Annotated[Path | None, typer.Option(help="The slide of these files, or a folder with one for each.")] = None,
+    slide: Annotated[
+        Path | None, typer.Option(help="The slide of these files, or a folder with a slide for each.")
+    ] = None,
     class_names: Annotated[
-        list[str] | None, typer.Option("--class", help="OLD=NEW: what a group is called instead (repeatable).")
+        list[str] | None, typer.Option("--class", help="OLD=NEW: rename a group (repeatable).")
     ] = None,
     slide_mpp: Annotated[
-        float | None, typer.Option(help="Microns per level-0 pixel, where the slide does not say.")
+        float | None, typer.Option(help="Microns per level-0 pixel, if the slide does not say.")
     ] = None,
     mask: Annotated[
-        bool,
-        typer.Option("--mask", help="Write masks of where to look, and slides.csv for wsi score or wsi tile."),
+        bool, typer.Option("--mask", help="Write masks of the region to score, and slides.csv for wsi score or tile.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a row a file as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one row per file as JSON.")] = False,
 ) -> None:
-    """Read outlines of whatever program and write GeoJSON: for QuPath, and for `wsi evaluate --annotations`.
+    """Convert annotations of other programs to GeoJSON, for QuPath and for `wsi evaluate --annotations`.
 
-    Coordinates of GeoJSON count from the corner of the slide's bounds. Where a slide has such (MIRAX, Leica), and for
-    files of NDP.view, Sectra and Cytomine, name it.
+    GeoJSON coordinates count from the corner of the slide's bounds. Give --slide if the slide has bounds (MIRAX,
+    Leica), and for files of NDP.view, Sectra and Cytomine.
 
-    With --mask they say where to look: at tissue within the outlines, and in none of the group Exclusion or Ignore*
-    (which alone leave the other tissue).
+    With --mask, write the region to score: the tissue within the outlines, without those of group Exclusion or Ignore*.
+    If there are only excluded outlines, the region is all other tissue.
 
     Examples:
       wsi import annotations/*.xml -o geojson
@@ -120,7 +121,7 @@ def import_annotations(
 
 
 def _listed(path: Path) -> dict[str, dict[str, str]]:
-    """What an earlier import said of other slides, by slide; refuse a manifest that says more, which is the user's."""
+    """The rows of an earlier import's slides.csv, by slide; a file with other columns is the user's, and refused."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -141,7 +142,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _stem(file: Path) -> str:
-    """The slide's name: without what NDP.view, gzip and others append."""
+    """The slide's name, without the suffixes of NDP.view, gzip and others."""
     name = file.name.removesuffix(".gz")
     return Path(name.removesuffix(".ndpa")).stem
 
