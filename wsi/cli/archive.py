@@ -23,9 +23,7 @@ GivenMpp = Annotated[
     typer.Option(min=0.05, max=20, help="Microns per level-0 pixel of all these slides; overrides the files' values."),
 ]
 Reader = Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")]
-Decode = Annotated[
-    str, typer.Option(help="Decoding of JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
-]
+Decode = Annotated[str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), fast (less exact).")]
 KeepPen = Annotated[
     bool,
     typer.Option("--keep-pen", help="Do not exclude marker ink from the tissue: for blue or green stains (trichrome)."),
@@ -39,26 +37,16 @@ Workers = Annotated[
         min=0, help="Worker processes. Default: one per GPU, or one. 0: work in this process; a crash ends the run."
     ),
 ]
-Scheduler = Annotated[
-    str | None, typer.Option(help="Run on Dask: an address such as tcp://host:8786, or local (needs wsi[cluster]).")
-]
-Order = Annotated[
-    str, typer.Option(help="given; size: largest first; triage: likely positive slides first (wsi score only).")
-]
-SlideTimeout = Annotated[
-    float | None, typer.Option(min=1, help="Time limit per slide in seconds; a slide that takes longer fails.")
-]
+Scheduler = Annotated[str | None, typer.Option(help="Use Dask: tcp://host:8786, or local (needs wsi[cluster]).")]
+Order = Annotated[str, typer.Option(help="given; size: largest first; triage (wsi score): likely positive first.")]
+SlideTimeout = Annotated[float | None, typer.Option(min=1, help="Seconds per slide; one that takes longer fails.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(help="Memory limit per worker, such as 8GB; a slide that needs more fails."),
 ]
-CacheDir = Annotated[
-    Path | None, typer.Option(help="Copy slides to this folder before processing, two ahead: for slow storage.")
-]
+CacheDir = Annotated[Path | None, typer.Option(help="Copy slides here before processing, two ahead: for slow storage.")]
 CacheSize = Annotated[str, typer.Option(help="Total size of the copies in --cache-dir, such as 100GB.")]
-LogJson = Annotated[
-    Path | None, typer.Option(help="Append events to this file, one JSON object per line; - is stdout.")
-]
+LogJson = Annotated[Path | None, typer.Option(help="Append events to this file, a JSON object per line; - is stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")]
 

@@ -14,9 +14,7 @@ from wsi.cli.display import say
 
 def check(
     path: Annotated[Path, typer.Argument(help="A slide, results, a store, annotations, bags of features, a project.")],
-    phi: Annotated[
-        bool, typer.Option("--phi", help="List what could identify a patient, an operator or a place.")
-    ] = False,
+    phi: Annotated[bool, typer.Option("--phi", help="List what could identify a patient, operator or place.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Identify a file or folder and list its problems; exit 2 if there are any.

@@ -20,9 +20,7 @@ def convert(
         str | None, typer.Option(help="Encoder of the features, if the files do not say; for stores: which to use.")
     ] = None,
     slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, if unknown.")] = None,
-    tile_px: Annotated[
-        int | None, typer.Option("--tile-px", help="Side of a tile in pixels at its own resolution.")
-    ] = None,
+    tile_px: Annotated[int | None, typer.Option("--tile-px", help="Side of a tile in its own pixels.")] = None,
     tile_level0: Annotated[float | None, typer.Option(help="Side of a tile in level-0 pixels.")] = None,
     stride_level0: Annotated[
         float | None, typer.Option(help="Distance of tiles in level-0 pixels. Default: from the coordinates.")

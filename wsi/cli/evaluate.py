@@ -31,14 +31,15 @@ Annotations = Annotated[
 ]
 Masks = Annotated[Path | None, typer.Option(help="Another name of --annotations.")]
 Groups = Annotated[
-    list[str] | None, typer.Option("--group", help="NAME=lesion, hole or ignore: the role of a group (repeatable).")
+    list[str] | None, typer.Option("--group", help="NAME=lesion, hole or ignore: role of a group (repeatable).")
 ]
-SlideLabels = Annotated[
-    Path | None, typer.Option(help="CSV with a row per slide: its patient, and columns for --subgroup.")
-]
+SlideLabels = Annotated[Path | None, typer.Option(help="CSV with a row per slide: patient, columns for --subgroup.")]
 Subgroup = Annotated[
     list[str] | None,
     typer.Option(help="Column that defines subgroups; for results also mpp, mpp_source, vendor, reader (repeatable)."),
+]
+TileThreshold = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Probability from which tiles are positive. Default: as scored.")
 ]
 Draws = Annotated[int, typer.Option("--bootstrap", min=0, help="Bootstrap draws for each interval.")]
 Seed = Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap.")]
@@ -55,18 +56,12 @@ def camelyon16(
     reference: Annotated[
         Path | None, typer.Option(help="Official reference.csv. Without it a slide without an annotation is normal.")
     ] = None,
-    fp: Annotated[
-        str, typer.Option(help="Slides whose false positives count: all (official script) or normal (JAMA).")
-    ] = "all",
-    detect: Annotated[
-        str, typer.Option(help="Detections from heatmaps: nms (non-maximum suppression) or components.")
-    ] = "nms",
+    fp: Annotated[str, typer.Option(help="Slides whose false positives count: all (official), normal (JAMA).")] = "all",
+    detect: Annotated[str, typer.Option(help="Detection method: nms (non-maximum suppression) or components.")] = "nms",
     detect_threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability threshold of detections.")] = 0.5,
     nms_radius_um: Annotated[float, typer.Option(min=0, help="Radius of suppression in microns.")] = 187.0,
     true_mpp: Annotated[bool, typer.Option(help="Use each slide's own mpp, not the official 0.243.")] = False,
-    slide_model: Annotated[
-        Path | None, typer.Option(help="Model of wsi train slide-features: a third slide score.")
-    ] = None,
+    slide_model: Annotated[Path | None, typer.Option(help="Model of wsi train slide-features: a third score.")] = None,
     exclusions: Annotated[
         str | None, typer.Option(help="CSV slide,task,issue,source, or 'none'. Default: the known exclusions.")
     ] = None,
@@ -126,9 +121,7 @@ def camelyon17(
     results: Annotated[Path, typer.Argument(help="Results of wsi score, or a submission CSV (patient,stage).")],
     reference: Annotated[Path, typer.Option(help="Stages: patient_000.zip,pN0 and patient_000_node_0.tif,negative.")],
     out: Out,
-    threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Probability from which tiles are lesion. Default: as scored.")
-    ] = None,
+    threshold: TileThreshold = None,
     bootstrap: Draws = 2000,
     seed: Seed = 0,
     about: About = None,
@@ -152,13 +145,11 @@ def camelyon17(
 Labels = Annotated[Path | None, typer.Option(help="CSV: case (slide_id, image_id, id, ...), label, further columns.")]
 Label = Annotated[str, typer.Option(help="Column of the label.")]
 Score = Annotated[
-    str | None, typer.Option(help="Column of the score. Default: score, prob_<positive>, or the only prob_... one.")
+    str | None, typer.Option(help="Column of the score. Default: score, prob_<positive>, or the only prob_.")
 ]
 Positive = Annotated[str, typer.Option(help="The label that counts as positive.")]
 Patient = Annotated[str | None, typer.Option(help="Column of the patient. Default: patient, if present.")]
-Validation = Annotated[
-    Path | None, typer.Option(help="CSV of other cases, with label and score, on which the threshold is chosen.")
-]
+Validation = Annotated[Path | None, typer.Option(help="CSV of other cases (label, score) to choose the threshold on.")]
 Specificity = Annotated[float, typer.Option(min=0, max=1, help="Specificity at which sensitivity is reported.")]
 Threshold = Annotated[float | None, typer.Option(help="A threshold chosen on other cases.")]
 Compare = Annotated[Path | None, typer.Option(help="Predictions of another run on the same cases.")]
@@ -275,9 +266,7 @@ def segmentation(
     out: Out,
     annotations: Annotations = None,
     masks: Masks = None,
-    threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Probability from which tiles are positive. Default: as scored.")
-    ] = None,
+    threshold: TileThreshold = None,
     labels: SlideLabels = None,
     patient: Patient = None,
     subgroup: Subgroup = None,

@@ -22,15 +22,11 @@ _MANIFEST = ("slide", "mask", "mpp")
 def import_annotations(
     files: Annotated[list[Path], typer.Argument(help="Files of ASAP, ImageScope, HALO, NDP.view, QuPath, ...")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for <name>.geojson.")],
-    slide: Annotated[
-        Path | None, typer.Option(help="The slide of these files, or a folder with a slide for each.")
-    ] = None,
+    slide: Annotated[Path | None, typer.Option(help="The slide of these files, or a folder of slides.")] = None,
     class_names: Annotated[
         list[str] | None, typer.Option("--class", help="OLD=NEW: rename a group (repeatable).")
     ] = None,
-    slide_mpp: Annotated[
-        float | None, typer.Option(help="Microns per level-0 pixel, if the slide does not say.")
-    ] = None,
+    slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, if the slide lacks it.")] = None,
     mask: Annotated[
         bool, typer.Option("--mask", help="Write masks of the region to score, and slides.csv for wsi score or tile.")
     ] = False,

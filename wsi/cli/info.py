@@ -11,9 +11,7 @@ import typer
 def info(
     slide: Annotated[str, typer.Argument(help="A slide file or URL.")],
     reader: Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")] = "auto",
-    slide_mpp: Annotated[
-        float | None, typer.Option(help="Microns per level-0 pixel; overrides the file's value.")
-    ] = None,
+    slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel; overrides the file's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show size, levels, microns per pixel and their source, bounds and reader.

@@ -24,15 +24,13 @@ def score(
     stride: Annotated[
         int | None, typer.Option(help="Distance between tiles in pixels at the model's mpp. Default: side by side.")
     ] = None,
-    min_tissue: Annotated[
-        float, typer.Option(min=0, max=1, help="Minimum share of tissue in a tile; 0 scores all tiles.")
-    ] = 0.25,
+    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a tile.")] = 0.25,
     threshold: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Probability from which a tile is positive. Default: the model's."),
     ] = None,
     positive: Annotated[
-        list[str] | None, typer.Option(help="Class shown in the heatmap (repeatable). Default: the model's.")
+        list[str] | None, typer.Option(help="Positive class (repeatable). Default: the model's.")
     ] = None,
     pixels: Annotated[
         str,
@@ -49,9 +47,7 @@ def score(
     stain_target: Annotated[
         str, typer.Option(help="Target of stain normalisation: veta, another packaged name, or an image file.")
     ] = "veta",
-    context: Annotated[
-        bool, typer.Option(help="Smooth probabilities over neighbouring tiles, if the model gives a range.")
-    ] = True,
+    context: Annotated[bool, typer.Option(help="Smooth over neighbouring tiles, if the model gives a range.")] = True,
     explain: Annotated[
         bool,
         typer.Option(

@@ -15,9 +15,7 @@ from wsi.cli.display import conclude, watching
 def tile(
     slides: archive.Slides,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the stores; the same command again resumes.")],
-    mpp: Annotated[
-        float | None, typer.Option(help="Microns per pixel of the patches. Default: 0.5, or the level's own.")
-    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="Microns per patch pixel. Default: 0.5, or the level's.")] = None,
     level: Annotated[
         int | None,
         typer.Option(min=0, help="Cut the pixels of this pyramid level, without resampling. Default with verbatim: 0."),
@@ -25,12 +23,8 @@ def tile(
     tile: Annotated[
         int | None, typer.Option(min=1, help="Side of a patch in pixels. Default: 256, or that of the level's tiles.")
     ] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Distance between patches in patch pixels. Default: side by side.")
-    ] = None,
-    min_tissue: Annotated[
-        float, typer.Option(min=0, max=1, help="Minimum share of tissue in a patch; 0 keeps all patches.")
-    ] = 0.25,
+    stride: Annotated[int | None, typer.Option(min=1, help="Distance of patches in pixels. Default: --tile.")] = None,
+    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a patch.")] = 0.25,
     pixels: Annotated[
         str,
         typer.Option(

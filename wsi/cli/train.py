@@ -52,17 +52,13 @@ def mil(
     argument: Annotated[
         list[str] | None, typer.Option("--set", help="Argument of the architecture, such as hidden=128 (repeatable).")
     ] = None,
-    head: Annotated[
-        str | None, typer.Option(help="softmax (default), binary, ordinal, hazard (default for survival) or cox.")
-    ] = None,
+    head: Annotated[str | None, typer.Option(help="softmax (default), binary, ordinal; survival: hazard, cox.")] = None,
     label: Label = "label",
     classes: Classes = None,
     positive: Positive = None,
     time_bins: Annotated[str | None, typer.Option(help="Survival: ends of the intervals, such as 12,36,60.")] = None,
     folds: Annotated[int, typer.Option(min=3, help="Number of folds, split by patient and stratified.")] = 5,
-    splits: Annotated[
-        Path | None, typer.Option(help="CLAM's splits_<k>.csv, or their folder, instead of folds.")
-    ] = None,
+    splits: Annotated[Path | None, typer.Option(help="CLAM's splits_<k>.csv or their folder, not folds.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Ensemble members per fold.")] = 1,
     epochs: Epochs = 100,
     patience: Patience = 15,
@@ -135,12 +131,8 @@ def patches(
         typer.Argument(help="A folder of class folders, a CSV (path, label, patient, split), or stores of wsi tile."),
     ],
     out: Out,
-    mpp: Annotated[
-        float | None, typer.Option(min=0.05, max=20, help="Microns per pixel of the patches; stores record it.")
-    ] = None,
-    architecture: Annotated[
-        str, typer.Option("--architecture", "-a", help="wsi-p4m or a timm name, with random weights.")
-    ] = "wsi-p4m",
+    mpp: Annotated[float | None, typer.Option(min=0.05, max=20, help="Microns per pixel; stores record it.")] = None,
+    architecture: Annotated[str, typer.Option("--architecture", "-a", help="wsi-p4m or a timm name.")] = "wsi-p4m",
     argument: Annotated[
         list[str] | None, typer.Option("--set", help="Argument of the architecture, such as head=32 (repeatable).")
     ] = None,
@@ -152,19 +144,13 @@ def patches(
     annotations: Annotated[
         Path | None, typer.Option(help="For stores: a folder of annotations, <slide>.geojson or another format.")
     ] = None,
-    rest: Annotated[
-        str | None, typer.Option(help="For stores: class of the tiles of which no annotation covers half.")
-    ] = None,
+    rest: Annotated[str | None, typer.Option(help="For stores: class of tiles less than half annotated.")] = None,
     patients: Annotated[Path | None, typer.Option(help="For stores: CSV slide, patient.")] = None,
-    patient_in: Annotated[
-        str | None, typer.Option(help="For a folder: regular expression for the patient in an image's path.")
-    ] = None,
+    patient_in: Annotated[str | None, typer.Option(help="For a folder: regex for the patient in a path.")] = None,
     label: Label = "label",
     classes: Classes = None,
     positive: Positive = None,
-    folds: Annotated[
-        int, typer.Option(min=3, help="Number of folds if no split is given: one is for test, one for validation.")
-    ] = 5,
+    folds: Annotated[int, typer.Option(min=3, help="Without a split: folds, one for test, one for validation.")] = 5,
     epochs: Epochs = 30,
     patience: Patience = 5,
     lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 1e-3; for fine-tuning 1e-4.")] = None,
@@ -173,9 +159,7 @@ def patches(
     balance: Balance = False,
     stain: Annotated[float, typer.Option(min=0, max=1, help="Strength of stain augmentation; 0: none.")] = 0.1,
     turn: Annotated[bool, typer.Option(help="Random rotation by 90 degrees and reflection.")] = True,
-    jpeg: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of patches recompressed as JPEG of random quality.")
-    ] = 0.0,
+    jpeg: Annotated[float, typer.Option(min=0, max=1, help="Share of patches recompressed as JPEG at random.")] = 0.0,
     precision: Precision = "auto",
     subset: Annotated[bool, typer.Option(help="Leave out patches that are not of the most common size.")] = False,
     seed: Seed = 0,
@@ -328,9 +312,7 @@ def slide_features(
         Path,
         typer.Option(help="reference.csv (slide,Tumor or Normal,...; no header), or a CSV slide_id,label (1 or 0)."),
     ],
-    threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Probability from which tiles belong to a region.")
-    ] = 0.5,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability from which tiles are positive.")] = 0.5,
     trees: Annotated[int, typer.Option(min=1, max=5000)] = 500,
     depth: Annotated[int, typer.Option(min=1, max=100)] = 10,
     folds: Annotated[int, typer.Option(min=2, max=100, help="Folds of the printed cross-validation.")] = 5,
