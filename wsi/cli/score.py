@@ -24,7 +24,7 @@ def score(
     stride: Annotated[
         int | None, typer.Option(help="Distance between tiles in pixels at the model's mpp. Default: side by side.")
     ] = None,
-    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a tile.")] = 0.25,
+    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a tile; 0: all.")] = 0.25,
     threshold: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Probability from which a tile is positive. Default: the model's."),

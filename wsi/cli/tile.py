@@ -24,7 +24,7 @@ def tile(
         int | None, typer.Option(min=1, help="Side of a patch in pixels. Default: 256, or that of the level's tiles.")
     ] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="Distance of patches in pixels. Default: --tile.")] = None,
-    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a patch.")] = 0.25,
+    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a patch; 0: all.")] = 0.25,
     pixels: Annotated[
         str,
         typer.Option(

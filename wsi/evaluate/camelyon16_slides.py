@@ -97,13 +97,7 @@ def read_slides(
         raise EvaluationError(results, f"holds {alike} and {names[alike.lower()]}", "Keep one: references ignore case")
     labels: dict[str, dict[str, str]] = {}
     if reference is not None:
-        rows = read_rows(reference, header=("slide", "label", "type", "size"))
-        labels = unique(rows, "slide", reference, slide_name)
-        wrong = sorted({row["label"] for row in labels.values()} - {"Tumor", "Normal"})
-        if wrong:
-            raise EvaluationError(
-                reference, f"says {wrong[0]!r} of a slide", "Columns: slide, Tumor or Normal, type, size"
-            )
+        labels = _read_reference(reference)
         out_of_all = {slide_name(row["slide"]) for row in _exclusion_rows(config) if row["task"] == "all"}
         missing = sorted(set(labels) - set(names) - out_of_all)
         if missing:
@@ -137,6 +131,15 @@ def read_slides(
     if bare:
         warnings.append(f"{len(bare)} slides without an annotation file are taken for normal, {bare[0]} for one")
     return cases, warnings
+
+
+def _read_reference(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of the official reference.csv by ``slide_name``."""
+    labels = unique(read_rows(path, header=("slide", "label", "type", "size")), "slide", path, slide_name)
+    wrong = sorted({row["label"] for row in labels.values()} - {"Tumor", "Normal"})
+    if wrong:
+        raise EvaluationError(path, f"says {wrong[0]!r} of a slide", "Columns: slide, Tumor or Normal, type, size")
+    return labels
 
 
 def _exclusion_rows(config: Camelyon16Config) -> list[dict[str, str]]:

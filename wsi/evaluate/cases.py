@@ -148,38 +148,24 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     if extra:
         warnings.append(f"{len(extra)} predictions have no label and are left out, {extra[0]!r} for one")
     scores = np.array([_number(found[name], name, predictions) for name in truth])
-    values = [row[config.label] for row in truth.values()]
     patient = config.patient or ("patient" if "patient" in rows[0] else None)
     if patient is None:
         warnings.append("no column says whose each case is: intervals take every case for a patient of its own")
+    values = {name: row[config.label] for name, row in truth.items()}
     if config.grades:
-        grades = [_grade(value, name, labels, config) for value, name in zip(values, truth, strict=True)]
+        classes = np.array([_grade(value, name, labels, config) for name, value in values.items()], np.intp)
         if (scores != np.round(scores)).any() or scores.min() < 0 or scores.max() >= config.grades:
             raise EvaluationError(predictions, f"grades are whole numbers from 0 to {config.grades - 1}", "Round them")
-        classes, scores = np.array(grades, np.intp), scores.astype(np.intp)
+        scores = scores.astype(np.intp)
     else:
-        bare = [name for name, value in zip(truth, values, strict=True) if not value]
-        if bare:
-            raise EvaluationError(labels, f"{bare[0]!r} has no {config.label}", "Leave such cases out, or label them")
-        known = sorted(set(values))
-        if len(known) > 2 or (config.positive not in known and not set(known) <= {"0", "1"}):
-            raise EvaluationError(
-                labels, f"{config.label} is {', '.join(map(repr, known[:6]))}", "Say which one is --positive"
-            )
-        classes = np.array([value == config.positive for value in values])
-    cases = Cases(
-        tuple(truth),
-        classes,
-        scores,
-        tuple(row[patient] if patient else name for name, row in truth.items()),
-        {
-            group: divided(
-                [row[group] if group in groups else str(slides[name].numbers.get(group)) for name, row in truth.items()]
-            )
-            for group in config.groups
-        },
-    )
-    return cases, warnings
+        classes = _positive(values, labels, config)
+    patients = tuple(row[patient] if patient else name for name, row in truth.items())
+    columns = {
+        group: [row[group] if group in groups else str(slides[name].numbers.get(group)) for name, row in truth.items()]
+        for group in config.groups
+    }
+    by_group = {group: divided(column) for group, column in columns.items()}
+    return Cases(tuple(truth), classes, scores, patients, by_group), warnings
 
 
 @dataclass(frozen=True)
@@ -239,18 +225,13 @@ def read_cohort(
         )
     _need(columns, labels or results, *wanted)
     patient = patient or ("patient" if "patient" in columns else None)
+    columns = {
+        group: [rows[name].get(group, str(slide.numbers.get(group))) for name, slide in slides.items()]
+        for group in groups
+    }
     return Cohort(
         {name: rows[name][patient] if patient else name for name in slides},
-        {
-            group: dict(
-                zip(
-                    slides,
-                    divided([rows[name].get(group, str(slide.numbers.get(group))) for name, slide in slides.items()]),
-                    strict=True,
-                )
-            )
-            for group in groups
-        },
+        {group: dict(zip(slides, divided(column), strict=True)) for group, column in columns.items()},
     )
 
 
@@ -320,6 +301,19 @@ def _number(cell: str, name: str, path: Path) -> float:
     if not math.isfinite(value):
         raise EvaluationError(path, f"the score of {name!r} is {cell!r}", "Scores are finite numbers")
     return value
+
+
+def _positive(values: Mapping[str, str], path: Path, config: TableConfig) -> npt.NDArray[Any]:
+    """Whether each case has the positive label; there must be two labels at most."""
+    bare = [name for name, value in values.items() if not value]
+    if bare:
+        raise EvaluationError(path, f"{bare[0]!r} has no {config.label}", "Leave such cases out, or label them")
+    known = sorted(set(values.values()))
+    if len(known) > 2 or (config.positive not in known and not set(known) <= {"0", "1"}):
+        raise EvaluationError(
+            path, f"{config.label} is {', '.join(map(repr, known[:6]))}", "Say which one is --positive"
+        )
+    return np.array([value == config.positive for value in values.values()])
 
 
 def _grade(cell: str, name: str, path: Path, config: TableConfig) -> int:

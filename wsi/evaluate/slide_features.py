@@ -168,22 +168,26 @@ def load_forest(folder: Path) -> Forest:
             folder, f"is no slide-feature model ({error})", "Make one with wsi train slide-features"
         ) from error
     forest = Forest(features, threshold, facts=facts, **found)
-    n = len(forest.value)
-    whole = [getattr(forest, name) for name in ("left", "right", "column", "cut", "value")]
-    starts = (
-        forest.starts.dtype.kind == "i" and forest.starts.ndim == 1 and (np.diff(forest.starts, append=n) > 0).all()
-    )
-    if not starts or any(each.shape != (n,) or each.dtype.kind not in "if" for each in whole):
-        raise EvaluationError(folder, "holds no trees that can be walked", "Train it again")
-    inner = forest.left >= 0
-    own = np.searchsorted(forest.starts, np.arange(n), side="right") - 1
-    after = forest.starts[own] + np.where(inner, np.minimum(forest.left, forest.right), 0)
-    last = forest.starts[own] + np.where(inner, np.maximum(forest.left, forest.right), 0)
-    # Children come after their parent and within the arrays, so that every traversal ends.
-    sound = n and forest.starts[0] == 0 and (after[inner] > np.flatnonzero(inner)).all() and (last < n).all()
-    if not sound or forest.column.max() >= len(features):
+    if not _is_sound(forest):
         raise EvaluationError(folder, "holds no trees that can be walked", "Train it again")
     return forest
+
+
+def _is_sound(forest: Forest) -> bool:
+    """Whether the arrays fit together, and children come after their parent, so that every traversal ends."""
+    n, starts = len(forest.value), forest.starts
+    nodes = [getattr(forest, name) for name in ("left", "right", "column", "cut", "value")]
+    if any(each.shape != (n,) or each.dtype.kind not in "if" for each in nodes) or not n:
+        return False
+    if starts.dtype.kind != "i" or starts.ndim != 1 or not (np.diff(starts, append=n) > 0).all() or starts[0] != 0:
+        return False
+    inner = forest.left >= 0
+    own = np.searchsorted(starts, np.arange(n), side="right") - 1
+    first = starts[own] + np.where(inner, np.minimum(forest.left, forest.right), 0)
+    last = starts[own] + np.where(inner, np.maximum(forest.left, forest.right), 0)
+    return bool(
+        (first[inner] > np.flatnonzero(inner)).all() and (last < n).all() and forest.column.max() < len(forest.features)
+    )
 
 
 def train_forest(
