@@ -175,19 +175,22 @@ def load_forest(folder: Path) -> Forest:
 
 def _is_sound(forest: Forest) -> bool:
     """Whether the arrays fit together, and children come after their parent, so that every traversal ends."""
-    n, starts = len(forest.value), forest.starts
-    nodes = [getattr(forest, name) for name in ("left", "right", "column", "cut", "value")]
-    if any(each.shape != (n,) or each.dtype.kind not in "if" for each in nodes) or not n:
+    n, starts = forest.value.size, forest.starts
+    kinds = {"left": "i", "right": "i", "column": "i", "cut": "f", "value": "f"}
+    nodes = [getattr(forest, name) for name in kinds]
+    if any(each.shape != (n,) or each.dtype.kind != kind for each, kind in zip(nodes, kinds.values(), strict=True)):
         return False
-    if starts.dtype.kind != "i" or starts.ndim != 1 or not (np.diff(starts, append=n) > 0).all() or starts[0] != 0:
+    if starts.dtype.kind != "i" or starts.ndim != 1 or not starts.size or starts[0] != 0:
         return False
     inner = forest.left >= 0
+    if not (np.diff(starts, append=n) > 0).all() or not np.isfinite([forest.cut, forest.value]).all():
+        return False
+    if (forest.column[inner] < 0).any() or forest.column.max() >= len(forest.features):
+        return False
     own = np.searchsorted(starts, np.arange(n), side="right") - 1
     first = starts[own] + np.where(inner, np.minimum(forest.left, forest.right), 0)
     last = starts[own] + np.where(inner, np.maximum(forest.left, forest.right), 0)
-    return bool(
-        (first[inner] > np.flatnonzero(inner)).all() and (last < n).all() and forest.column.max() < len(forest.features)
-    )
+    return bool((first[inner] > np.flatnonzero(inner)).all() and (last < n).all())
 
 
 def train_forest(
