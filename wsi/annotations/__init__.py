@@ -87,4 +87,4 @@ def read_annotations(
     for suffix, read in READERS.items():
         if path.name.lower().endswith(suffix):
             return read(path, frame or Frame(origin))
-    raise AnnotationError(path, "is of no format that is known", f"Known: {' '.join(READERS)}")
+    raise AnnotationError(path, "is of an unknown format", f"Known: {' '.join(READERS)}")

@@ -75,11 +75,8 @@ def lesion_area(
             role = "lesion"
             warnings.append("outlines without a group are taken for lesions")
         else:
-            raise AnnotationError(
-                where or "annotations",
-                f"holds the group {group!r}, and nobody said what it is",
-                f"Say --group {group!r}=lesion (or hole, or ignore)",
-            )
+            remedy = f"Give it one: --group {group!r}=lesion (or hole, or ignore)"
+            raise AnnotationError(where or "annotations", f"holds the group {group!r}, whose role is unknown", remedy)
         if shapely.get_dimensions(annotation.geometry) == 2:
             shapes[role].append(annotation.geometry)
         elif role != "ignore":

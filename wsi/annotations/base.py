@@ -113,7 +113,7 @@ def number(text: Any, where: str | os.PathLike[str]) -> float:
     try:
         value = float(text.replace(",", ".") if isinstance(text, str) else text)
     except (TypeError, ValueError, OverflowError):  # overflow: an integer of 400 digits
-        raise AnnotationError(where, f"has a coordinate that is none: {text!r:.40}") from None
+        raise AnnotationError(where, f"has a coordinate that is no number: {text!r:.40}") from None
     if not math.isfinite(value):
         raise AnnotationError(where, f"has a coordinate that is not finite: {text!r}")
     return value

@@ -22,6 +22,7 @@ from wsi.files import collector_paused
 _OTHER_JSON = (AttributeError, TypeError, OverflowError)
 #: Features whose outlines are built together.
 _BLOCK = 4096
+_REMEDY = "Export it again, in parts if it is long"
 
 
 def read(path: Path, frame: Frame) -> list[Annotation]:
@@ -32,7 +33,7 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
     except (ValueError, RecursionError, EOFError, zlib.error, *_OTHER_JSON) as error:
         if isinstance(error, AnnotationError):
             raise
-        raise AnnotationError(path, f"is no GeoJSON ({error})", "Export it again, in parts if it is long") from error
+        raise AnnotationError(path, f"is no GeoJSON ({error})", _REMEDY) from error
 
 
 def read_zip(path: Path, frame: Frame) -> list[Annotation]:
@@ -61,9 +62,7 @@ def read_zip(path: Path, frame: Frame) -> list[Annotation]:
     ) as error:  # fmt: skip
         if isinstance(error, AnnotationError):
             raise
-        raise AnnotationError(
-            path, f"is no zip of GeoJSON ({error})", "Export it again, in parts if it is long"
-        ) from error
+        raise AnnotationError(path, f"is no zip of GeoJSON ({error})", _REMEDY) from error
 
 
 def _annotations(features: list[dict[str, Any]], path: Path, frame: Frame) -> Iterator[Annotation]:
@@ -88,9 +87,7 @@ def _geometry(feature: dict[str, Any], where: str, frame: Frame) -> shapely.Geom
             geometry = shape("ellipse", shapely.get_coordinates(geometry).tolist())
         return shapely.transform(valid(geometry), lambda xy: xy + np.asarray(frame.origin))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ShapelyError) as error:
-        raise AnnotationError(
-            where, f"has no usable geometry ({error})", "Export it again, in parts if it is long"
-        ) from error
+        raise AnnotationError(where, f"has no usable geometry ({error})", _REMEDY) from error
 
 
 def _polygons(features: list[dict[str, Any]], frame: Frame) -> npt.NDArray[np.object_]:

@@ -46,7 +46,7 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
     present = (np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1).tolist()
     if len(present) > _MOST_VALUES:
         what = f"holds {len(present)} values, as pictures do"
-        raise AnnotationError(path, what, "A mask has a value a class: save it without lossy compression")
+        raise AnnotationError(path, what, "A mask has one value per class: save it without lossy compression")
     return [
         Annotation(shapely.transform(outline, lambda xy: xy * finest * scale), str(value))
         for value in present
@@ -121,9 +121,8 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
             )
     usable = [d for d in levels if downsample % (d * scale) == 0]
     if not usable:
-        raise AnnotationError(
-            path, f"has one pixel for {scale} of the slide, and {downsample} is wanted", "Give a finer mask"
-        )
+        what = f"has one pixel per {scale} of the slide, too coarse to be read at one per {downsample}"
+        raise AnnotationError(path, what, "Give a finer mask")
     level = max(usable)
     w, h = levels[level]
     if w * h > _MAX_PIXELS:
@@ -147,7 +146,7 @@ def _levels(path: Path) -> dict[int, tuple[int, int]]:
     except _DAMAGED as error:
         raise AnnotationError(path, f"is no TIFF ({error})", "Give the mask as TIFF or PNG") from error
     if not sizes:
-        raise AnnotationError(path, "is a TIFF without a picture", "Give the mask as TIFF or PNG")
+        raise AnnotationError(path, "is a TIFF without images", "Give the mask as TIFF or PNG")
     (width, height), levels = sizes[0], {1: sizes[0]}
     for w, h in sizes[1:]:
         ratio = round(width / max(w, 1))

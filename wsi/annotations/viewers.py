@@ -127,5 +127,5 @@ def _points(ring: list[dict[str, Any]], where: str) -> list[tuple[float, float]]
 
 def _size(path: Path, frame: Frame, how: str) -> tuple[int, int]:
     if frame.size is None:
-        raise AnnotationError(path, f"counts {how}", "Name the slide: wsi import --slide")
+        raise AnnotationError(path, f"measures {how}", "Give the slide: wsi import --slide")
     return frame.size

@@ -304,13 +304,13 @@ def _held_out(validation: Path | None, config: TableConfig) -> Cases | None:
 def _idle(is_given: object, option: str, what: str, remedy: str) -> None:
     """Refuse an option that would have no effect."""
     if is_given:
-        raise EvaluationError(option, f"{what}: here it would change nothing", remedy)
+        raise EvaluationError(option, f"{what}: it would have no effect here", remedy)
 
 
 def _one_of(annotations: Path | None, masks: Path | None) -> Path:
     if (annotations is None) == (masks is None):
         raise EvaluationError(
-            "--annotations", "or --masks is needed, and one of them", "Give the folder of outlines or masks"
+            "--annotations", "or --masks is required, and only one of them", "Give the folder of annotations or masks"
         )
     return annotations or masks or Path()
 

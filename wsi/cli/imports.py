@@ -62,7 +62,9 @@ def import_annotations(
         raise AnnotationError(twice[0], "is the name of two of these files", "Import them one by one")
     of = [slide if slide is None or not slide.is_dir() else _slide_of(slide, stem) for stem in stems]
     if mask and len(set(of)) < len(of):
-        raise AnnotationError(files[-1], "is of the same slide as another", "Join what is said of a slide in one file")
+        raise AnnotationError(
+            files[-1], "is of the same slide as another", "Merge the annotations of a slide into one file"
+        )
     listed = _listed(out / "slides.csv") if mask else {}
     for file, stem, belongs in zip(files, stems, of, strict=True):
         target = out / f"{stem}{'.png' if mask else '.geojson'}"

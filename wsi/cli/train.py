@@ -113,7 +113,7 @@ def mil(
     divided = read_splits(splits, cohort.cases) if splits else k_fold(cohort, folds, seed)
     unused = set(cohort.cases).difference(*chain(*divided))
     if unused:
-        say(f"wsi: {len(unused)} slides are in no split, {min(unused)} for one: nobody learns from them", quiet=quiet)
+        say(f"wsi: {len(unused)} slides are in no split, {min(unused)} for one: they are not used", quiet=quiet)
     table = Bags({slide_id: found[slide_id] for slide_id in cohort.cases}, encoder=encoder)
     with watching(len(divided) * seeds, quiet=quiet) as tell:
         figures = train_mil(

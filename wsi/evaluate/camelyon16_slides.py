@@ -148,9 +148,8 @@ def _exclusion_rows(config: Camelyon16Config) -> list[dict[str, str]]:
     rows = read_rows(config.exclusions) if config.exclusions else packaged_rows("camelyon16_exclusions")
     wrong = [row for row in rows if row.get("task") not in ("all", "lesion", "note") or not row.get("slide")]
     if wrong:
-        raise EvaluationError(
-            config.exclusions or "", f"holds a row that says nothing: {wrong[0]}", "task: all, lesion, note"
-        )
+        remedy = "A row needs a slide, and a task: all, lesion or note"
+        raise EvaluationError(config.exclusions or "", f"holds an invalid row: {wrong[0]}", remedy)
     return rows
 
 

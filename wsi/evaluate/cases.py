@@ -91,9 +91,9 @@ class TableConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.specificity <= 1:
-            raise EvaluationError(f"specificity={self.specificity:g}", "is no share", "From 0 to 1")
+            raise EvaluationError(f"specificity={self.specificity:g}", "is not from 0 to 1")
         if self.threshold is not None and not math.isfinite(self.threshold):
-            raise EvaluationError(f"threshold={self.threshold:g}", "is no score")
+            raise EvaluationError(f"threshold={self.threshold:g}", "is no finite number")
 
 
 def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Cases, list[str]]:

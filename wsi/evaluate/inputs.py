@@ -200,9 +200,8 @@ def lesion_mask(
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1
         unknown = [str(value) for value in present if str(value) not in known]
         if unknown:
-            raise AnnotationError(
-                path, f"holds the value {unknown[0]}, and nobody said what it is", f"Say --group {unknown[0]}=lesion"
-            )
+            remedy = f"Give it one: --group {unknown[0]}=lesion (or hole, or ignore)"
+            raise AnnotationError(path, f"holds the value {unknown[0]}, whose role is unknown", remedy)
         return np.isin(values, [value for value in present if known[str(value)] == "lesion"]), ()
     area, size = lesion_area(read_annotations(path, frame=frame), roles=roles, where=path), frame.size
     if size is None:

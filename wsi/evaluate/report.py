@@ -160,7 +160,9 @@ def refuse_foreign(folder: Path, *names: str) -> None:
     """
     there = [name for name in names if (folder / name).exists()]
     if there and not (folder / "report.json").exists():
-        raise OutputError(folder / there[0], "is there already, and of no report", "Choose another folder with -o")
+        raise OutputError(
+            folder / there[0], "is there already, and was not written by a report", "Choose another folder with -o"
+        )
 
 
 def data_hash(rows: Iterable[Iterable[Any]]) -> str:

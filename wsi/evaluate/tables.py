@@ -64,7 +64,7 @@ def evaluate_table(
     config = config or TableConfig()
     notes = list(warnings)
     if other is not None and (other.ids != cases.ids or (other.labels != cases.labels).any()):
-        raise EvaluationError("the other run", "is of other cases", "Compare runs on the same labels")
+        raise EvaluationError("the other run", "has other cases", "Compare runs on the same labels")
     measure = _grades if config.grades else _two_classes
     results, tables, pictures, protocol = measure(cases, config, validation, other, notes)
     results = {name: _honest(estimate, cases) for name, estimate in results.items()}
