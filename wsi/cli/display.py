@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 def watching(n_slides: int, *, quiet: bool, log: Path | None = None) -> Iterator[Tell]:
     """Show progress bars of the run and its slides, write the log, and exit cleanly on Ctrl-C and SIGTERM."""
     with ExitStack() as stack:
-        told: list[Tell] = []
+        listeners: list[Tell] = []
         if log is not None:
-            told.append(stack.enter_context(_logging(log, n_slides)))
+            listeners.append(stack.enter_context(_logging(log, n_slides)))
         if not quiet:
-            told.append(stack.enter_context(_bars(n_slides)))
+            listeners.append(stack.enter_context(_bars(n_slides)))
 
         def tell(event: Event) -> None:
-            for each in told:
-                each(event)
+            for listener in listeners:
+                listener(event)
 
         then = signal.signal(
             signal.SIGTERM, signal.default_int_handler
@@ -135,12 +135,12 @@ class Pace:
         passed = 0.0 if self._begun is None else self._clock() - self._begun
         rate = (self._tiles + sum(done - first for first, done, _ in self._running.values())) / max(passed, 1e-9)
         parts = sum((done - first) / total for first, done, total in self._running.values())
-        said = [f"{rate:,.0f} tiles/s"] if passed and rate >= 1 else []
-        said += [f"{self._failed} failed"] if self._failed else []
+        words = [f"{rate:,.0f} tiles/s"] if passed and rate >= 1 else []
+        words += [f"{self._failed} failed"] if self._failed else []
         if passed and self._worked + parts >= 0.1 and self._left:
             left = timedelta(seconds=round(passed / (self._worked + parts) * max(0.0, self._left - parts)))
-            said.append(f"{left} left")
-        return ", ".join(said)
+            words.append(f"{left} left")
+        return ", ".join(words)
 
 
 @contextmanager
@@ -198,10 +198,9 @@ def _shares(rows: list[dict[str, Any]]) -> str:
     parts = [
         f"{words.get(name, name[6:])} {spent[name] / total:.0%}" for name in inside if spent[name] >= 0.005 * total
     ]
-    said = []
+    shares = []
     for name in sorted((name for name in spent if not name.startswith("tiles_")), key=lambda name: -spent[name]):
         if spent[name] >= 0.01 * total:
-            said.append(
-                f"{name} {spent[name] / total:.0%}" + (f" ({', '.join(parts)})" if name == "tiles" and parts else "")
-            )
-    return ", ".join(said).replace("%", " %")
+            details = f" ({', '.join(parts)})" if name == "tiles" and parts else ""
+            shares.append(f"{name} {spent[name] / total:.0%}{details}")
+    return ", ".join(shares).replace("%", " %")

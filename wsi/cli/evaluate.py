@@ -89,9 +89,9 @@ def camelyon16(
 
     if fp not in ("all", "normal"):
         raise EvaluationError(f"--fp {fp}", "no such definition", "all or normal")
-    _idle(labels and not subgroup, "--labels", "names columns to divide the slides by", "Name one with --subgroup")
+    _unused(labels and not subgroup, "--labels", "names columns to divide the slides by", "Name one with --subgroup")
     heatmaps = (results / "run.json").exists()
-    _idle(slide_model and not heatmaps, "--slide-model", "is for heatmaps", "Give a results folder, or leave it out")
+    _unused(slide_model and not heatmaps, "--slide-model", "is for heatmaps", "Give a results folder, or leave it out")
     if heatmaps:
         refuse_foreign(out, "detections")
     config = Camelyon16Config(
@@ -137,7 +137,9 @@ def camelyon17(
 
     if results.is_dir():
         refuse_foreign(out, "submission.csv")
-    _idle(threshold is not None and results.is_file(), "--threshold", "is for heatmaps, not for stages", "Leave it out")
+    _unused(
+        threshold is not None and results.is_file(), "--threshold", "is for heatmaps, not for stages", "Leave it out"
+    )
     report = evaluate_camelyon17(results, reference, out=out, threshold=threshold, n_bootstrap=bootstrap, seed=seed)
     _finish(report, out, about, as_json)
 
@@ -192,14 +194,14 @@ def slides(
     from wsi.evaluate.tables import evaluate_table
 
     cut = validation or threshold is not None
-    _idle(cut and (grades or isup), "--validation or --threshold", "is for scores, not for grades", "Leave it out")
+    _unused(cut and (grades or isup), "--validation or --threshold", "is for scores, not for grades", "Leave it out")
     config = TableConfig(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold,
         6 if isup else grades, isup and label == "gleason_score", bootstrap, seed,
     )  # fmt: skip
     places = [place for place in (predictions, compare, validation) if place]
     in_csv = [place for place in places if not place.is_dir() or (place / "grades.csv").is_file()]
-    _idle(score and not in_csv, "--score", "is a column of a CSV", "Leave it out")
+    _unused(score and not in_csv, "--score", "is a column of a CSV", "Leave it out")
     cases, warnings = read_cases(predictions, labels or predictions, config)
     held = _held_out(validation, config)
     other = read_cases(compare, labels or compare, config)[0] if compare else None
@@ -243,10 +245,10 @@ def patches(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold, 0, False, bootstrap, seed
     )
     roles = _roles(group)
-    _idle(roles and annotations is None, "--group", "says what outlines mean", "Give them with --annotations")
+    _unused(roles and annotations is None, "--group", "says what outlines mean", "Give them with --annotations")
     if annotations is not None:
         named = validation is None and (score or (label, positive) != ("label", "1"))
-        _idle(named, "--label, --score or --positive", "is for a CSV, not for outlines", "Leave it out")
+        _unused(named, "--label, --score or --positive", "is for a CSV, not for outlines", "Leave it out")
         cohort = read_cohort(predictions, labels, patient=patient, groups=config.groups)
         cases, warnings = tile_cases(predictions, annotations, roles, cohort)
         if len(set(cohort.patients.values())) == len(cohort.patients):
@@ -301,7 +303,7 @@ def _held_out(validation: Path | None, config: TableConfig) -> Cases | None:
     return read_cases(validation, validation, replace(config, patient=None, groups=()))[0] if validation else None
 
 
-def _idle(is_given: object, option: str, what: str, remedy: str) -> None:
+def _unused(is_given: object, option: str, what: str, remedy: str) -> None:
     """Refuse an option that would have no effect."""
     if is_given:
         raise EvaluationError(option, f"{what}: it would have no effect here", remedy)

@@ -99,7 +99,7 @@ def evaluate_camelyon16(
     usable = {n: np.array(v, np.float64) for n, v in scores.items() if not any(each is None for each in v)}
     by_size = _by_size(kept, truth, usable["max_probability"])
     estimates |= _slide_results(kept, truth, scores, usable, config) | by_size
-    warnings += _doubts(cases, hits, list(for_froc.values()), head, config)
+    warnings += _rule_warnings(cases, hits, list(for_froc.values()), head, config)
     rows = _rows(kept, hits, truth, scores, excluded)
     # Fixed beforehand, not the score that does best on these slides.
     headline = next((name for name in ("random_forest", "mil", "max_probability") if name in usable), "max_probability")
@@ -153,7 +153,7 @@ def evaluate_camelyon16(
     )
 
 
-def _doubts(
+def _rule_warnings(
     cases: list[Case], hits: Mapping[str, SlideHits], for_froc: list[SlideHits], head: Froc, config: Camelyon16Config
 ) -> list[str]:
     """Warnings about slides and results for which the official rules are misleading."""

@@ -81,11 +81,11 @@ def evaluate_camelyon17(
             )  # fmt: skip
         return value, confusion(a, b, len(stages))
 
-    def share(right: list[bool], names: list[str], nobody: str) -> Estimate:
+    def share(right: list[bool], names: list[str], reason: str) -> Estimate:
         """The share of correct slides, with an interval over patients, who have five slides each."""
         values = np.array(right, np.float64)
         if not len(values):
-            return Estimate.undefined(nobody)
+            return Estimate.undefined(reason)
         return bootstrap(
             lambda rows: float(values[rows].mean()),
             [patient_of(name) for name in names], n_draws=n_bootstrap, seed=seed,

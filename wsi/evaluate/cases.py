@@ -128,14 +128,14 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     truth = unique(rows, key, labels)
     slides = scored_slides(predictions) if predictions.is_dir() else {}
     groups = [group for group in config.groups if group in rows[0] or not slides or group not in RESULT_COLUMNS]
-    _need(rows[0], labels, config.label, *groups, *([config.patient] if config.patient else []))
+    _require(rows[0], labels, config.label, *groups, *([config.patient] if config.patient else []))
     table_at = _table_of(predictions, slides, config)
     if table_at is None:
         found = {name: str(slide.numbers.get("positive_probability")) for name, slide in slides.items()}
     else:
         table = read_rows(table_at)
         column = config.score or _score_column(table[0], table_at, config)
-        _need(table[0], table_at, column)
+        _require(table[0], table_at, column)
         own = _id_column(table[0], table_at)
         found = {name: row[column] for name, row in unique(table, own, table_at).items()}
     missing = [name for name in truth if name not in found]
@@ -223,7 +223,7 @@ def read_cohort(
         raise EvaluationError(
             results, f"does not know {wanted[0]!r} of its slides", "Give --labels, a CSV with that column"
         )
-    _need(columns, labels or results, *wanted)
+    _require(columns, labels or results, *wanted)
     patient = patient or ("patient" if "patient" in columns else None)
     columns = {
         group: [rows[name].get(group, str(slide.numbers.get(group))) for name, slide in slides.items()]
@@ -287,7 +287,7 @@ def _score_column(row: Mapping[str, str], path: Path, config: TableConfig) -> st
     return names[0]
 
 
-def _need(row: Mapping[str, str], path: Path, *names: str) -> None:
+def _require(row: Mapping[str, str], path: Path, *names: str) -> None:
     for name in names:
         if name not in row:
             raise EvaluationError(path, f"has no column {name!r}", f"It has {', '.join(row)}")

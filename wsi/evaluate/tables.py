@@ -67,7 +67,7 @@ def evaluate_table(
         raise EvaluationError("the other run", "has other cases", "Compare runs on the same labels")
     measure = _grades if config.grades else _two_classes
     results, tables, pictures, protocol = measure(cases, config, validation, other, notes)
-    results = {name: _honest(estimate, cases) for name, estimate in results.items()}
+    results = {name: _checked(estimate, cases) for name, estimate in results.items()}
     name = "quadratic_kappa" if config.grades else "auroc"
     forest = {"all": results[name]}
     if cases.groups:
@@ -99,7 +99,7 @@ def evaluate_table(
 _Parts = tuple[dict[str, Estimate], dict[str, Sequence[Mapping[str, Any]]], list[Plot], dict[str, Any]]
 
 
-def _drawn(cases: Cases, config: TableConfig, statistic: Statistic, *, stratify: bool = True) -> Estimate:
+def _interval(cases: Cases, config: TableConfig, statistic: Statistic, *, stratify: bool = True) -> Estimate:
     return bootstrap(
         statistic,
         cases.patients,
@@ -116,7 +116,7 @@ def _two_classes(
     both = 0 < y.sum() < len(y)
     results = {"auroc": auroc(y, p), "auprc": auprc(y, p), "prevalence": proportion(int(y.sum()), len(y))}
     for name, metric in (("auroc", auroc), ("auprc", auprc)):
-        results[f"{name}_over_patients"] = _drawn(cases, config, lambda rows, m=metric: m(y[rows], p[rows]).value)  # type: ignore[misc]
+        results[f"{name}_over_patients"] = _interval(cases, config, lambda rows, m=metric: m(y[rows], p[rows]).value)  # type: ignore[misc]
     protocol: dict[str, Any] = {
         "positive": config.positive,
         "intervals": "AUROC by DeLong, proportions by Wilson, for independent cases; over patients by bootstrap",
@@ -145,15 +145,15 @@ def _two_classes(
         results[f"specificity_{where}"] = found.specificity
         right = (p >= threshold) == y
         for measure, of in (("sensitivity", y), ("specificity", ~y)):
-            results[f"{measure}_{where}_over_patients"] = _drawn(
+            results[f"{measure}_{where}_over_patients"] = _interval(
                 cases,
                 config,
                 lambda rows, of=of, right=right: _mean(right[rows[of[rows]]]),  # type: ignore[misc]
             )
     tables: dict[str, Sequence[Mapping[str, Any]]] = {"operating_points": table}
-    pictures = [plots.roc_plot({f"AUROC {_honest(results['auroc'], cases)}": (y, p)})] if both else []
+    pictures = [plots.roc_plot({f"AUROC {_checked(results['auroc'], cases)}": (y, p)})] if both else []
     if len(p) and p.min() >= 0 and p.max() <= 1:
-        results["brier"] = _drawn(cases, config, lambda rows: brier(y[rows], p[rows]).value)
+        results["brier"] = _interval(cases, config, lambda rows: brier(y[rows], p[rows]).value)
         results["ece"] = expected_calibration_error(y, p)
         results["ece_equal_mass"] = expected_calibration_error(y, p, equal_mass=True)
         fit = recalibration(y, p)
@@ -171,7 +171,7 @@ def _two_classes(
         q = other.scores
         difference = auroc_difference(y, p, q)
         results["auroc_difference"] = difference.estimate
-        results["auroc_difference_over_patients"] = _drawn(
+        results["auroc_difference_over_patients"] = _interval(
             cases, config, lambda rows: gap_of(auroc(y[rows], p[rows]).value, auroc(y[rows], q[rows]).value)
         )
         threshold = points.get("given", points.get(f"validation_{config.specificity:g}"))
@@ -182,7 +182,7 @@ def _two_classes(
             tests[f"McNemar, accuracy at {threshold:g}"] = accuracy.p_value
         tables["comparison"] = _tests(tests, cases)
         if both:
-            areas = (_honest(each, cases) for each in (results["auroc"], auroc(y, q)))
+            areas = (_checked(each, cases) for each in (results["auroc"], auroc(y, q)))
             pictures[0] = plots.roc_plot(
                 {f"{n} {a}": (y, s) for n, a, s in zip(("this", "other"), areas, (p, q), strict=True)}
             )
@@ -193,14 +193,14 @@ def _mean(right: npt.NDArray[np.bool_]) -> float | None:
     return float(right.mean()) if len(right) else None
 
 
-def _one_each(cases: Cases) -> bool:
+def _independent(cases: Cases) -> bool:
     """Whether every case is of a different patient, and so independent of the others."""
     return len(set(cases.patients)) == len(cases.patients)
 
 
-def _honest(estimate: Estimate, cases: Cases) -> Estimate:
+def _checked(estimate: Estimate, cases: Cases) -> Estimate:
     """Remove an interval that assumes independent cases if these are not."""
-    if _one_each(cases) or estimate.method not in _FOR_INDEPENDENT:
+    if _independent(cases) or estimate.method not in _FOR_INDEPENDENT:
         return estimate
     why = f"no interval: {estimate.method} takes cases for independent, and patients have several"
     return Estimate(estimate.value, n=estimate.n, reason=why)
@@ -208,7 +208,7 @@ def _honest(estimate: Estimate, cases: Cases) -> Estimate:
 
 def _tests(p_values: Mapping[str, float | None], cases: Cases) -> list[dict[str, Any]]:
     """Rows of p-values; without the values if cases are not independent."""
-    if _one_each(cases):
+    if _independent(cases):
         return [{"test": test, "p_value": p} for test, p in p_values.items()]
     why = "takes cases for independent, and patients have several: see the interval over patients"
     return [{"test": test, "p_value": None, "reason": why} for test in p_values]
@@ -224,14 +224,14 @@ def _grades(
 
     overall = quadratic_kappa(y, g, k)
     results = {
-        "quadratic_kappa": overall if overall.value is None else _drawn(cases, config, kappa, stratify=False),
+        "quadratic_kappa": overall if overall.value is None else _interval(cases, config, kappa, stratify=False),
         "accuracy": proportion(int((y == g).sum()), len(y)),
     }
-    if not _one_each(cases):
-        results["accuracy_over_patients"] = _drawn(cases, config, lambda rows: _mean((y == g)[rows]), stratify=False)
+    if not _independent(cases):
+        results["accuracy_over_patients"] = _interval(cases, config, lambda rows: _mean((y == g)[rows]), stratify=False)
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     if other is not None:
-        results["kappa_difference"] = _drawn(
+        results["kappa_difference"] = _interval(
             cases, config, lambda rows: gap_of(kappa(rows), kappa(rows, other.scores)), stratify=False
         )
         test = mcnemar(g == y, other.scores == y)

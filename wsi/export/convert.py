@@ -180,7 +180,7 @@ def lattice(
     if None in steps or not any(steps):
         return None
     x, y = (step or next(filter(None, steps)) for step in steps)  # a single row or column has none
-    return np.stack([_counted(values, step) for values, step in zip(axes, (x, y), strict=True)], axis=1), (x, y)
+    return np.stack([_steps(values, step) for values, step in zip(axes, (x, y), strict=True)], axis=1), (x, y)
 
 
 def _step(values: npt.NDArray[np.float64], least: float) -> float | None:
@@ -203,7 +203,7 @@ def _step(values: npt.NDArray[np.float64], least: float) -> float | None:
     return float(low.max() + high.min()) / 2 if from_corner else step
 
 
-def _counted(values: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float64]:
+def _steps(values: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float64]:
     whole = np.round(values / step)
     return whole if np.abs(whole * step - values).max() <= 0.501 else values / step
 
@@ -248,17 +248,17 @@ def _table(name: str, path: Path, layout: str, given: Given) -> TileTable:
     bag = _read(path, given)
     if bag.boxes is None:
         raise TrainError(path, "has no coordinates", "CLAM keeps them in patches/ beside pt_files/: give that folder")
-    said, boxes = bag.said, bag.boxes
-    mpp = _agreed(path, "microns a level-0 pixel", "--slide-mpp", said.mpp, given.mpp and Mpp(given.mpp, given.mpp))
+    meta, boxes = bag.said, bag.boxes
+    mpp = _agreed(path, "microns a level-0 pixel", "--slide-mpp", meta.mpp, given.mpp and Mpp(given.mpp, given.mpp))
     tile, stride = (
         _agreed(path, f"level-0 pixels a {what}", f"--{what}-level0", known, side and (side, side))
-        for what, known, side in (("tile", said.tile, given.tile_level0), ("stride", said.stride, given.stride_level0))
+        for what, known, side in (("tile", meta.tile, given.tile_level0), ("stride", meta.stride, given.stride_level0))
     )
     # All missing values are reported together below; until then 1 stands for each (a lattice is one in any unit).
-    if said.unit == "um":
+    if meta.unit == "um":
         boxes = boxes / np.tile(mpp or (1.0, 1.0), 2)
         tile = tile or (float(boxes[0, 2]), float(boxes[0, 3]))
-    elif said.unit == "lattice":
+    elif meta.unit == "lattice":
         tile, stride = tile or stride, stride or tile
         boxes = boxes * np.tile(stride or (1.0, 1.0), 2)
     table = TileTable(
@@ -267,14 +267,14 @@ def _table(name: str, path: Path, layout: str, given: Given) -> TileTable:
         corners=boxes[:, :2],
         positions=boxes[:, :2],
         tile=tile or (float(boxes[0, 2]), float(boxes[0, 3])),
-        tile_px=_agreed(path, "pixels a tile", "--tile-px", said.tile_px, given.tile_px),
+        tile_px=_agreed(path, "pixels a tile", "--tile-px", meta.tile_px, given.tile_px),
         mpp=mpp,
-        size=said.size,
+        size=meta.size,
         encoder=bag.encoder and folder_name(bag.encoder),
     )
-    table = _laid(table, stride, fixed=given.stride_level0 is not None)
-    needed = ("mpp", *_NEEDS[layout]) if said.unit == "um" else _NEEDS[layout]
-    _all_said(
+    table = _on_lattice(table, stride, fixed=given.stride_level0 is not None)
+    needed = ("mpp", *_NEEDS[layout]) if meta.unit == "um" else _NEEDS[layout]
+    _require(
         path,
         {"tile": tile}
         | {what: getattr(table, what) for what in needed if what != "encoder" or table.features is not None},
@@ -302,13 +302,13 @@ def _read(path: Path, given: Given) -> Bag:
     return bag._replace(encoder=_agreed(path, "as the encoder", "--encoder", bag.encoder, given.encoder))
 
 
-def _laid(table: TileTable, stride: tuple[float, float] | None, *, fixed: bool) -> TileTable:
+def _on_lattice(table: TileTable, stride: tuple[float, float] | None, *, fixed: bool) -> TileTable:
     """Add the tiles' positions on their lattice, from the known stride unless that was rounded."""
     found = None
     if stride is not None:
         positions = np.round(table.corners / stride)
         if fixed or np.abs(positions * stride - table.corners).max() <= 1e-3:
-            found = np.stack([_counted(*each) for each in zip(table.corners.T, stride, strict=True)], axis=1), stride
+            found = np.stack([_steps(*each) for each in zip(table.corners.T, stride, strict=True)], axis=1), stride
     found = found or lattice(table.corners, min(table.tile) / 8)
     if found is None and (stride is not None or len(table.corners) == 1):
         stride = stride or table.tile
@@ -319,17 +319,17 @@ def _laid(table: TileTable, stride: tuple[float, float] | None, *, fixed: bool) 
     return replace(table, positions=found[0].astype(np.int64) if whole else found[0], stride=found[1])
 
 
-def _all_said(path: Path, values: dict[str, Any]) -> None:
+def _require(path: Path, values: dict[str, Any]) -> None:
     missing = [_MISSING[what] for what, value in values.items() if value is None]
     if missing:
         raise TrainError(path, ", ".join(what for what, _ in missing), ", ".join(do for _, do in missing).capitalize())
 
 
-def _agreed(path: Path, what: str, option: str, said: Any, given: Any) -> Any:
+def _agreed(path: Path, what: str, option: str, meta: Any, given: Any) -> Any:
     """The given value, else the file's. If both exist they must agree within 1 %, since the file's may be rounded."""
-    if said is None or given is None:
-        return given if said is None else said
-    same = said == given if isinstance(said, str) else np.allclose(said, given, rtol=0.01, atol=0)
+    if meta is None or given is None:
+        return given if meta is None else meta
+    same = meta == given if isinstance(meta, str) else np.allclose(meta, given, rtol=0.01, atol=0)
     if not same:
-        raise TrainError(path, f"says {said} {what}, and {option} {given}", "Leave the option out")
+        raise TrainError(path, f"says {meta} {what}, and {option} {given}", "Leave the option out")
     return given
