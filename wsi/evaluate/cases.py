@@ -225,13 +225,13 @@ def read_cohort(
         )
     _require(columns, labels or results, *wanted)
     patient = patient or ("patient" if "patient" in columns else None)
-    columns = {
+    by_group = {
         group: [rows[name].get(group, str(slide.numbers.get(group))) for name, slide in slides.items()]
         for group in groups
     }
     return Cohort(
         {name: rows[name][patient] if patient else name for name in slides},
-        {group: dict(zip(slides, divided(column), strict=True)) for group, column in columns.items()},
+        {group: dict(zip(slides, divided(column), strict=True)) for group, column in by_group.items()},
     )
 
 
