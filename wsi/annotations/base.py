@@ -90,9 +90,8 @@ def valid(geometry: shapely.Geometry) -> shapely.Geometry:
         return shapely.make_valid(geometry, method="structure", keep_collapsed=False)
     parts = []
     for part in shapely.get_parts(geometry):
-        shell, *holes = shapely.make_valid(
-            shapely.polygons(shapely.get_rings(part)), method="structure", keep_collapsed=False
-        )
+        rings = shapely.polygons(shapely.get_rings(part))
+        shell, *holes = shapely.make_valid(rings, method="structure", keep_collapsed=False)
         parts.append(shapely.difference(shell, shapely.union_all(holes)))
     return shapely.union_all(parts)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Slides = Annotated[
     list[str],
     typer.Argument(
-        help="Slides, folders, URLs, quoted patterns, or CSV manifests (columns slide[,mpp,mask,label,patient])."
+        help="Slides, folders, URLs, quoted patterns, CSV manifests (columns slide[,mpp,mask,label,patient])."
     ),
 ]
 GivenMpp = Annotated[
@@ -33,9 +33,7 @@ Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one per core.")]
 Workers = Annotated[
     int | None,
-    typer.Option(
-        min=0, help="Worker processes. Default: one per GPU, or one. 0: work in this process; a crash ends the run."
-    ),
+    typer.Option(min=0, help="Worker processes. Default: one per GPU, or one. 0: none; a crash then ends the run."),
 ]
 Scheduler = Annotated[str | None, typer.Option(help="Use Dask: tcp://host:8786, or local (needs wsi[cluster]).")]
 Order = Annotated[str, typer.Option(help="given; size: largest first; triage (wsi score): likely positive first.")]

@@ -195,9 +195,8 @@ def _shares(rows: list[dict[str, Any]]) -> str:
         return ""
     words = {"tiles_waiting": "waiting for patches"}
     inside = sorted((name for name in spent if name.startswith("tiles_")), key=lambda name: -spent[name])
-    parts = [
-        f"{words.get(name, name[6:])} {spent[name] / total:.0%}" for name in inside if spent[name] >= 0.005 * total
-    ]
+    shown = [name for name in inside if spent[name] >= 0.005 * total]
+    parts = [f"{words.get(name, name[6:])} {spent[name] / total:.0%}" for name in shown]
     shares = []
     for name in sorted((name for name in spent if not name.startswith("tiles_")), key=lambda name: -spent[name]):
         if spent[name] >= 0.01 * total:

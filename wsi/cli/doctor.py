@@ -52,9 +52,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         )
     except Exception as error:  # noqa: BLE001  any failure of the import is reported
         problems.append(f"timm does not load ({error}): install torch and torchvision of matching versions")
-    facts["native kernels"] = (
-        "compiled" if native.HAVE_CPU else "NumPy twins (no C++ compiler at install): same bytes, slower"
-    )
+    twins = "NumPy twins (no C++ compiler at install): same bytes, slower"
+    facts["native kernels"] = "compiled" if native.HAVE_CPU else twins
     facts["bfloat16 on this CPU"] = cpu_has_bfloat16()
     facts["GPU"] = gpu_name() or "none that torch sees"
     facts["models"] = known_models()

@@ -137,9 +137,8 @@ def camelyon17(
 
     if results.is_dir():
         refuse_foreign(out, "submission.csv")
-    _unused(
-        threshold is not None and results.is_file(), "--threshold", "is for heatmaps, not for stages", "Leave it out"
-    )
+    stages = results.is_file()
+    _unused(threshold is not None and stages, "--threshold", "is for heatmaps, not for stages", "Leave it out")
     report = evaluate_camelyon17(results, reference, out=out, threshold=threshold, n_bootstrap=bootstrap, seed=seed)
     _finish(report, out, about, as_json)
 
@@ -147,7 +146,7 @@ def camelyon17(
 Labels = Annotated[Path | None, typer.Option(help="CSV: case (slide_id, image_id, id, ...), label, further columns.")]
 Label = Annotated[str, typer.Option(help="Column of the label.")]
 Score = Annotated[
-    str | None, typer.Option(help="Column of the score. Default: score, prob_<positive>, or the only prob_.")
+    str | None, typer.Option(help="Column of the score. Default: score, prob_<positive>, or the only prob_... one.")
 ]
 Positive = Annotated[str, typer.Option(help="The label that counts as positive.")]
 Patient = Annotated[str | None, typer.Option(help="Column of the patient. Default: patient, if present.")]
@@ -161,9 +160,7 @@ Compare = Annotated[Path | None, typer.Option(help="Predictions of another run o
 def slides(
     predictions: Annotated[
         Path,
-        typer.Argument(
-            help="Results of wsi score, stores with grades.csv (wsi embed), or a CSV with a score per slide."
-        ),
+        typer.Argument(help="Results of wsi score, stores with grades.csv (wsi embed), or a CSV of scores."),
     ],
     out: Out,
     labels: Labels = None,
@@ -322,9 +319,7 @@ def _roles(groups: list[str] | None) -> dict[str, Role]:
     for text in groups or ():
         name, _, role = text.rpartition("=")
         if not name or role not in ("lesion", "hole", "ignore"):
-            raise EvaluationError(
-                f"--group {text}", "is not NAME=lesion, hole or ignore", "Such as --group DCIS=lesion"
-            )
+            raise EvaluationError(f"--group {text}", "is not NAME=lesion, hole or ignore", "Such as DCIS=lesion")
         roles[name] = role  # type: ignore[assignment]
     return roles
 

@@ -34,9 +34,7 @@ def qupath(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder. Default: RESULTS/qupath.")] = None,
     detections: Annotated[
         bool,
-        typer.Option(
-            "--detections/--annotations", help="Object type of tiles; annotations can be edited, but are slow."
-        ),
+        typer.Option("--detections/--annotations", help="Object type of tiles; annotations are editable, but slow."),
     ] = True,
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Probability from which tiles are positive. Default: as scored.")

@@ -62,9 +62,7 @@ def import_annotations(
         raise AnnotationError(twice[0], "is the name of two of these files", "Import them one by one")
     of = [slide if slide is None or not slide.is_dir() else _slide_of(slide, stem) for stem in stems]
     if mask and len(set(of)) < len(of):
-        raise AnnotationError(
-            files[-1], "is of the same slide as another", "Merge the annotations of a slide into one file"
-        )
+        raise AnnotationError(files[-1], "is of the same slide as another", "Merge the annotations of a slide")
     listed = _listed(out / "slides.csv") if mask else {}
     for file, stem, belongs in zip(files, stems, of, strict=True):
         target = out / f"{stem}{'.png' if mask else '.geojson'}"
@@ -91,9 +89,7 @@ def import_annotations(
                 else:
                     bounds = opened.bounds if opened else None
                     row["geojson"] = str(target)
-                    row["annotations"] = write_annotations(
-                        row["geojson"], found, bounds=bounds, slide_id=stem, classes=renamed
-                    )
+                    row["annotations"] = write_annotations(target, found, bounds=bounds, slide_id=stem, classes=renamed)
             except WsiError:
                 raise
             except ValueError as error:

@@ -34,9 +34,7 @@ def score(
     ] = None,
     pixels: Annotated[
         str,
-        typer.Option(
-            help="Keep the patches in the store: none, zstd (lossless), jpeg, or verbatim (the slide's own JPEG tiles)."
-        ),
+        typer.Option(help="Patches to store: none, zstd (lossless), jpeg, or verbatim (the slide's own JPEG tiles)."),
     ] = "none",
     max_unreadable: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the tissue that may be unreadable; with more the slide fails.")
@@ -50,9 +48,7 @@ def score(
     context: Annotated[bool, typer.Option(help="Smooth over neighbouring tiles, if the model gives a range.")] = True,
     explain: Annotated[
         bool,
-        typer.Option(
-            help="Write explained.png: Grad-CAM of the patch model on the top tiles; also for slides already scored."
-        ),
+        typer.Option(help="Write explained.png: Grad-CAM of the top tiles, also for slides already scored."),
     ] = False,
     keep_pen: archive.KeepPen = False,
     reader: archive.Reader = "auto",

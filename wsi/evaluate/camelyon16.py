@@ -225,9 +225,7 @@ def _match(
             warnings.append(f"{case.annotation.name} holds no lesion: the slide is taken for normal")
     if case.tumour is True and found is None and not partly:
         what = "no annotation" if case.annotation is None else f"{case.annotation.name} holds no lesion"
-        raise EvaluationError(
-            case.slide_id, f"is a tumour slide in the reference, and {what}", "Add its outlines or mask"
-        )
+        raise EvaluationError(case.slide_id, f"is a tumour slide in the reference, and {what}", "Add its annotation")
     if case.tumour is False and found is not None:
         raise EvaluationError(case.slide_id, "is normal in the reference and holds annotated lesions", "Check both")
     hits = match(found, p, x, y, size=size)

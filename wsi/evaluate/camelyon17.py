@@ -197,9 +197,8 @@ def _largest_mm(slide: ScoredSlide, threshold: float | None) -> float:
     numbers = slide.numbers
     if threshold is None:
         if numbers["positive_mm2"] is None and numbers["n_tiles"]:
-            raise EvaluationError(
-                slide.folder, numbers["reasons"].get("positive_mm2", "has no regions"), "Score it again"
-            )
+            why = numbers["reasons"].get("positive_mm2", "has no regions")
+            raise EvaluationError(slide.folder, why, "Score it again")
         return float(numbers["largest_region_um"] or 0) / 1000
     mpp = Mpp(slide.mpp, slide.mpp)
     return max((major_axis_um(region, mpp) for region in slide.regions(threshold)), default=0.0) / 1000

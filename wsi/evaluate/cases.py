@@ -220,9 +220,8 @@ def read_cohort(
         rows = {name: found[name] for name in slides}
     wanted = [*([patient] if patient else []), *(group for group in groups if group not in RESULT_COLUMNS)]
     if wanted and labels is None:
-        raise EvaluationError(
-            results, f"does not know {wanted[0]!r} of its slides", "Give --labels, a CSV with that column"
-        )
+        what = f"does not know {wanted[0]!r} of its slides"
+        raise EvaluationError(results, what, "Give --labels, a CSV with that column")
     _require(columns, labels or results, *wanted)
     patient = patient or ("patient" if "patient" in columns else None)
     by_group = {
@@ -310,9 +309,7 @@ def _positive(values: Mapping[str, str], path: Path, config: TableConfig) -> npt
         raise EvaluationError(path, f"{bare[0]!r} has no {config.label}", "Leave such cases out, or label them")
     known = sorted(set(values.values()))
     if len(known) > 2 or (config.positive not in known and not set(known) <= {"0", "1"}):
-        raise EvaluationError(
-            path, f"{config.label} is {', '.join(map(repr, known[:6]))}", "Say which one is --positive"
-        )
+        raise EvaluationError(path, f"{config.label} is {', '.join(map(repr, known[:6]))}", "Say which is --positive")
     return np.array([value == config.positive for value in values.values()])
 
 

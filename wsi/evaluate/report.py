@@ -160,9 +160,7 @@ def refuse_foreign(folder: Path, *names: str) -> None:
     """
     there = [name for name in names if (folder / name).exists()]
     if there and not (folder / "report.json").exists():
-        raise OutputError(
-            folder / there[0], "is there already, and was not written by a report", "Choose another folder with -o"
-        )
+        raise OutputError(folder / there[0], "is there already, and not from a report", "Choose another folder with -o")
 
 
 def data_hash(rows: Iterable[Iterable[Any]]) -> str:
@@ -200,17 +198,15 @@ def leaderboard(task: str, order: str, own: Mapping[str, Estimate], protocol: st
     rows: list[dict[str, Any]] = []
     for published in packaged_rows("leaderboard"):
         if published["task"] == task:
-            numbers = {
-                k: float(v) if v else None for k, v in published.items() if k.startswith(("froc", "auroc", "kappa"))
-            }
+            metrics = {k: v for k, v in published.items() if k.startswith(("froc", "auroc", "kappa"))}
+            numbers = {k: float(v) if v else None for k, v in metrics.items()}
             rows.append({"name": published["name"], **numbers, **{k: published[k] for k in ("protocol", "source")}})
     run: dict[str, Any] = {"name": "this run", "protocol": protocol, "source": "report.json"}
     for name, estimate in own.items():
         run |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     rows.append(run)
-    used = [
-        key for key in dict.fromkeys(k for row in rows for k in row) if any(row.get(key) is not None for row in rows)
-    ]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    used = [key for key in keys if any(row.get(key) is not None for row in rows)]
     rows.sort(key=lambda row: -1e9 if row.get(order) is None else row[order], reverse=True)
     return [{key: row.get(key) for key in used} for row in rows]
 

@@ -164,9 +164,8 @@ def load_forest(folder: Path) -> Forest:
             found = {name: arrays[name] for name in ("starts", "left", "right", "column", "cut", "value")}
         features, threshold, facts = tuple(config["features"]), float(config["threshold"]), config["facts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(
-            folder, f"is no slide-feature model ({error})", "Make one with wsi train slide-features"
-        ) from error
+        remedy = "Make one with wsi train slide-features"
+        raise EvaluationError(folder, f"is no slide-feature model ({error})", remedy) from error
     forest = Forest(features, threshold, facts=facts, **found)
     if not _is_sound(forest):
         raise EvaluationError(folder, "holds no trees that can be walked", "Train it again")
@@ -321,9 +320,8 @@ def train_slide_features(
         raise EvaluationError(
             results, f"holds no results of {len(missing)} slides of the reference, {missing[0]} for one", "Score them"
         )
-    rows = np.array(
-        [slide_features(slides[name].heatmap(), slides[name].tissue_px, threshold=threshold) for name in labels]
-    )
+    found = [slides[name] for name in labels]
+    rows = np.array([slide_features(each.heatmap(), each.tissue_px, threshold=threshold) for each in found])
     y = np.array(list(labels.values()), np.intp)
     options: dict[str, Any] = {"threshold": threshold, "n_trees": n_trees, "max_depth": max_depth, "seed": seed}
     forest = train_forest(rows, y, **options)

@@ -173,9 +173,7 @@ def _heatmap(slide: ScoredSlide, source: Any) -> Any:
         pixel_measures=highdicom.PixelMeasuresSequence(
             pixel_spacing=(down * row, right * column), slice_thickness=float(measures.SliceThickness)
         ),
-        plane_orientation=highdicom.PlaneOrientationSequence(
-            "SLIDE", [float(cosine) for cosine in source.ImageOrientationSlide]
-        ),
+        plane_orientation=highdicom.PlaneOrientationSequence("SLIDE", list(map(float, source.ImageOrientationSlide))),
         plane_positions=[highdicom.PlanePositionSequence("SLIDE", first, (1, 1))],
         tile_pixel_array=True,
         tile_size=(_TILE_PX, _TILE_PX),

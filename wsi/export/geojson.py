@@ -155,9 +155,8 @@ def _coordinates(geometries: npt.NDArray[np.object_]) -> list[Json | None]:
     rings, of_rings = shapely.get_rings(parts, return_index=True)
     points, of_points = shapely.get_coordinates(rings, return_index=True)
     written = [[whole(x), whole(y)] for x, y in points.tolist()]
-    drawn = _grouped(
-        _grouped(_grouped(written, of_points, len(rings)), of_rings, len(parts)), of_parts, len(geometries)
-    )
+    by_ring = _grouped(written, of_points, len(rings))
+    drawn = _grouped(_grouped(by_ring, of_rings, len(parts)), of_parts, len(geometries))
     return [
         None
         if not polygons

@@ -252,9 +252,7 @@ def _write_project(slides: list[ScoredSlide], out: Path, config: QuPathConfig) -
         arguments = [] if config.crop or _through_bioformats(slide) else ["--no-crop"]
         if slide.slide_id in known:
             if ("--no-crop" in known[slide.slide_id].get("args", arguments)) != bool(arguments):
-                raise ResultsError(
-                    path, "opens its slides in the other frame (--no-crop)", "Choose another folder with -o"
-                )
+                raise ResultsError(path, "opens its slides in the other frame (--no-crop)", "Choose another with -o")
             continue
         last += 1
         project["images"].append(

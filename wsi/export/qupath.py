@@ -182,9 +182,8 @@ def write_tiles(
             written = np.array([repr(whole(edge)) for edge in edges.tolist()], object)
             x0s, y0s, x1s, y1s = written[which.reshape(4, -1)].tolist()
             called = class_index[chosen].tolist()
-            numbers = [
-                texts(label, values[chosen]) for label, values in zip(labels, measurements.values(), strict=True)
-            ]
+            columns = zip(labels, measurements.values(), strict=True)
+            numbers = [texts(label, values[chosen]) for label, values in columns]
             measured = [",".join(filter(None, row)) for row in zip(*numbers, strict=True)] or [""] * len(chosen)
             for uid, x0, y0, x1, y1, k, found in zip(ids, x0s, y0s, x1s, y1s, called, measured, strict=True):
                 yield (
