@@ -8,12 +8,16 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wsi.cli.display import say
+from wsi.cli.display import say, writing
 from wsi.errors import AnnotationError, OutputError, WsiError
+
+if TYPE_CHECKING:
+    from wsi.annotations import Annotation
+    from wsi.slide import Slide
 
 #: Columns of the slides.csv that --mask writes; the last only if --slide-mpp was given.
 _MANIFEST = ("slide", "mask", "mpp")
@@ -48,7 +52,6 @@ def import_annotations(
       wsi import regions/*.geojson --slide slides --mask -o masks && wsi score masks/slides.csv --model NAME -o results
     """
     from wsi.annotations import Frame, read_annotations
-    from wsi.annotations.convert import write_annotations, write_mask
     from wsi.files import write_csv
     from wsi.slide import open_slide
 
@@ -73,29 +76,12 @@ def import_annotations(
                 found = read_annotations(file, frame=Frame.of(opened) if opened else Frame())
             except OSError as error:
                 raise AnnotationError(file, f"cannot be read ({error.strerror or error})", "Check the path") from error
-            row: dict[str, Any] = {"file": str(file)}
-            try:
+            with writing(out):
                 out.mkdir(parents=True, exist_ok=True)
-                if mask and belongs and opened:
-                    named = [replace(each, group=renamed.get(each.group, each.group)) for each in found]
-                    row |= {"mask": str(target), "annotations": len(found)}
-                    row["mm2"] = round(write_mask(target, named, opened), 6)
-                    name = str(belongs.absolute())
-                    listed[name] = {
-                        "slide": name,
-                        "mask": target.name,
-                        "mpp": "" if slide_mpp is None else f"{slide_mpp:g}",
-                    }
-                else:
-                    bounds = opened.bounds if opened else None
-                    row["geojson"] = str(target)
-                    row["annotations"] = write_annotations(target, found, bounds=bounds, slide_id=stem, classes=renamed)
-            except WsiError:
-                raise
-            except ValueError as error:
-                raise AnnotationError(file, f"cannot be written ({error})", "Rename it with --class") from error
-            except OSError as error:
-                raise OutputError.of(error, out) from error
+                row = {"file": str(file)} | _write(file, target, found, opened, renamed, mask=mask)
+        if mask and belongs:
+            name, mpp = str(belongs.absolute()), "" if slide_mpp is None else f"{slide_mpp:g}"
+            listed[name] = {"slide": name, "mask": target.name, "mpp": mpp}
         groups = Counter(renamed.get(each.group, each.group) or "(none)" for each in found)
         rows.append(row | {"groups": dict(groups)})
         if row["annotations"] < len(found):
@@ -112,6 +98,26 @@ def import_annotations(
         groups_text = ", ".join(f"{name} {n}" for name, n in row["groups"].items()) or "nothing"
         left = f", {row['mm2']:g} mm2 of tissue" if "mm2" in row else ""
         print(f"{row.get('mask') or row['geojson']}: {row['annotations']} annotations ({groups_text}){left}")
+
+
+def _write(
+    file: Path, target: Path, found: list[Annotation], slide: Slide | None, renamed: dict[str, str], *, mask: bool
+) -> dict[str, Any]:
+    """Write the annotations of a file as GeoJSON or as a mask; return their row."""
+    from wsi.annotations.convert import write_annotations, write_mask
+
+    try:
+        if mask and slide is not None:
+            named = [replace(each, group=renamed.get(each.group, each.group)) for each in found]
+            mm2 = write_mask(target, named, slide)
+            return {"mask": str(target), "annotations": len(found), "mm2": round(mm2, 6)}
+        bounds = slide.bounds if slide else None
+        n = write_annotations(target, found, bounds=bounds, slide_id=target.stem, classes=renamed)
+        return {"geojson": str(target), "annotations": n}
+    except WsiError:
+        raise
+    except ValueError as error:
+        raise AnnotationError(file, f"cannot be written ({error})", "Rename it with --class") from error
 
 
 def _listed(path: Path) -> dict[str, dict[str, str]]:
