@@ -125,7 +125,7 @@ def _two_classes(
         thresholds["given"] = config.threshold
     tables: dict[str, _Table] = {"operating_points": _operating_points(cases, config, thresholds, results)}
     curves = {f"AUROC {_checked(results['auroc'], cases)}": (y, p)}
-    pictures = []
+    pictures: list[Plot] = []
     if len(p) and p.min() >= 0 and p.max() <= 1:
         pictures = _calibration(cases, config, results, tables)
     else:
