@@ -1,6 +1,7 @@
-"""What a file or folder is, what is wrong with it, and what it would tell of a patient.
+"""Identify a file or folder, list its problems (``check``), and list what could identify a patient (``phi``).
 
-Everything here only looks. A problem is a line that says what is wrong; what reads well has none.
+Nothing is changed. ``check`` chooses a function by the file's suffix or the folder's content. The private functions,
+one for each kind, try the package's own readers and turn their errors into lines of text.
 """
 
 from __future__ import annotations
@@ -32,26 +33,27 @@ from wsi.units import Box, Mpp
 
 _IMAGES = (".tif", ".tiff", ".png")
 _TEXTS = (".parquet", ".json", ".csv", ".geojson", ".geojson.gz", ".qpproj", ".groovy", ".log", ".txt", ".html")
-#: What Zarr says of a group or an array, in its formats 3 and 2.
+#: Metadata files of Zarr groups and arrays, in formats 3 and 2.
 _ZARR = ("zarr.json", ".zattrs", ".zarray", ".zgroup")
-#: Of a text that is looked through for names.
+#: Bytes of a text file that are searched for names.
 _MOST_TEXT = 64 << 20
-#: Annotation formats that count in a size that nobody gave are looked through with this one.
+#: Stands for the unknown slide of annotation formats whose coordinates depend on it.
 _SOME_SLIDE = Frame(size=(100_000, 100_000), mpp=Mpp(0.25, 0.25), centre_nm=(0.0, 0.0))
 
 
 @dataclass
 class Found:
-    """What something is.
+    """The kind of a file or folder, and its problems.
 
     Attributes
     ----------
     path : str
     kind : str
-        In words; "unknown" where nothing here reads it.
+        In words; "unknown" if nothing here can read it.
     facts : dict
-        Numbers worth knowing, JSON-able.
+        Its size and similar, as JSON values.
     problems : list of str
+        One line each; empty if all is well.
     """
 
     path: str
@@ -61,12 +63,12 @@ class Found:
 
 
 def check(path: Path) -> Found:
-    """Say what a file or folder is and what is wrong with it.
+    """Identify a file or folder and list its problems.
 
     Raises
     ------
     FileNotFoundError
-        Nothing is there.
+        `path` does not exist.
 
     Examples
     --------
@@ -92,8 +94,8 @@ def check(path: Path) -> Found:
 def phi(path: Path) -> Iterator[tuple[str, str, str]]:
     """List what a slide or folder would disclose if it were shared, as (file, where, what); never the values.
 
-    Of a folder: paths of slides and their names in every text and table, in the names of files and folders, and what
-    the slides in it hold. Pictures are named where there are any: nobody can say what is written in them.
+    For a folder: paths and names of slides in texts and tables, and in the names of files and folders; and what the
+    slides in it disclose. Every picture is listed, since it may contain writing.
 
     Examples
     --------
@@ -161,7 +163,7 @@ def _folder(path: Path) -> Found:
 
 
 def _files(path: Path) -> Found:
-    """Whatever lies in a folder, one by one: exports, slides, annotations."""
+    """A folder of other files, each checked alone: exports, slides, annotations."""
     found = Found(str(path), "folder")
     for each in sorted(path.iterdir()):
         if each.name.startswith(".") or (each.is_dir() and each.suffix != ".zarr"):
@@ -175,7 +177,7 @@ def _files(path: Path) -> Found:
 
 
 def _zarr(path: Path) -> Found:
-    """A Zarr group by its attributes: SpatialData, OME-Zarr, or a store of ours."""
+    """A Zarr group, identified by its attributes: SpatialData, OME-Zarr, or a patch store."""
     try:
         about = json.loads(next(path / name for name in _ZARR if (path / name).is_file()).read_text("utf-8"))
         about = about.get("attributes", about)
@@ -272,8 +274,8 @@ def _bags(path: Path) -> Found:
         except TrainError as error:
             found.problems.append(f"{slide_id}: {error.what}")
             continue
-        found.facts |= {"width": bag.features.shape[1], "encoder": bag.encoder}
-        found.facts["tiles"] = found.facts.get("tiles", 0) + len(bag.features)
+        tiles = found.facts.get("tiles", 0) + len(bag.features)
+        found.facts |= {"width": bag.features.shape[1], "encoder": bag.encoder, "tiles": tiles}
         if bag.boxes is None:
             found.problems.append(f"{slide_id}: has no coordinates")
     return found
@@ -295,15 +297,15 @@ def _wsinfer(path: Path) -> Found:
 
 
 def _image(path: Path) -> Found:
-    """A picture with a resolution is a slide; one without may be a mask."""
+    """A slide if the image has a resolution; otherwise perhaps a mask."""
     found = _slide(path)
-    if found.kind in ("unknown", "image"):
-        try:
-            mask = read_mask(path, downsample=1)
-        except (WsiError, OSError):
-            return found
-        return Found(str(path), "mask image", {"size_px": [mask.shape[1], mask.shape[0]], "highest": int(mask.max())})
-    return found
+    if found.kind not in ("unknown", "image"):
+        return found
+    try:
+        mask = read_mask(path, downsample=1)
+    except (WsiError, OSError):
+        return found
+    return Found(str(path), "mask image", {"size_px": [mask.shape[1], mask.shape[0]], "highest": int(mask.max())})
 
 
 def _slide(path: Path) -> Found:
@@ -312,27 +314,31 @@ def _slide(path: Path) -> Found:
             facts: dict[str, Any] = {"size_px": list(slide.size), "mpp": list(slide.mpp)}
             facts["mpp_source"] = slide.mpp_source
             facts |= {"vendor": slide.vendor, "reader": slide.reader, "levels": len(slide.level_sizes)}
-            found = Found(str(path), "slide", facts)
             if tuple(slide.bounds) != (0, 0, *slide.size):
-                found.facts["bounds_px"] = list(slide.bounds)
-            return found
-    except MppError as error:
-        problem = f"as a slide: {error.what}. {error.remedy}".strip()
-        try:
-            with open_slide(str(path), mpp=1.0) as slide:
-                facts = {"size_px": list(slide.size), "vendor": slide.vendor, "levels": len(slide.level_sizes)}
-                if ".ome.tif" in path.name.lower():  # a heatmap of ours, say
-                    return Found(str(path), "OME-TIFF image", facts)
-                (w, h), most = slide.size, 512
-                middle = Box(w / 2 - min(w, most) / 2, h / 2 - min(h, most) / 2, min(w, most), min(h, most))
-                rgb = slide.read(middle, (64, 64))
-                return Found(str(path), "image" if (rgb == rgb[..., :1]).all() else "slide", facts, [problem])
-        except SlideError:
-            return Found(str(path), "unknown", problems=[problem])
-    except NotRgb as error:  # a heatmap of ours, say
+                facts["bounds_px"] = list(slide.bounds)
+            return Found(str(path), "slide", facts)
+    except NotRgb as error:  # such as our heatmaps
         return Found(str(path), "OME-TIFF image", {"as a slide": error.what})
     except SlideError as error:
-        return Found(str(path), "unknown", problems=[f"as a slide: {error.what}. {error.remedy}".strip()])
+        problem = f"as a slide: {error.what}. {error.remedy}".strip()
+        if isinstance(error, MppError):
+            return _without_mpp(path, problem)
+        return Found(str(path), "unknown", problems=[problem])
+
+
+def _without_mpp(path: Path, problem: str) -> Found:
+    """An image without a plausible resolution: a slide only if it has colours."""
+    try:
+        with open_slide(str(path), mpp=1.0) as slide:
+            facts = {"size_px": list(slide.size), "vendor": slide.vendor, "levels": len(slide.level_sizes)}
+            if ".ome.tif" in path.name.lower():  # such as our heatmaps
+                return Found(str(path), "OME-TIFF image", facts)
+            (w, h), most = slide.size, 512
+            middle = Box(w / 2 - min(w, most) / 2, h / 2 - min(h, most) / 2, min(w, most), min(h, most))
+            rgb = slide.read(middle, (64, 64))
+            return Found(str(path), "image" if (rgb == rgb[..., :1]).all() else "slide", facts, [problem])
+    except SlideError:
+        return Found(str(path), "unknown", problems=[problem])
 
 
 def _annotations(path: Path) -> Found:

@@ -108,6 +108,11 @@ def test_models_that_cannot_be_walked_are_refused(tmp_path: Path):
         {"starts": good["starts"] + [0, 0, 10**6]},
         {"cut": good["cut"][:-1]},
         {"starts": good["starts"][::-1]},
+        {"starts": good["starts"][:0]},
+        {"left": good["left"].astype(float)},
+        {"value": np.float64(0.5)},
+        {"value": np.where(np.arange(len(good["value"])) == 0, np.nan, good["value"])},
+        {"column": np.where(good["left"] >= 0, -1, good["column"])},
     ):
         np.savez(tmp_path / "forest.npz", **(good | change))
         with pytest.raises(EvaluationError, match="walked"):

@@ -1,4 +1,4 @@
-"""What people drew on slides: outlines in level-0 pixels, whatever program wrote them.
+"""Annotations drawn on slides, read from many programs as outlines in level-0 pixels.
 
 ::
 
@@ -7,9 +7,10 @@
     geojson    QuPath's GeoJSON
     viewers    Darwin V7, Sectra, Cytomine, HistomicsTK
     mask       mask images: TIFF pyramids, PNG
-    areas      which outlines are lesions, which are holes in them; and their raster
+    areas      lesions minus holes as one area, and its raster
+    convert    to QuPath's GeoJSON, or to a mask for scoring
 
-A further format is one more file with a ``read``, and its line in ``READERS``.
+A new format is a function ``read(path, frame)`` and a line in ``READERS``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["READERS", "Annotation", "Frame", "LesionArea", "lesion_area", "raste
 
 Reader = Callable[[Path, Frame], list[Annotation]]
 
-#: Who reads what, by the end of the name.
+#: Readers by the end of the file name.
 READERS: dict[str, Reader] = {
     ".xml": xml.read,
     ".xml.gz": xml.read,
@@ -59,21 +60,21 @@ def read_annotations(
         Darwin V7, Sectra or Cytomine; contours of HistomicsTK; or a mask image whose first level is as large as the
         slide.
     origin : (float, float)
-        Added to GeoJSON's coordinates: the corner of the slide's ``bounds``, from which QuPath counts. The other
-        formats count from the corner of the whole slide.
+        Added to GeoJSON's coordinates: the corner of the slide's ``bounds``, from which QuPath counts. Other formats
+        count from the corner of the whole plane.
     frame : Frame, optional
-        In place of `origin` whatever is known of the slide; Sectra, Cytomine and NDP.view need it.
+        Geometry of the slide, instead of `origin`; Sectra, Cytomine and NDP.view need it.
 
     Returns
     -------
     list of Annotation
-        In the file's order, level-0 pixels; polygons are valid. Empty where the file holds none.
+        In the file's order, in level-0 pixels; polygons are valid. Empty if the file holds none.
 
     Raises
     ------
     AnnotationError
-        Unknown format, damaged, hostile (entities in XML, more than 256 MiB unpacked), coordinates that are no
-        numbers, or a format that counts in a way only the slide can tell.
+        The format is unknown, the file is damaged or hostile (entities in XML, more than 256 MiB unpacked), a
+        coordinate is not a number, or the format's coordinates depend on the slide and `frame` lacks it.
     OSError
         The file cannot be read.
 
@@ -86,4 +87,4 @@ def read_annotations(
     for suffix, read in READERS.items():
         if path.name.lower().endswith(suffix):
             return read(path, frame or Frame(origin))
-    raise AnnotationError(path, "is of no format that is known", f"Known: {' '.join(READERS)}")
+    raise AnnotationError(path, "is of an unknown format", f"Known: {' '.join(READERS)}")

@@ -1,4 +1,4 @@
-"""Which outlines are lesions, which are holes in them; and the raster of what is left."""
+"""The area of lesions: outlines of lesions minus holes, and its raster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wsi.errors import AnnotationError
 
 Role = Literal["lesion", "hole", "ignore"]
 
-#: All spellings of CAMELYON16 and 17 (one file has some, the next others), QuPath's own classes, and mask values.
+#: Roles of known groups: all spellings in CAMELYON16 and 17, QuPath's own classes, and mask values.
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("tumor", "tumour", "_0", "_1", "metastasis", "metastases", "1", "255"), "lesion"),
     **dict.fromkeys(("exclusion", "_2", "normal", "2"), "hole"),
@@ -26,14 +26,14 @@ ROLES: dict[str, Role] = {
 
 @dataclass(frozen=True)
 class LesionArea:
-    """Where the lesions of a slide are.
+    """The area of a slide's lesions.
 
     Attributes
     ----------
     geometry : shapely.Polygon or shapely.MultiPolygon
-        Level-0 pixels; empty where there are none.
+        Level-0 pixels; empty if there are no lesions.
     warnings : tuple of str
-        What was taken for granted.
+        Assumptions that were made.
     """
 
     geometry: shapely.Polygon | shapely.MultiPolygon
@@ -43,20 +43,20 @@ class LesionArea:
 def lesion_area(
     annotations: Sequence[Annotation], *, roles: Mapping[str, Role] | None = None, where: str | os.PathLike[str] = ""
 ) -> LesionArea:
-    """Unite all lesions and take all holes out: holes win, whatever the order.
+    """Return the union of all lesions minus the union of all holes, whatever their order.
 
     Parameters
     ----------
     annotations : sequence of Annotation
     roles : mapping of group to "lesion", "hole" or "ignore", optional
-        What further groups mean; in upper or lower case. Added to ``ROLES``, and stronger.
+        Roles of further groups, ignoring case; they override ``ROLES``.
     where : path
         Named in errors.
 
     Raises
     ------
     AnnotationError
-        A group of which nobody said what it means: guessing would move the result.
+        A group has no role; a guess would change the result.
 
     Examples
     --------
@@ -75,11 +75,8 @@ def lesion_area(
             role = "lesion"
             warnings.append("outlines without a group are taken for lesions")
         else:
-            raise AnnotationError(
-                where or "annotations",
-                f"holds the group {group!r}, and nobody said what it is",
-                f"Say --group {group!r}=lesion (or hole, or ignore)",
-            )
+            remedy = f"Give it one: --group {group!r}=lesion (or hole, or ignore)"
+            raise AnnotationError(where or "annotations", f"holds the group {group!r}, whose role is unknown", remedy)
         if shapely.get_dimensions(annotation.geometry) == 2:
             shapes[role].append(annotation.geometry)
         elif role != "ignore":
@@ -101,10 +98,10 @@ def rasterize(
     size : (int, int)
         Width and height of the result.
     downsample : float
-        Level-0 pixels a pixel of the result.
+        Level-0 pixels per pixel of the result.
     at : float
-        Where in its pixel a point lies: 0 for the top left corner, which is what ASAP's masks and their pyramids
-        hold; 0.5 for the centre.
+        Sampling point within a pixel: 0 for the top left corner, as in ASAP's masks and their pyramids; 0.5 for the
+        centre.
 
     Returns
     -------
@@ -116,7 +113,7 @@ def rasterize(
     [[0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
     """
     width, height = size
-    # Even-odd along each row: every edge that crosses it turns inside to outside from there on.
+    # Even-odd rule along each row: each edge that crosses it toggles inside and outside from there on.
     turns = np.zeros((height, width + 1), bool)
     for ring in shapely.get_rings(shapely.get_parts(geometry)):
         xy = shapely.get_coordinates(ring) / downsample - at
@@ -133,7 +130,7 @@ def rasterize(
 def _upwards(
     a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]
 ) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """Edges with the lower y first; level ones cross no row."""
+    """Edges with the lower y first; horizontal ones are dropped, since they cross no row."""
     swap = a[:, 1] > b[:, 1]
     start, stop = np.where(swap[:, None], b, a), np.where(swap[:, None], a, b)
     slanted = start[:, 1] < stop[:, 1]

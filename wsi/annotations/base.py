@@ -1,4 +1,4 @@
-"""One outline, and what its coordinates may depend on."""
+"""An annotation, the frame of its coordinates, and helpers of the readers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from wsi.errors import AnnotationError
 from wsi.slide import Slide
 from wsi.units import Mpp
 
-#: Text longer than this, unpacked, is refused: what is parsed of it takes many times the memory.
+#: Longer text, after unpacking, is refused: parsing takes many times its size in memory.
 MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """Something drawn on a slide.
+    """An annotation of a slide.
 
     Attributes
     ----------
     geometry : shapely.Geometry
-        Level-0 pixels. Polygons and multipolygons are valid; points and lines have no area.
+        Level-0 pixels. Polygons and multipolygons are valid; points and lines are possible.
     group : str
-        ASAP's group, QuPath's class, a layer's name, or a mask's value; empty where there is none.
+        ASAP's group, QuPath's class, a layer's name, or a mask's value; empty if there is none.
     name : str
 
     Examples
@@ -44,17 +44,17 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Frame:
-    """What is known of the slide that a file belongs to; ASAP's, ImageScope's and HALO's files need nothing of it.
+    """The geometry of a slide on which an annotation file's coordinates may depend (not for ASAP, ImageScope, HALO).
 
     Attributes
     ----------
     origin : (float, float)
         Corner of the slide's ``bounds`` in level-0 pixels, from which QuPath counts.
     size : (int, int), optional
-        Width and height in level-0 pixels: Cytomine counts from the bottom, Sectra in widths.
+        Width and height in level-0 pixels: Cytomine counts from the bottom, Sectra in units of the width.
     mpp : Mpp, optional
     centre_nm : (float, float), optional
-        From the middle of the glass to that of the image, in nanometres: NDP.view counts from there.
+        Offset from the centre of the glass to the centre of the image, in nanometres: NDP.view counts from the former.
 
     Examples
     --------
@@ -69,15 +69,14 @@ class Frame:
 
     @classmethod
     def of(cls, slide: Slide) -> Frame:
-        """Return what `slide` says."""
+        """Return the frame of an open slide."""
         return cls((slide.bounds.x, slide.bounds.y), slide.size, slide.mpp, slide.centre_nm)
 
 
 def valid(geometry: shapely.Geometry) -> shapely.Geometry:
-    """Repair outlines that cross themselves, as freehand ones do; parts without area go.
+    """Repair outlines that cross themselves, as freehand ones do; parts without area are removed.
 
-    What is inside of a shell and of no hole of its own: a hole that lies beside its shell takes nothing away, and
-    adds nothing either.
+    The result is what lies inside a shell and inside none of its holes. So a hole outside its shell has no effect.
 
     Examples
     --------
@@ -91,20 +90,19 @@ def valid(geometry: shapely.Geometry) -> shapely.Geometry:
         return shapely.make_valid(geometry, method="structure", keep_collapsed=False)
     parts = []
     for part in shapely.get_parts(geometry):
-        shell, *holes = shapely.make_valid(
-            shapely.polygons(shapely.get_rings(part)), method="structure", keep_collapsed=False
-        )
+        rings = shapely.polygons(shapely.get_rings(part))
+        shell, *holes = shapely.make_valid(rings, method="structure", keep_collapsed=False)
         parts.append(shapely.difference(shell, shapely.union_all(holes)))
     return shapely.union_all(parts)
 
 
 def number(text: Any, where: str | os.PathLike[str]) -> float:
-    """Read a coordinate; some programs write the decimal comma of the computer they run on.
+    """Read a coordinate; some programs write a decimal comma, depending on the computer's locale.
 
     Raises
     ------
     AnnotationError
-        It is none, or not finite.
+        It is no number, or not finite.
 
     Examples
     --------
@@ -113,20 +111,20 @@ def number(text: Any, where: str | os.PathLike[str]) -> float:
     """
     try:
         value = float(text.replace(",", ".") if isinstance(text, str) else text)
-    except (TypeError, ValueError, OverflowError):  # a whole number of 400 digits
-        raise AnnotationError(where, f"has a coordinate that is none: {text!r:.40}") from None
+    except (TypeError, ValueError, OverflowError):  # overflow: an integer of 400 digits
+        raise AnnotationError(where, f"has a coordinate that is no number: {text!r:.40}") from None
     if not math.isfinite(value):
         raise AnnotationError(where, f"has a coordinate that is not finite: {text!r}")
     return value
 
 
 def shape(kind: str, points: Sequence[tuple[float, float]]) -> shapely.Geometry | None:
-    """Build a shape from the points a viewer keeps; an area of fewer than three is the line or point left of it.
+    """Build a shape from the points that a viewer stores; an area of fewer than three points is a line or a point.
 
     Parameters
     ----------
     kind : {"area", "line", "points", "box", "ellipse"}
-        Boxes and ellipses fill the extent of their points, of which viewers keep two or four.
+        Boxes and ellipses fill the extent of their points, of which viewers store two or four.
 
     Returns
     -------
@@ -145,11 +143,8 @@ def shape(kind: str, points: Sequence[tuple[float, float]]) -> shapely.Geometry 
         if kind == "box":
             return shapely.box(x0, y0, x1, y1)
         turn = np.linspace(0, 2 * np.pi, 129)[:-1]
-        return shapely.Polygon(
-            np.column_stack(
-                [(x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turn), (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(turn)]
-            )
-        )
+        x, y = (x0 + x1) / 2 + (x1 - x0) / 2 * np.cos(turn), (y0 + y1) / 2 + (y1 - y0) / 2 * np.sin(turn)
+        return shapely.Polygon(np.column_stack([x, y]))
     if kind == "area" and len(points) >= 3:
         return valid(shapely.Polygon(points))
     if kind in ("area", "line") and len(points) >= 2:

@@ -1,4 +1,4 @@
-"""Anybody's outlines to GeoJSON that QuPath reads, and that we read back; or to a mask that says where to look."""
+"""Write annotations as QuPath's GeoJSON, or as a mask of the region to score."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from wsi.slide import Slide
 from wsi.tissue import find_tissue
 from wsi.units import Box
 
-#: QuPath's own classes keep its colours; others get one of these by the order in which they come.
+#: Colours: those of QuPath for its own classes; for others the next one in this list.
 _KNOWN_RGB = {"tumor": (200, 0, 0), "stroma": (150, 200, 150), "necrosis": (50, 50, 50), "other": (255, 200, 0)}
 _RGB = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0), (90, 90, 90))
-#: Groups that say where not to look, as QuPath, ASAP and CAMELYON call them; any other says where to.
+#: Groups of areas to exclude, as QuPath, ASAP and CAMELYON call them; all others are areas to include.
 EXCLUDED = ("exclusion", "exclude", "ignore", "ignore*", "_2")
 _MAX_MASK_PX = 50_000_000
 
@@ -37,25 +37,25 @@ def write_annotations(
     Parameters
     ----------
     path : path
-        Gzipped when the name ends in ``.gz``.
+        Gzipped if the name ends in ``.gz``.
     annotations : sequence of Annotation
         Level-0 pixels.
     bounds : Box, optional
-        The slide's ``bounds``, from whose corner coordinates then count. Nothing is clipped to it.
+        The slide's ``bounds``; coordinates are relative to its corner, and not clipped to it.
     slide_id : str
-        Identifiers are made of it and the annotation's position.
+        Object ids are derived from it and the annotation's number.
     classes : mapping of str to str, optional
-        What groups are called instead.
+        New names of groups.
 
     Returns
     -------
     int
-        How many were written: what is smaller than a pixel is nothing to QuPath.
+        Annotations written: those smaller than a pixel are left out, since QuPath cannot show them.
 
     Raises
     ------
     ValueError
-        A group that can be no class of QuPath: a line break in it.
+        A group's name cannot be a QuPath class, because it contains a line break.
     OSError
         The file cannot be written.
 
@@ -73,15 +73,15 @@ def write_annotations(
 
 
 def write_mask(path: str | os.PathLike[str], annotations: Sequence[Annotation], slide: Slide) -> float:
-    """Write where to look on a slide, for the column ``mask`` of a manifest.
+    """Write the region to score as a mask image, for the column ``mask`` of a manifest.
 
-    That is tissue, within outlines if there are any, and in none whose group is one of ``EXCLUDED`` (upper or lower
-    case). Points and lines say nothing.
+    The region is the tissue, restricted to the annotated areas if there are any, minus the areas whose group is in
+    ``EXCLUDED`` (ignoring case). Points and lines are ignored.
 
     Parameters
     ----------
     path : path
-        A PNG of the whole level-0 plane, white where to look, as fine as tissue is looked for.
+        A PNG of the whole level-0 plane, white in the region, at the resolution of tissue detection.
     annotations : sequence of Annotation
         Level-0 pixels.
     slide : Slide
@@ -89,7 +89,7 @@ def write_mask(path: str | os.PathLike[str], annotations: Sequence[Annotation], 
     Returns
     -------
     float
-        What is left of the tissue, in square millimetres.
+        Area of the region in square millimetres.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""QuPath's GeoJSON and what looks like it; coordinates count from the corner of the slide's bounds."""
+"""GeoJSON of QuPath and similar programs; coordinates count from the corner of the slide's bounds."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from wsi.errors import AnnotationError
 from wsi.export.geojson import features_of, read_geojson
 from wsi.files import collector_paused
 
-#: What a file that is JSON and no GeoJSON fails with: properties that are a list, a number of 400 digits.
+#: Errors of JSON that is not GeoJSON: properties that are a list, a number of 400 digits.
 _OTHER_JSON = (AttributeError, TypeError, OverflowError)
-#: Features whose outlines are built at once.
+#: Features whose outlines are built together.
 _BLOCK = 4096
+_REMEDY = "Export it again, in parts if it is long"
 
 
 def read(path: Path, frame: Frame) -> list[Annotation]:
@@ -32,7 +33,7 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
     except (ValueError, RecursionError, EOFError, zlib.error, *_OTHER_JSON) as error:
         if isinstance(error, AnnotationError):
             raise
-        raise AnnotationError(path, f"is no GeoJSON ({error})", "Export it again, in parts if it is long") from error
+        raise AnnotationError(path, f"is no GeoJSON ({error})", _REMEDY) from error
 
 
 def read_zip(path: Path, frame: Frame) -> list[Annotation]:
@@ -61,9 +62,7 @@ def read_zip(path: Path, frame: Frame) -> list[Annotation]:
     ) as error:  # fmt: skip
         if isinstance(error, AnnotationError):
             raise
-        raise AnnotationError(
-            path, f"is no zip of GeoJSON ({error})", "Export it again, in parts if it is long"
-        ) from error
+        raise AnnotationError(path, f"is no zip of GeoJSON ({error})", _REMEDY) from error
 
 
 def _annotations(features: list[dict[str, Any]], path: Path, frame: Frame) -> Iterator[Annotation]:
@@ -80,21 +79,19 @@ def _annotations(features: list[dict[str, Any]], path: Path, frame: Frame) -> It
 
 def _geometry(feature: dict[str, Any], where: str, frame: Frame) -> shapely.Geometry:
     try:
-        with np.errstate(invalid="ignore"):  # GEOS meets NaN before we do
+        with np.errstate(invalid="ignore"):  # NaN is refused below
             geometry = shapely.force_2d(shapely.geometry.shape(feature["geometry"]))
         if not np.isfinite(shapely.get_coordinates(geometry)).all():
             raise ValueError("coordinates that are not finite")
-        if feature["geometry"].get("isEllipse") is True:  # QuPath keeps its extent, and draws the ellipse
+        if feature["geometry"].get("isEllipse") is True:  # QuPath stores the extent of an ellipse
             geometry = shape("ellipse", shapely.get_coordinates(geometry).tolist())
         return shapely.transform(valid(geometry), lambda xy: xy + np.asarray(frame.origin))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ShapelyError) as error:
-        raise AnnotationError(
-            where, f"has no usable geometry ({error})", "Export it again, in parts if it is long"
-        ) from error
+        raise AnnotationError(where, f"has no usable geometry ({error})", _REMEDY) from error
 
 
 def _polygons(features: list[dict[str, Any]], frame: Frame) -> npt.NDArray[np.object_]:
-    """Return what ``_geometry`` does for plain sound polygons, all at once; None for what it must look at itself."""
+    """Do for plain valid polygons together what ``_geometry`` does for one feature; None for all other features."""
     found = np.full(len(features), None, object)
     chosen, rings, sizes, points = [], [], [], []
     for i, feature in enumerate(features):
@@ -127,7 +124,7 @@ def _closed(ring: Any) -> bool:
 
 
 def _flat(features: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Features, and those nested in them as QuPath nests objects; its root object stands for the image."""
+    """Features and their nested children; QuPath's root object, which stands for the image, is left out."""
     for feature in features:
         properties = feature.get("properties") or {}
         if properties.get("objectType") != "root":
@@ -136,7 +133,7 @@ def _flat(features: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _class_name(properties: dict[str, Any]) -> str:
-    """QuPath's class in the ways it was written over time; else what other programs call ``class``."""
+    """QuPath's class, in the forms of all its versions, or the property ``class`` of other programs."""
     found = properties.get("classification", properties.get("class"))
     if isinstance(found, dict):
         names = found.get("names")
@@ -145,6 +142,6 @@ def _class_name(properties: dict[str, Any]) -> str:
 
 
 def _parts(geometry: shapely.Geometry) -> list[shapely.Geometry]:
-    """A collection mixes areas and lines, and several lines are no object of QuPath: each for itself."""
+    """The parts of a collection, which may mix areas and lines, or of several lines, which QuPath cannot hold."""
     mixed = geometry.geom_type in ("GeometryCollection", "MultiLineString")
     return list(shapely.get_parts(geometry)) if mixed else [geometry]

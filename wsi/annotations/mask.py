@@ -1,4 +1,4 @@
-"""Masks: an image as large as the slide, or a whole fraction of it, whose values say what lies where."""
+"""Mask images as large as the slide, or a whole fraction of it, whose pixel values are classes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,21 +23,21 @@ from wsi.tissue import mask_polygons
 
 U8 = npt.NDArray[np.uint8]
 
-#: A level of more pixels than this is not read: a mask of a whole slide is a pyramid.
+#: Larger levels are not read: the mask of a whole slide should be a pyramid.
 _MAX_PIXELS = 1 << 28
-#: What tifffile fails with where tags say what cannot be.
+#: Errors of tifffile on invalid tags.
 _DAMAGED = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, MemoryError, struct.error)
-#: What holds more of them is a picture, of which each speck would become an outline.
+#: An image with more values is a picture, each speck of which would become an outline.
 _MOST_VALUES = 64
-#: Masks are padded to whole tiles by some programs.
+#: Some programs pad masks to whole tiles.
 _PADDING_PX = 512
 
 
 def read(path: Path, frame: Frame) -> list[Annotation]:
-    """Read a mask as outlines, one annotation a connected piece; see ``read_annotations``. Its group is the value.
+    """Read a mask as outlines, one annotation per connected component; its group is the pixel value.
 
-    Outlines follow the pixels of the finest level of at most 16 Mpx, so they are as coarse as that. A mask smaller than
-    the slide, where that is known, is one of all of it.
+    Outlines follow the pixels of the finest level of at most 16 Mpx. If the slide's size is known, a smaller mask is
+    scaled to it. See ``read_annotations``.
     """
     levels = _levels(path)
     scale = _scale(path, levels[1], frame.size or levels[1])
@@ -45,7 +46,7 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
     present = (np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1).tolist()
     if len(present) > _MOST_VALUES:
         what = f"holds {len(present)} values, as pictures do"
-        raise AnnotationError(path, what, "A mask has a value a class: save it without lossy compression")
+        raise AnnotationError(path, what, "A mask has one value per class: save it without lossy compression")
     return [
         Annotation(shapely.transform(outline, lambda xy: xy * finest * scale), str(value))
         for value in present
@@ -54,7 +55,7 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
 
 
 def _scale(path: Path, of_mask: tuple[int, int], of_slide: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """Level-0 pixels a pixel of a mask's first level, across and down."""
+    """Level-0 pixels per pixel of a mask's first level, in x and y."""
     exact = np.array(of_slide) / of_mask
     if _fits(of_mask, of_slide, 1):
         return np.ones(2)
@@ -63,12 +64,12 @@ def _scale(path: Path, of_mask: tuple[int, int], of_slide: tuple[int, int]) -> n
         raise AnnotationError(path, what, "Give a mask of this slide, as large as it or smaller")
     whole = exact.round()
     beyond = whole * of_mask - np.array(of_slide)
-    is_padded = ((beyond >= 0) & ((beyond < whole) | (np.array(of_mask) % 16 == 0))).all()  # to whole tiles
+    is_padded = ((beyond >= 0) & ((beyond < whole) | (np.array(of_mask) % 16 == 0))).all()
     return whole if is_padded else exact
 
 
 def _fits(of_mask: tuple[int, int], of_slide: tuple[int, int], scale: int) -> bool:
-    """Whether a mask of one pixel in `scale` is its slide's: as large but for 2 %, or padded to whole tiles."""
+    """Whether a mask at 1/`scale` has the slide's size, within 2 % or with padding to whole tiles."""
     beyond = [(a * scale - b, a, b) for a, b in zip(of_mask, of_slide, strict=True)]
     return all(
         abs(px) <= max(scale, min(_PADDING_PX, 0.02 * b)) or (a % 16 == 0 and 0 < px <= _PADDING_PX)
@@ -77,30 +78,30 @@ def _fits(of_mask: tuple[int, int], of_slide: tuple[int, int], scale: int) -> bo
 
 
 def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None = None, at: float = 0.0) -> U8:
-    """Read a mask at one pixel in `downsample`, nearest neighbour.
+    """Read a mask at 1/`downsample` of level 0, by nearest neighbour.
 
     Parameters
     ----------
     path : path
-        TIFF, a pyramid where it is large, or PNG; of several channels the first (CAMELYON16: red) counts.
+        PNG or TIFF (a pyramid if it is large); the first of several channels is read (CAMELYON16: red).
     downsample : int
-        Level-0 pixels a pixel wanted.
+        Level-0 pixels per pixel of the result.
     size : (int, int), optional
-        Width and height of the slide; the mask must have it, or a whole fraction of it, up to one tile of padding.
-        Default: those of the mask.
+        Width and height of the slide. The mask must have that size or a whole fraction of it, up to one tile of
+        padding. Default: the size of the mask.
     at : float
-        Where in its pixel the value is taken, as in ``rasterize``.
+        Sampling point within a pixel, as in ``rasterize``.
 
     Returns
     -------
     uint8 (rows, columns)
-        Pixel (r, c) is the value at level-0 pixel ``((c + at) * downsample, (r + at) * downsample)``, as nearly as the
-        levels of a pyramid allow.
+        Pixel (r, c) is the value at level-0 pixel ``((c + at) * downsample, (r + at) * downsample)``, as precisely as
+        the pyramid's levels allow.
 
     Raises
     ------
     AnnotationError
-        Damaged, not 8-bit, of another size than the slide, or too large without being a pyramid.
+        The mask is damaged, not 8-bit, of another size than the slide, or too large and not a pyramid.
 
     Examples
     --------
@@ -120,9 +121,8 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
             )
     usable = [d for d in levels if downsample % (d * scale) == 0]
     if not usable:
-        raise AnnotationError(
-            path, f"has one pixel for {scale} of the slide, and {downsample} is wanted", "Give a finer mask"
-        )
+        what = f"has one pixel per {scale} of the slide, too coarse to be read at one per {downsample}"
+        raise AnnotationError(path, what, "Give a finer mask")
     level = max(usable)
     w, h = levels[level]
     if w * h > _MAX_PIXELS:
@@ -134,27 +134,31 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
 
 
 def _levels(path: Path) -> dict[int, tuple[int, int]]:
-    """Width and height of each level by how many pixels of the first one of its pixels stands for."""
+    """Width and height of each level by its downsampling relative to the first level."""
     if path.suffix.lower() == ".png":
         with _png(path) as image:
             return {1: image.size}
     try:
         with tifffile.TiffFile(path) as tiff:
-            pages = [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
-            sizes = [(page.imagewidth, page.imagelength) for page in pages]
+            sizes = [(page.imagewidth, page.imagelength) for page in _pages(tiff)]
             if not all(isinstance(side, int) and side > 0 for size in sizes for side in size):
                 raise ValueError("a side is no whole number of pixels")
     except _DAMAGED as error:
         raise AnnotationError(path, f"is no TIFF ({error})", "Give the mask as TIFF or PNG") from error
     if not sizes:
-        raise AnnotationError(path, "is a TIFF without a picture", "Give the mask as TIFF or PNG")
+        raise AnnotationError(path, "is a TIFF without images", "Give the mask as TIFF or PNG")
     (width, height), levels = sizes[0], {1: sizes[0]}
     for w, h in sizes[1:]:
         ratio = round(width / max(w, 1))
-        # Pyramid builders round up or down, or pad to tiles: a few pixels either way.
+        # Within a few pixels: programs round up or down, or pad to tiles.
         if ratio > 1 and all(abs(a - b / ratio) < max(4, 16 / math.sqrt(ratio)) for a, b in ((w, width), (h, height))):
             levels.setdefault(ratio, (w, h))
     return levels
+
+
+def _pages(tiff: tifffile.TiffFile) -> list[Any]:
+    """All pages with their SubIFDs."""
+    return [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
 
 
 def _pixels(path: Path, size: tuple[int, int]) -> U8:
@@ -165,8 +169,7 @@ def _pixels(path: Path, size: tuple[int, int]) -> U8:
     else:
         try:
             with tifffile.TiffFile(path) as tiff:
-                pages = [each for page in tiff.pages for each in (page, *(getattr(page, "pages", None) or ()))]
-                page = next(page for page in pages if (page.imagewidth, page.imagelength) == size)
+                page = next(page for page in _pages(tiff) if (page.imagewidth, page.imagelength) == size)
                 if page.is_tiled and page.tilewidth * page.tilelength > _MAX_PIXELS:
                     raise ValueError(f"its tiles are {page.tilewidth} x {page.tilelength} px")
                 values = page.asarray()
@@ -178,7 +181,7 @@ def _pixels(path: Path, size: tuple[int, int]) -> U8:
         raise AnnotationError(path, f"holds {values.dtype} {values.shape}", "Save the mask with 8 bits a pixel")
     if values.ndim == 2:
         return values
-    return np.ascontiguousarray(values[..., 0] if values.shape[:2] == size[::-1] else values[0])  # planes apart
+    return np.ascontiguousarray(values[..., 0] if values.shape[:2] == size[::-1] else values[0])  # separate planes
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""JSON and tables of other viewers: Darwin V7, Sectra, Cytomine, HistomicsTK; and GeoJSON under the name ``.json``.
+"""JSON and tables of other viewers: Darwin V7, Sectra, Cytomine, HistomicsTK; and GeoJSON named ``.json``.
 
-Each was made out from files that the programs wrote. Sectra counts both axes in one length (area and length that the
-viewer prints beside its outlines agree on it to 0.03 %), which is taken to be the width of the slide. Cytomine's WKT
-counts from the bottom left corner. The others are level-0 pixels of the whole plane.
+The formats were inferred from files that the programs wrote. Sectra measures both axes in one unit, taken to be the
+slide's width (the areas and lengths that the viewer prints beside outlines agree with that to 0.03 %). Cytomine's WKT
+counts from the bottom left corner. The others use level-0 pixels of the whole plane.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from wsi.files import read_unpacked
 
 
 def read(path: Path, frame: Frame) -> list[Annotation]:
-    """Read JSON of whatever viewer; see ``read_annotations``."""
+    """Read the JSON of a viewer; see ``read_annotations``."""
     try:
         root = json.loads(read_unpacked(path, MAX_BYTES).decode("utf-8-sig"))
     except (ValueError, RecursionError, EOFError) as error:
@@ -52,7 +52,7 @@ def read_table(path: Path, frame: Frame) -> list[Annotation]:
         text = read_unpacked(path, MAX_BYTES).decode("utf-8-sig")
     except ValueError as error:
         raise AnnotationError(path, f"is no table in UTF-8 ({error})", "Export it again") from error
-    limit = csv.field_size_limit(MAX_BYTES)  # of the whole process
+    limit = csv.field_size_limit(MAX_BYTES)  # a setting of the whole process
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text[:4096] else ","))
     except csv.Error as error:
@@ -75,7 +75,7 @@ def read_table(path: Path, frame: Frame) -> list[Annotation]:
 
 
 def _darwin(items: list[Any], path: Path) -> Iterator[Annotation]:
-    """Rings of a polygon may be holes and islands in any order: what lies in an odd number of them is inside."""
+    """Darwin's polygons; their rings may be holes and islands in any order, so the even-odd rule applies."""
     for i, each in enumerate(items):
         where, name = f"{path}, annotation {i}", str(each.get("name", ""))
         if "polygon" in each:
@@ -127,5 +127,5 @@ def _points(ring: list[dict[str, Any]], where: str) -> list[tuple[float, float]]
 
 def _size(path: Path, frame: Frame, how: str) -> tuple[int, int]:
     if frame.size is None:
-        raise AnnotationError(path, f"counts {how}", "Name the slide: wsi import --slide")
+        raise AnnotationError(path, f"measures {how}", "Give the slide: wsi import --slide")
     return frame.size

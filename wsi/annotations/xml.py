@@ -1,12 +1,12 @@
-"""XML of ASAP, ImageScope, HALO and NDP.view, told apart by their roots.
+"""XML of ASAP, ImageScope, HALO and NDP.view, distinguished by the root element.
 
 Coordinates of the first three are level-0 pixels of the whole plane.
 
-- ASAP (``annotation/XmlRepository.cpp``): ``Coordinate`` elements in the order of ``Order``; rings are not closed. A
-  spline is taken by its control points, as ASAP's own masks do.
+- ASAP (``annotation/XmlRepository.cpp``): ``Coordinate`` elements, sorted by ``Order``; rings are not closed. A spline
+  is read as the polygon of its control points, as in ASAP's own masks.
 - ImageScope and HALO: layers (``Annotation``) of regions; ``NegativeROA="1"`` is a hole in its layer.
-- NDP.view (``.ndpa``): nanometres from the middle of the glass; where the image lies on it, only the slide tells
-  (``XOffsetFromSlideCentre``), so that the slide must be given.
+- NDP.view (``.ndpa``): nanometres from the centre of the glass. The position of the image on the glass is in the slide
+  only (``XOffsetFromSlideCentre``), so the slide must be given.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ASAP = {
     "measurement": "line",
     **dict.fromkeys(("dot", "pointset"), "points"),
 }
-#: ImageScope numbers its kinds, HALO and others name them.
+#: Types are numbers in ImageScope, names in HALO and others.
 _REGIONS = {
     **dict.fromkeys(("", "0", "polygon", "freehand"), "area"),
     **dict.fromkeys(("1", "rectangle"), "area"),
@@ -50,9 +50,8 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
     try:
         root = fromstring(read_unpacked(path, MAX_BYTES), forbid_dtd=True)
     except DefusedXmlException as error:
-        raise AnnotationError(
-            path, "declares a DTD or entities, which can harm", "Save it again with the program it is from"
-        ) from error
+        what = "declares a DTD or entities, which can be harmful"
+        raise AnnotationError(path, what, "Save it again with the program it is from") from error
     except (ParseError, ValueError, LookupError) as error:
         raise AnnotationError(path, f"is damaged XML ({error})", "Save it again") from error
     if root.tag == "ASAP_Annotations":
@@ -61,9 +60,8 @@ def read(path: Path, frame: Frame) -> list[Annotation]:
         return list(_imagescope(root, path))
     if root.tag == "annotations":
         return list(_ndpview(root, path, frame))
-    raise AnnotationError(
-        path, f"is no annotation file (its root is {root.tag!r})", "Known: XML of ASAP, ImageScope, HALO, NDP.view"
-    )
+    what = f"is no annotation file (its root is {root.tag!r})"
+    raise AnnotationError(path, what, "Known: XML of ASAP, ImageScope, HALO, NDP.view")
 
 
 def _asap(root: Any, path: Path) -> Iterator[Annotation]:
@@ -73,7 +71,7 @@ def _asap(root: Any, path: Path) -> Iterator[Annotation]:
         for each in element.iterfind("./Coordinates/Coordinate"):
             order = int(number(each.get("Order"), where))
             if order in points:
-                raise AnnotationError(where, f"has a coordinate that is there twice: {dict(each.attrib)}")
+                raise AnnotationError(where, f"has a coordinate twice: {dict(each.attrib)}")
             points[order] = number(each.get("X"), where), number(each.get("Y"), where)
         geometry = shape(_kind(element.get("Type", ""), _ASAP, where), [points[order] for order in sorted(points)])
         if geometry is not None:
@@ -116,9 +114,8 @@ def _imagescope(root: Any, path: Path) -> Iterator[Annotation]:
 
 def _ndpview(root: Any, path: Path, frame: Frame) -> Iterator[Annotation]:
     if frame.size is None or frame.mpp is None or frame.centre_nm is None:
-        raise AnnotationError(
-            path, "counts in nanometres from the middle of the glass", "Name its NDPI slide: wsi import --slide"
-        )
+        what = "measures in nanometres from the centre of the glass"
+        raise AnnotationError(path, what, "Give its NDPI slide: wsi import --slide")
     nm_per_px = np.array(frame.mpp) * 1000
     corner = np.array(frame.size) / 2 - np.array(frame.centre_nm) / nm_per_px
     for i, state in enumerate(root.iterfind("./ndpviewstate")):

@@ -1,4 +1,4 @@
-"""The command line: one file a verb. Data goes to stdout, everything else to stderr."""
+"""The command line: one file per command. Data goes to stdout, messages to stderr."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ for group in (export, evaluate, train):
 
 
 def main() -> None:
-    """Run the command line; exit 0 done, 2 a wrong call or bad input, 3 some slides failed, 130 stopped, 1 a bug."""
-    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # whoever starts us may have closed stdin, stdout or stderr
+    """Run the command line; exit 0 done, 2 wrong usage or bad input, 3 some slides failed, 130 interrupted, 1 bug."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:  # the caller may have closed stdin, stdout or stderr
         os.set_inheritable(opened, True)
     os.close(opened)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: names that the terminal's encoding has not
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs each odd tag; what matters is an error of ours
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: the terminal may lack characters
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs each odd tag; we raise errors
     try:
         app()
-    except KeyboardInterrupt:  # before typer sees to it
+    except KeyboardInterrupt:  # raised before typer handles it
         raise SystemExit(130) from None
     except WsiError as error:
         print(f"wsi: {error}", file=sys.stderr)

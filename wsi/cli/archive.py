@@ -1,4 +1,4 @@
-"""Options of the verbs that work on many slides."""
+"""Options shared by the commands that process many slides."""
 
 from __future__ import annotations
 
@@ -15,62 +15,49 @@ if TYPE_CHECKING:
 Slides = Annotated[
     list[str],
     typer.Argument(
-        help="Slides, folders, URLs, quoted patterns, or CSV manifests (columns slide[,mpp,mask,label,patient])."
+        help="Slides, folders, URLs, quoted patterns, CSV manifests (columns slide[,mpp,mask,label,patient])."
     ),
 ]
 GivenMpp = Annotated[
     float | None,
-    typer.Option(min=0.05, max=20, help="Microns per level-0 pixel of all these slides, overriding what they say."),
+    typer.Option(min=0.05, max=20, help="Microns per level-0 pixel of all these slides; overrides the files' values."),
 ]
 Reader = Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")]
-Decode = Annotated[
-    str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), or fast (less exact).")
-]
+Decode = Annotated[str, typer.Option(help="JPEG at half resolution and below: auto, full (slow), fast (less exact).")]
 KeepPen = Annotated[
-    bool, typer.Option("--keep-pen", help="Take marker ink for tissue: for stains as blue or green as ink (trichrome).")
+    bool,
+    typer.Option("--keep-pen", help="Do not exclude marker ink from the tissue: for blue or green stains (trichrome)."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one a core.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Reader threads. Default: one per core.")]
 Workers = Annotated[
     int | None,
-    typer.Option(
-        min=0, help="Processes that do slides. Default: one a GPU, or one. 0: none of their own; a crash ends the run."
-    ),
+    typer.Option(min=0, help="Worker processes. Default: one per GPU, or one. 0: none; a crash then ends the run."),
 ]
-Scheduler = Annotated[
-    str | None, typer.Option(help="Run on Dask: an address such as tcp://host:8786, or local (needs wsi[cluster]).")
-]
-Order = Annotated[
-    str, typer.Option(help="given; size: largest first; triage: likely positive ones first (wsi score alone).")
-]
-SlideTimeout = Annotated[
-    float | None, typer.Option(min=1, help="Seconds that a slide may take; one that takes more fails.")
-]
+Scheduler = Annotated[str | None, typer.Option(help="Use Dask: tcp://host:8786, or local (needs wsi[cluster]).")]
+Order = Annotated[str, typer.Option(help="given; size: largest first; triage (wsi score): likely positive first.")]
+SlideTimeout = Annotated[float | None, typer.Option(min=1, help="Seconds per slide; one that takes longer fails.")]
 MaxMemory = Annotated[
     str | None,
-    typer.Option(help="Memory of a worker, such as 8GB; a slide that takes more fails, and not the machine."),
+    typer.Option(help="Memory limit per worker, such as 8GB; a slide that needs more fails."),
 ]
-CacheDir = Annotated[
-    Path | None, typer.Option(help="Copy slides here before they are worked on, two ahead: for slow storage.")
-]
-CacheSize = Annotated[str, typer.Option(help="What the copies in --cache-dir may take together, such as 100GB.")]
-LogJson = Annotated[
-    Path | None, typer.Option(help="Append what happens to this file, a JSON object a line; - is stdout.")
-]
+CacheDir = Annotated[Path | None, typer.Option(help="Copy slides here before processing, two ahead: for slow storage.")]
+CacheSize = Annotated[str, typer.Option(help="Total size of the copies in --cache-dir, such as 100GB.")]
+LogJson = Annotated[Path | None, typer.Option(help="Append events to this file, a JSON object per line; - is stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")]
 
 
 def limits(seconds: float | None, memory: str | None) -> Limits:
-    """What a slide may take."""
+    """Return the limits of time and memory per slide."""
     from wsi.archive import Limits
 
     return Limits(seconds, None if memory is None else bytes_of(memory))
 
 
 def cache(folder: Path | None, size: str) -> Cache | None:
-    """Where slides are copied to."""
+    """Return the cache that slides are copied to."""
     from wsi.archive import Cache
 
     return None if folder is None else Cache(folder, bytes_of(size))

@@ -1,4 +1,4 @@
-"""``wsi check``: what a file or folder is, and what is wrong with it."""
+"""``wsi check``: identify a file or folder and list its problems."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from wsi.cli.display import say
 
 def check(
     path: Annotated[Path, typer.Argument(help="A slide, results, a store, annotations, bags of features, a project.")],
-    phi: Annotated[
-        bool, typer.Option("--phi", help="List what it would tell of a patient, an operator or a place.")
-    ] = (False),
+    phi: Annotated[bool, typer.Option("--phi", help="List what could identify a patient, operator or place.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a file or folder is and what is wrong with it; exit 2 where something is.
+    """Identify a file or folder and list its problems; exit 2 if there are any.
 
-    With --phi: associated images, telling properties and dates of slides, paths and names of slides in results. Names
-    of fields only, never what stands in them; and text within the scanned tissue cannot be found.
+    With --phi: list associated images, identifying properties and dates of slides, and paths and names of slides in
+    results. Only the names of fields are shown, never their values. Text in the scanned image itself is not detected.
 
     Examples:
       wsi check results

@@ -1,4 +1,4 @@
-"""``wsi convert``: bags of features from one program's layout to another's."""
+"""``wsi convert``: convert bags of features between the layouts of programs."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from wsi.errors import TrainError, WsiError
 
 
 def convert(
-    bags: Annotated[list[Path], typer.Argument(help="Folders or files of features; `wsi check` says what they are.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder; made, and must hold nothing.")],
+    bags: Annotated[list[Path], typer.Argument(help="Folders or files of features; `wsi check` identifies them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder; must be new or empty.")],
     to: Annotated[str, typer.Option(help="clam, trident, stamp, torchmil or anndata.")],
     encoder: Annotated[
-        str | None, typer.Option(help="What made the features, where the files do not say; of stores: which.")
+        str | None, typer.Option(help="Encoder of the features, if the files do not say; for stores: which to use.")
     ] = None,
-    slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, where unknown.")] = None,
-    tile_px: Annotated[int | None, typer.Option("--tile-px", help="Pixels that a tile was cut with.")] = None,
+    slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, if unknown.")] = None,
+    tile_px: Annotated[int | None, typer.Option("--tile-px", help="Side of a tile in its own pixels.")] = None,
     tile_level0: Annotated[float | None, typer.Option(help="Side of a tile in level-0 pixels.")] = None,
     stride_level0: Annotated[
-        float | None, typer.Option(help="Distance of tiles in level-0 pixels. Default: as they lie.")
+        float | None, typer.Option(help="Distance of tiles in level-0 pixels. Default: from the coordinates.")
     ] = None,
     pseudonymise: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write features of CLAM, TRIDENT, STAMP, torchmil, AnnData or our stores in the layout of another of these.
+    """Convert features of CLAM, TRIDENT, STAMP, torchmil, AnnData or our stores to the layout of another of these.
 
-    What the files do not say and the other layout needs is asked for. Of WSInfer's results CLAM and TRIDENT get the
-    coordinates, to compute features at.
+    If the new layout needs something the files do not contain, an error names the option to give. Of WSInfer's results
+    only the coordinates are written, for CLAM and TRIDENT, to compute features at.
 
     Examples:
       wsi convert job --to torchmil -o bags

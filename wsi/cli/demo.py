@@ -1,4 +1,4 @@
-"""``wsi demo``: a synthetic slide with known tumours, scored offline."""
+"""``wsi demo``: score a synthetic slide with known tumours, offline."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from wsi.cli.display import say, watching, writing
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the slide and the results.")] = Path("demo"),
     size: Annotated[int, typer.Option(min=4096, max=100_000, help="Side of the slide in pixels at 0.5 mpp.")] = 16384,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another slide.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the slide.")] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Write a synthetic slide with known tumours, score it with the model that ships, and compare.
+    """Write a synthetic slide with known tumours, score it with an included model, and compare.
 
     Example:
       wsi demo -o demo

@@ -1,4 +1,4 @@
-"""Progress and lines for people, on stderr."""
+"""Progress and messages on stderr."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 
 @contextmanager
 def watching(n_slides: int, *, quiet: bool, log: Path | None = None) -> Iterator[Tell]:
-    """Show a bar for slides and one for each that is worked on, and log; end well on Ctrl-C and SIGTERM."""
+    """Show progress bars of the run and its slides, write the log, and exit cleanly on Ctrl-C and SIGTERM."""
     with ExitStack() as stack:
-        told: list[Tell] = []
+        listeners: list[Tell] = []
         if log is not None:
-            told.append(stack.enter_context(_logging(log, n_slides)))
+            listeners.append(stack.enter_context(_logging(log, n_slides)))
         if not quiet:
-            told.append(stack.enter_context(_bars(n_slides)))
+            listeners.append(stack.enter_context(_bars(n_slides)))
 
         def tell(event: Event) -> None:
-            for each in told:
-                each(event)
+            for listener in listeners:
+                listener(event)
 
-        then = signal.signal(signal.SIGTERM, signal.default_int_handler)  # how clusters end a job: as by Ctrl-C
+        then = signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # clusters end jobs with SIGTERM; handle it like Ctrl-C
         try:
             yield tell
         except KeyboardInterrupt:
@@ -55,10 +57,10 @@ def _logging(path: Path, n_slides: int) -> Iterator[Tell]:
             file = sys.stdout.buffer if str(path) == "-" else stack.enter_context(path.open("ab", buffering=0))
 
         def tell(event: Event) -> None:
-            said: dict[str, Any] = {"time": round(time.time(), 3), "slides": n_slides}
-            said |= {key: value for key, value in asdict(event).items() if value}
-            with writing(path):  # or the results folder would be blamed
-                file.write(json.dumps(said).encode() + b"\n")
+            line: dict[str, Any] = {"time": round(time.time(), 3), "slides": n_slides}
+            line |= {key: value for key, value in asdict(event).items() if value}
+            with writing(path):  # so that an error names the log, not the results folder
+                file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
 
         yield tell
@@ -71,13 +73,13 @@ def _bars(n_slides: int) -> Iterator[Tell]:
 
     console = Console(stderr=True)
     bars = Progress(
-        TextColumn("{task.description}", markup=False),  # a slide's name may hold [brackets]
+        TextColumn("{task.description}", markup=False),  # a slide's name may contain [brackets]
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[stage]}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,  # a log file has no use for bars
+        disable=not console.is_terminal,  # no bars in a log file
     )
     slides = bars.add_task("slides", total=n_slides, stage="loading")
     running: dict[str, TaskID] = {}
@@ -101,22 +103,22 @@ def _bars(n_slides: int) -> Iterator[Tell]:
 
 
 class Pace:
-    """How fast a run is, and how long it will take: by what has ended since its first slide began, not before.
+    """Speed and remaining time of a run, measured since its first slide began.
 
     Parameters
     ----------
     clock : callable
-        Seconds.
+        Returns the time in seconds.
     """
 
     def __init__(self, n_slides: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._left, self._clock = n_slides, clock
         self._begun: float | None = None
         self._tiles = self._worked = self._failed = self.ended = 0
-        self._running: dict[str, tuple[int, int, int]] = {}  # tiles that an earlier run had done, done now, of how many
+        self._running: dict[str, tuple[int, int, int]] = {}  # tiles done by an earlier run, done now, in all
 
     def tell(self, event: Event) -> str:
-        """Note what happened, and say it in a few words."""
+        """Record an event; return speed, failures and remaining time as text."""
         if event.kind == "begin" and self._begun is None:
             self._begun = self._clock()
         if event.total:
@@ -133,17 +135,17 @@ class Pace:
         passed = 0.0 if self._begun is None else self._clock() - self._begun
         rate = (self._tiles + sum(done - first for first, done, _ in self._running.values())) / max(passed, 1e-9)
         parts = sum((done - first) / total for first, done, total in self._running.values())
-        said = [f"{rate:,.0f} tiles/s"] if passed and rate >= 1 else []
-        said += [f"{self._failed} failed"] if self._failed else []
+        words = [f"{rate:,.0f} tiles/s"] if passed and rate >= 1 else []
+        words += [f"{self._failed} failed"] if self._failed else []
         if passed and self._worked + parts >= 0.1 and self._left:
             left = timedelta(seconds=round(passed / (self._worked + parts) * max(0.0, self._left - parts)))
-            said.append(f"{left} left")
-        return ", ".join(said)
+            words.append(f"{left} left")
+        return ", ".join(words)
 
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turn what a disk says into a line that names `out`."""
+    """Turn an ``OSError`` into an error that names `out`."""
     try:
         yield
     except WsiError:
@@ -153,13 +155,13 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """Print a line for people."""
+    """Print a message on stderr."""
     if not quiet:
         print(text, file=sys.stderr)
 
 
 def conclude(summary: Summary, n_slides: int, out: Path, *, as_json: bool, quiet: bool, verb: str) -> None:
-    """Tell what became of a run's slides; exit 3 where some failed, 2 where all did."""
+    """Print the outcome of a run; exit 3 if some slides failed, 2 if all did."""
     if as_json:
         print(json.dumps({verb: summary.done, "failed": summary.failed}, indent=2))
     for row in summary.failed:
@@ -176,7 +178,7 @@ def conclude(summary: Summary, n_slides: int, out: Path, *, as_json: bool, quiet
 
 
 def _shares(rows: list[dict[str, Any]]) -> str:
-    """What the workers' time went into; of the tiles, what they waited for.
+    """The shares of the workers' time by stage, and within the stage of tiles by what it waited for.
 
     Examples
     --------
@@ -193,13 +195,11 @@ def _shares(rows: list[dict[str, Any]]) -> str:
         return ""
     words = {"tiles_waiting": "waiting for patches"}
     inside = sorted((name for name in spent if name.startswith("tiles_")), key=lambda name: -spent[name])
-    parts = [
-        f"{words.get(name, name[6:])} {spent[name] / total:.0%}" for name in inside if spent[name] >= 0.005 * total
-    ]
-    said = []
+    shown = [name for name in inside if spent[name] >= 0.005 * total]
+    parts = [f"{words.get(name, name[6:])} {spent[name] / total:.0%}" for name in shown]
+    shares = []
     for name in sorted((name for name in spent if not name.startswith("tiles_")), key=lambda name: -spent[name]):
         if spent[name] >= 0.01 * total:
-            said.append(
-                f"{name} {spent[name] / total:.0%}" + (f" ({', '.join(parts)})" if name == "tiles" and parts else "")
-            )
-    return ", ".join(said).replace("%", " %")
+            details = f" ({', '.join(parts)})" if name == "tiles" and parts else ""
+            shares.append(f"{name} {spent[name] / total:.0%}{details}")
+    return ", ".join(shares).replace("%", " %")

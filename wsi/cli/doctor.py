@@ -1,4 +1,4 @@
-"""``wsi doctor``: what is installed, what the hardware offers, what is missing."""
+"""``wsi doctor``: report what is installed, what the hardware offers, and what is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Check the installation: versions, readers, native kernels, GPU, models.
 
-    Exits 2 where something needed is broken.
+    Exits with 2 if something required is broken.
 
     Example:
       wsi doctor
@@ -32,7 +32,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             facts[name] = None
-            if name != "openslide-bin":  # the library may come from the system instead
+            if name != "openslide-bin":  # the system may provide the library
                 problems.append(f"{name} is not installed: pip install {name}")
     try:
         from wsi.slide.openslide import library_version
@@ -50,11 +50,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             if TORCHVISION_MENDED
             else "yes"
         )
-    except Exception as error:  # noqa: BLE001  whatever breaks the import is what is to be told
+    except Exception as error:  # noqa: BLE001  any failure of the import is reported
         problems.append(f"timm does not load ({error}): install torch and torchvision of matching versions")
-    facts["native kernels"] = (
-        "compiled" if native.HAVE_CPU else "NumPy twins (no C++ compiler at install): same bytes, slower"
-    )
+    twins = "NumPy twins (no C++ compiler at install): same bytes, slower"
+    facts["native kernels"] = "compiled" if native.HAVE_CPU else twins
     facts["bfloat16 on this CPU"] = cpu_has_bfloat16()
     facts["GPU"] = gpu_name() or "none that torch sees"
     facts["models"] = known_models()

@@ -1,4 +1,4 @@
-"""``wsi embed``: features of patch stores."""
+"""``wsi embed``: compute features of patch stores."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from wsi.errors import OutputError, StoreError, WsiError
 
 def embed(
     stores: Annotated[
-        list[Path], typer.Argument(help="Folders of wsi tile or wsi score, or of single slides in them.")
+        list[Path],
+        typer.Argument(help="Results folders of wsi tile or wsi score, or folders of single slides in them."),
     ],
     encoder: Annotated[
         str,
         typer.Option(
             "--encoder",
             "-e",
-            help="uni, uni2-h, virchow, virchow2, phikon, phikon-v2, h-optimus-0, gigapath; NAME=FOLDER for its files "
-            "in a folder; hf-hub:OWNER/NAME; a name of timm's; a patch model of ours; a folder.",
+            help="uni, uni2-h, virchow, virchow2, phikon, phikon-v2, h-optimus-0, gigapath; NAME=FOLDER if its files "
+            "are in a folder; hf-hub:OWNER/NAME; a timm name; one of our patch models; a folder.",
         ),
     ],
     mil: Annotated[
         str | None,
-        typer.Option(
-            help="Grade the slides too, by this MIL model, trained on these features: grades.csv beside their folders."
-        ),
+        typer.Option(help="Also grade the slides with this MIL model, trained on these features: writes grades.csv."),
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Patches a forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Patches per forward pass.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Reader threads.")] = 4,
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
-    """Compute features of the patches in stores, once an encoder; the same command again goes on where it was stopped.
+    """Compute an encoder's features of the patches in stores; the same command again resumes.
 
     Examples:
       wsi tile slides/ --mpp 0.5 --tile 224 --pixels none -o stores
@@ -79,7 +78,7 @@ def embed(
                 failure = {"slide_id": folder.name, "error": f"{error.where}: {error.what}", "remedy": error.remedy}
                 failed.append(failure)
                 say(f"wsi: {folder.name}: {error}")
-            except OSError as error:  # a full disk: going on would be of no use
+            except OSError as error:  # a full disk: the other slides would fail too
                 raise OutputError.of(error, folder) from error
             tell(Event("failed" if failed and failed[-1]["slide_id"] == folder.name else "done", folder.name))
     if as_json:
@@ -95,7 +94,7 @@ def embed(
 
 
 def _slides_in(place: Path) -> list[Path]:
-    """Return the slides' folders that hold a store."""
+    """Return the folders of slides that contain a store."""
     found = [place] if (place / "store.zarr").is_dir() else sorted(s.parent for s in place.glob("*/store.zarr"))
     if not found:
         raise StoreError(place, "holds no patch stores", "Make them with wsi tile, or score the slides")

@@ -1,4 +1,4 @@
-"""``wsi evaluate``: results against a reference."""
+"""``wsi evaluate``: compare results with a reference."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ evaluate = typer.Typer(
     name="evaluate",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Compare results with a reference: CAMELYON16, CAMELYON17, any labels, outlines. Writes report.json, CSVs, "
-    "plots and index.html.",
+    help="Compare results with a reference: CAMELYON16, CAMELYON17, labels in a CSV, annotations. Writes report.json, "
+    "CSVs, plots and index.html.",
 )
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for the report.")]
 Annotations = Annotated[
-    Path | None, typer.Option(help="Folder with ASAP XML, QuPath GeoJSON or masks, named as the slides; or one file.")
+    Path | None, typer.Option(help="Folder of ASAP XML, QuPath GeoJSON or masks, named as the slides; or one file.")
 ]
-Masks = Annotated[Path | None, typer.Option(help="The same as --annotations.")]
+Masks = Annotated[Path | None, typer.Option(help="Another name of --annotations.")]
 Groups = Annotated[
-    list[str] | None, typer.Option("--group", help="NAME=lesion, hole or ignore: what a group means (repeatable).")
+    list[str] | None, typer.Option("--group", help="NAME=lesion, hole or ignore: role of a group (repeatable).")
 ]
-SlideLabels = Annotated[
-    Path | None, typer.Option(help="CSV with a row a slide: its patient, and columns to divide by.")
-]
+SlideLabels = Annotated[Path | None, typer.Option(help="CSV with a row per slide: patient, columns for --subgroup.")]
 Subgroup = Annotated[
     list[str] | None,
-    typer.Option(help="Column to divide the cases by; of results also mpp, mpp_source, vendor, reader (repeatable)."),
+    typer.Option(help="Column that defines subgroups; for results also mpp, mpp_source, vendor, reader (repeatable)."),
 ]
-Draws = Annotated[int, typer.Option("--bootstrap", min=0, help="Draws of each bootstrap interval.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the bootstrap.")]
-About = Annotated[Path | None, typer.Option(help="JSON object with answers to what TRIPOD+AI and CLAIM ask for.")]
+TileThreshold = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Probability from which tiles are positive. Default: as scored.")
+]
+Draws = Annotated[int, typer.Option("--bootstrap", min=0, help="Bootstrap draws for each interval.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap.")]
+About = Annotated[Path | None, typer.Option(help="JSON object with answers to the items of TRIPOD+AI and CLAIM.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print report.json on stdout.")]
 
 
@@ -55,16 +56,14 @@ def camelyon16(
     reference: Annotated[
         Path | None, typer.Option(help="Official reference.csv. Without it a slide without an annotation is normal.")
     ] = None,
-    fp: Annotated[
-        str, typer.Option(help="False positives of the headline: all (official script) or normal (JAMA).")
-    ] = "all",
-    detect: Annotated[str, typer.Option(help="Detections from heatmaps: nms or components.")] = "nms",
-    detect_threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability above which they begin.")] = 0.5,
-    nms_radius_um: Annotated[float, typer.Option(min=0, help="Around a detection, no other.")] = 187.0,
-    true_mpp: Annotated[bool, typer.Option(help="Each slide's own microns per pixel, not the official 0.243.")] = False,
-    slide_model: Annotated[Path | None, typer.Option(help="Of wsi train slide-features: a third slide score.")] = None,
+    fp: Annotated[str, typer.Option(help="Slides whose false positives count: all (official), normal (JAMA).")] = "all",
+    detect: Annotated[str, typer.Option(help="Detection method: nms (non-maximum suppression) or components.")] = "nms",
+    detect_threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability threshold of detections.")] = 0.5,
+    nms_radius_um: Annotated[float, typer.Option(min=0, help="Radius of suppression in microns.")] = 187.0,
+    true_mpp: Annotated[bool, typer.Option(help="Use each slide's own mpp, not the official 0.243.")] = False,
+    slide_model: Annotated[Path | None, typer.Option(help="Model of wsi train slide-features: a third score.")] = None,
     exclusions: Annotated[
-        str | None, typer.Option(help="CSV slide,task,issue,source; 'none' for none. Default: the known ones.")
+        str | None, typer.Option(help="CSV slide,task,issue,source, or 'none'. Default: the known exclusions.")
     ] = None,
     labels: SlideLabels = None,
     subgroup: Subgroup = None,
@@ -90,9 +89,9 @@ def camelyon16(
 
     if fp not in ("all", "normal"):
         raise EvaluationError(f"--fp {fp}", "no such definition", "all or normal")
-    _idle(labels and not subgroup, "--labels", "names columns to divide the slides by", "Name one with --subgroup")
+    _unused(labels and not subgroup, "--labels", "names columns to divide the slides by", "Name one with --subgroup")
     heatmaps = (results / "run.json").exists()
-    _idle(slide_model and not heatmaps, "--slide-model", "is for heatmaps", "Give a results folder, or leave it out")
+    _unused(slide_model and not heatmaps, "--slide-model", "is for heatmaps", "Give a results folder, or leave it out")
     if heatmaps:
         refuse_foreign(out, "detections")
     config = Camelyon16Config(
@@ -122,9 +121,7 @@ def camelyon17(
     results: Annotated[Path, typer.Argument(help="Results of wsi score, or a submission CSV (patient,stage).")],
     reference: Annotated[Path, typer.Option(help="Stages: patient_000.zip,pN0 and patient_000_node_0.tif,negative.")],
     out: Out,
-    threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Probability from which tiles are lesion. Default: as scored.")
-    ] = None,
+    threshold: TileThreshold = None,
     bootstrap: Draws = 2000,
     seed: Seed = 0,
     about: About = None,
@@ -140,23 +137,22 @@ def camelyon17(
 
     if results.is_dir():
         refuse_foreign(out, "submission.csv")
-    _idle(threshold is not None and results.is_file(), "--threshold", "is for heatmaps, not for stages", "Leave it out")
+    stages = results.is_file()
+    _unused(threshold is not None and stages, "--threshold", "is for heatmaps, not for stages", "Leave it out")
     report = evaluate_camelyon17(results, reference, out=out, threshold=threshold, n_bootstrap=bootstrap, seed=seed)
     _finish(report, out, about, as_json)
 
 
-Labels = Annotated[Path | None, typer.Option(help="CSV: a case (slide_id, image_id, id, ...), label, further columns.")]
+Labels = Annotated[Path | None, typer.Option(help="CSV: case (slide_id, image_id, id, ...), label, further columns.")]
 Label = Annotated[str, typer.Option(help="Column of the label.")]
 Score = Annotated[
     str | None, typer.Option(help="Column of the score. Default: score, prob_<positive>, or the only prob_... one.")
 ]
 Positive = Annotated[str, typer.Option(help="The label that counts as positive.")]
-Patient = Annotated[str | None, typer.Option(help="Column of the patient. Default: patient.")]
-Validation = Annotated[
-    Path | None, typer.Option(help="CSV of other cases, with label and score: the threshold comes from there.")
-]
-Specificity = Annotated[float, typer.Option(min=0, max=1, help="Where sensitivity is reported.")]
-Threshold = Annotated[float | None, typer.Option(help="A threshold chosen elsewhere.")]
+Patient = Annotated[str | None, typer.Option(help="Column of the patient. Default: patient, if present.")]
+Validation = Annotated[Path | None, typer.Option(help="CSV of other cases (label, score) to choose the threshold on.")]
+Specificity = Annotated[float, typer.Option(min=0, max=1, help="Specificity at which sensitivity is reported.")]
+Threshold = Annotated[float | None, typer.Option(help="A threshold chosen on other cases.")]
 Compare = Annotated[Path | None, typer.Option(help="Predictions of another run on the same cases.")]
 
 
@@ -164,7 +160,7 @@ Compare = Annotated[Path | None, typer.Option(help="Predictions of another run o
 def slides(
     predictions: Annotated[
         Path,
-        typer.Argument(help="Results of wsi score, stores with grades.csv (wsi embed), or a CSV with a score a slide."),
+        typer.Argument(help="Results of wsi score, stores with grades.csv (wsi embed), or a CSV of scores."),
     ],
     out: Out,
     labels: Labels = None,
@@ -177,8 +173,8 @@ def slides(
     specificity: Specificity = 0.95,
     threshold: Threshold = None,
     compare: Compare = None,
-    grades: Annotated[int, typer.Option(min=0, help="Labels are so many ordered grades: quadratic kappa.")] = 0,
-    isup: Annotated[bool, typer.Option(help="PANDA: grades 0 to 5, labels may be Gleason scores (3+4).")] = False,
+    grades: Annotated[int, typer.Option(min=0, help="Number of ordered grades, for quadratic kappa.")] = 0,
+    isup: Annotated[bool, typer.Option(help="PANDA: grades 0 to 5; labels may be Gleason scores (3+4).")] = False,
     bootstrap: Draws = 2000,
     seed: Seed = 0,
     about: About = None,
@@ -195,14 +191,14 @@ def slides(
     from wsi.evaluate.tables import evaluate_table
 
     cut = validation or threshold is not None
-    _idle(cut and (grades or isup), "--validation or --threshold", "is for scores, not for grades", "Leave it out")
+    _unused(cut and (grades or isup), "--validation or --threshold", "is for scores, not for grades", "Leave it out")
     config = TableConfig(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold,
         6 if isup else grades, isup and label == "gleason_score", bootstrap, seed,
     )  # fmt: skip
     places = [place for place in (predictions, compare, validation) if place]
     in_csv = [place for place in places if not place.is_dir() or (place / "grades.csv").is_file()]
-    _idle(score and not in_csv, "--score", "is a column of a CSV", "Leave it out")
+    _unused(score and not in_csv, "--score", "is a column of a CSV", "Leave it out")
     cases, warnings = read_cases(predictions, labels or predictions, config)
     held = _held_out(validation, config)
     other = read_cases(compare, labels or compare, config)[0] if compare else None
@@ -212,7 +208,7 @@ def slides(
 
 @evaluate.command()
 def patches(
-    predictions: Annotated[Path, typer.Argument(help="A CSV with a score a patch; or results of wsi score.")],
+    predictions: Annotated[Path, typer.Argument(help="A CSV with a score per patch; or results of wsi score.")],
     out: Out,
     labels: Labels = None,
     annotations: Annotations = None,
@@ -231,7 +227,7 @@ def patches(
     about: About = None,
     as_json: AsJson = False,
 ) -> None:
-    """Patch scores against labels; or the tiles of scored slides against outlines, by slide.
+    """Patch scores against labels, or the tiles of scored slides against annotations.
 
     Examples:
       wsi evaluate patches predictions.csv --labels labels.csv --patient patient -o evaluation
@@ -246,10 +242,10 @@ def patches(
         label, score, positive, patient, tuple(subgroup or ()), specificity, threshold, 0, False, bootstrap, seed
     )
     roles = _roles(group)
-    _idle(roles and annotations is None, "--group", "says what outlines mean", "Give them with --annotations")
+    _unused(roles and annotations is None, "--group", "says what outlines mean", "Give them with --annotations")
     if annotations is not None:
         named = validation is None and (score or (label, positive) != ("label", "1"))
-        _idle(named, "--label, --score or --positive", "is for a CSV, not for outlines", "Leave it out")
+        _unused(named, "--label, --score or --positive", "is for a CSV, not for outlines", "Leave it out")
         cohort = read_cohort(predictions, labels, patient=patient, groups=config.groups)
         cases, warnings = tile_cases(predictions, annotations, roles, cohort)
         if len(set(cohort.patients.values())) == len(cohort.patients):
@@ -269,9 +265,7 @@ def segmentation(
     out: Out,
     annotations: Annotations = None,
     masks: Masks = None,
-    threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Probability from which tiles are a region. Default: as scored.")
-    ] = None,
+    threshold: TileThreshold = None,
     labels: SlideLabels = None,
     patient: Patient = None,
     subgroup: Subgroup = None,
@@ -282,7 +276,7 @@ def segmentation(
     about: About = None,
     as_json: AsJson = False,
 ) -> None:
-    """Dice, IoU and Hausdorff distance of positive regions against outlines or masks.
+    """Dice, IoU and Hausdorff distance of positive regions against annotations or masks.
 
     Examples:
       wsi evaluate segmentation results --annotations outlines -o evaluation
@@ -300,22 +294,22 @@ def segmentation(
 
 
 def _held_out(validation: Path | None, config: TableConfig) -> Cases | None:
-    """Cases that give a threshold alone: neither patients nor groups are asked of them."""
+    """Cases used only to choose a threshold; they need neither patients nor subgroups."""
     from wsi.evaluate.cases import read_cases
 
     return read_cases(validation, validation, replace(config, patient=None, groups=()))[0] if validation else None
 
 
-def _idle(is_given: object, option: str, what: str, remedy: str) -> None:
-    """Refuse an option that would change nothing."""
+def _unused(is_given: object, option: str, what: str, remedy: str) -> None:
+    """Refuse an option that would have no effect."""
     if is_given:
-        raise EvaluationError(option, f"{what}: here it would change nothing", remedy)
+        raise EvaluationError(option, f"{what}: it would have no effect here", remedy)
 
 
 def _one_of(annotations: Path | None, masks: Path | None) -> Path:
     if (annotations is None) == (masks is None):
         raise EvaluationError(
-            "--annotations", "or --masks is needed, and one of them", "Give the folder of outlines or masks"
+            "--annotations", "or --masks is required, and only one of them", "Give the folder of annotations or masks"
         )
     return annotations or masks or Path()
 
@@ -325,15 +319,13 @@ def _roles(groups: list[str] | None) -> dict[str, Role]:
     for text in groups or ():
         name, _, role = text.rpartition("=")
         if not name or role not in ("lesion", "hole", "ignore"):
-            raise EvaluationError(
-                f"--group {text}", "is not NAME=lesion, hole or ignore", "Such as --group DCIS=lesion"
-            )
+            raise EvaluationError(f"--group {text}", "is not NAME=lesion, hole or ignore", "Such as DCIS=lesion")
         roles[name] = role  # type: ignore[assignment]
     return roles
 
 
 def _finish(report: Report, out: Path, about: Path | None, as_json: bool) -> None:
-    """Write the report and say what came out."""
+    """Write the report and print the results."""
     from wsi.evaluate.report import read_about, write_report
 
     answers = read_about(about)

@@ -1,4 +1,4 @@
-"""``wsi export``: results as other programs read them."""
+"""``wsi export``: write results in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ export = typer.Typer(
     name="export",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Write results for other programs: QuPath, CLAM, TRIDENT, STAMP, WSInfer, torchmil, AnnData, SpatialData, "
-    "DICOM; heatmaps as images.",
+    help="Write results in other programs' formats: QuPath, CLAM, TRIDENT, STAMP, WSInfer, torchmil, AnnData, "
+    "SpatialData, DICOM; heatmaps as images.",
 )
 
 Results = Annotated[Path, typer.Argument(help="Results of wsi score, of many slides or of one.")]
@@ -25,7 +25,7 @@ Key = Annotated[
     Path | None,
     typer.Option("--pseudonymise", help="Replace slide ids by a keyed hash (HMAC) with the key in this file."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print a row a slide as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one row per slide as JSON.")]
 
 
 @export.command()
@@ -34,19 +34,20 @@ def qupath(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder. Default: RESULTS/qupath.")] = None,
     detections: Annotated[
         bool,
-        typer.Option("--detections/--annotations", help="What tiles become; annotations can be edited, and are slow."),
+        typer.Option("--detections/--annotations", help="Object type of tiles; annotations are editable, but slow."),
     ] = True,
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Probability from which tiles are positive. Default: as scored.")
     ] = None,
-    simplify: Annotated[float, typer.Option(min=0, help="Microns that outlines may move to have fewer points.")] = 0.0,
+    simplify: Annotated[float, typer.Option(min=0, help="Tolerance for simplifying outlines, in microns.")] = 0.0,
     crop: Annotated[
-        bool, typer.Option(help="Coordinates of the slide as QuPath shows it; --no-crop: of the whole plane.")
+        bool,
+        typer.Option(help="Coordinates relative to the scanned area that QuPath shows; --no-crop: to the whole plane."),
     ] = True,
     pseudonymise: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a QuPath project with regions, tiles and measurements of every slide, and a script that imports them.
+    """Write a QuPath project with regions, tiles and measurements of all slides, and a script that imports them.
 
     Examples:
       wsi export qupath results
@@ -72,12 +73,12 @@ def qupath(
     say(f"{len(rows)} slides: {where}; in QuPath: Automate > Project scripts > import_wsi > Run")
 
 
-#: Kinds that take no options of their own: what is written, and a folder for the example.
+#: Formats without options of their own: what is written, and the folder in the example.
 _PLAIN = {
     "clam": ("CLAM's folders: patches, h5_files, pt_files.", "for_clam"),
     "trident": ("a TRIDENT job: patches and features_<encoder>; torchmil's TridentWSIDataset reads it too.", "job"),
     "stamp": ("STAMP's features, with coordinates in microns.", "features"),
-    "torchmil": (".npy files for torchmil's ProcessedMILDataset: features and positions on the lattice.", "bags"),
+    "torchmil": (".npy files for torchmil's ProcessedMILDataset: features and lattice positions.", "bags"),
     "wsinfer": ("WSInfer's results: model-outputs-csv, model-outputs-geojson, patches.", "for_wsinfer"),
     "anndata": (
         "AnnData tables for scanpy and squidpy: features, scores, centres of tiles. Needs wsi's extra anndata.",
@@ -88,10 +89,10 @@ _PLAIN = {
         "spatial",
     ),
     "ome-tiff": (
-        "heatmaps as pyramidal OME-TIFF: a channel for what the heatmap shows and one for each class.",
+        "heatmaps as pyramidal OME-TIFF: a channel for the positive probability and one for each class.",
         "heatmaps",
     ),
-    "png": ("heatmaps as PNG, a pixel a step of the grid, transparent where there is no tile.", "heatmaps"),
+    "png": ("heatmaps as PNG, one pixel per grid step, transparent where there is no tile.", "heatmaps"),
 }
 
 
@@ -113,7 +114,7 @@ def ome_zarr(
     pseudonymise: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write heatmaps as OME-Zarr, in microns of the slide.
+    """Write heatmaps as OME-Zarr, with pixel sizes in microns.
 
     Example:
       wsi export ome-zarr results -o heatmaps --version 0.4
@@ -125,9 +126,9 @@ def ome_zarr(
 
 @export.command()
 def dicom(results: Results, out: Out, as_json: AsJson = False) -> None:
-    """Write, of DICOM slides, tiles as Bulk Simple Annotations and heatmaps as Parametric Maps.
+    """Write tiles as Bulk Simple Annotations and heatmaps as Parametric Maps, for slides that are DICOM.
 
-    Needs wsi's extra dicom. As confidential as the slides: patient and study are copied from them.
+    Needs wsi's extra dicom. The files are as confidential as the slides: patient and study are copied.
 
     Example:
       wsi export dicom results -o dicom
@@ -136,7 +137,7 @@ def dicom(results: Results, out: Out, as_json: AsJson = False) -> None:
 
 
 def _write(kind: str, results: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write one kind, and say of how many slides something came out."""
+    """Write one format, and print for how many slides there was something to write."""
     with writing(out):
         if kind == "dicom":
             from wsi.export.dicom import export_dicom
@@ -165,7 +166,7 @@ def read_key(path: Path | None) -> bytes | None:
 
 
 def say_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Print the rows of slides where that is asked for, and what is to be warned of."""
+    """Print the rows as JSON if wanted, and the warnings."""
     if as_json:
         print(json.dumps(rows, indent=2))
     for row in rows:

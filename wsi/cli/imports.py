@@ -1,4 +1,4 @@
-"""``wsi import``: anybody's outlines to our GeoJSON."""
+"""``wsi import``: convert annotations of other programs to GeoJSON or masks."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wsi.cli.display import say
+from wsi.cli.display import say, writing
 from wsi.errors import AnnotationError, OutputError, WsiError
 
-#: Columns of the slides.csv that --mask writes, the last where it was said.
+if TYPE_CHECKING:
+    from wsi.annotations import Annotation
+    from wsi.slide import Slide
+
+#: Columns of the slides.csv that --mask writes; the last only if --slide-mpp was given.
 _MANIFEST = ("slide", "mask", "mpp")
 
 
 def import_annotations(
     files: Annotated[list[Path], typer.Argument(help="Files of ASAP, ImageScope, HALO, NDP.view, QuPath, ...")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for <name>.geojson.")],
-    slide: Annotated[Path | None, typer.Option(help="The slide of these files, or a folder with one for each.")] = None,
+    slide: Annotated[Path | None, typer.Option(help="The slide of these files, or a folder of slides.")] = None,
     class_names: Annotated[
-        list[str] | None, typer.Option("--class", help="OLD=NEW: what a group is called instead (repeatable).")
+        list[str] | None, typer.Option("--class", help="OLD=NEW: rename a group (repeatable).")
     ] = None,
-    slide_mpp: Annotated[
-        float | None, typer.Option(help="Microns per level-0 pixel, where the slide does not say.")
-    ] = None,
+    slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, if the slide lacks it.")] = None,
     mask: Annotated[
-        bool,
-        typer.Option("--mask", help="Write masks of where to look, and slides.csv for wsi score or wsi tile."),
+        bool, typer.Option("--mask", help="Write masks of the region to score, and slides.csv for wsi score or tile.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a row a file as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one row per file as JSON.")] = False,
 ) -> None:
-    """Read outlines of whatever program and write GeoJSON: for QuPath, and for `wsi evaluate --annotations`.
+    """Convert annotations of other programs to GeoJSON, for QuPath and for `wsi evaluate --annotations`.
 
-    Coordinates of GeoJSON count from the corner of the slide's bounds. Where a slide has such (MIRAX, Leica), and for
-    files of NDP.view, Sectra and Cytomine, name it.
+    GeoJSON coordinates count from the corner of the slide's bounds. Give --slide if the slide has bounds (MIRAX,
+    Leica), and for files of NDP.view, Sectra and Cytomine.
 
-    With --mask they say where to look: at tissue within the outlines, and in none of the group Exclusion or Ignore*
-    (which alone leave the other tissue).
+    With --mask, write the region to score: the tissue within the outlines, without those of group Exclusion or Ignore*.
+    If there are only excluded outlines, the region is all other tissue.
 
     Examples:
       wsi import annotations/*.xml -o geojson
@@ -51,7 +52,6 @@ def import_annotations(
       wsi import regions/*.geojson --slide slides --mask -o masks && wsi score masks/slides.csv --model NAME -o results
     """
     from wsi.annotations import Frame, read_annotations
-    from wsi.annotations.convert import write_annotations, write_mask
     from wsi.files import write_csv
     from wsi.slide import open_slide
 
@@ -65,7 +65,7 @@ def import_annotations(
         raise AnnotationError(twice[0], "is the name of two of these files", "Import them one by one")
     of = [slide if slide is None or not slide.is_dir() else _slide_of(slide, stem) for stem in stems]
     if mask and len(set(of)) < len(of):
-        raise AnnotationError(files[-1], "is of the same slide as another", "Join what is said of a slide in one file")
+        raise AnnotationError(files[-1], "is of the same slide as another", "Merge the annotations of a slide")
     listed = _listed(out / "slides.csv") if mask else {}
     for file, stem, belongs in zip(files, stems, of, strict=True):
         target = out / f"{stem}{'.png' if mask else '.geojson'}"
@@ -76,31 +76,12 @@ def import_annotations(
                 found = read_annotations(file, frame=Frame.of(opened) if opened else Frame())
             except OSError as error:
                 raise AnnotationError(file, f"cannot be read ({error.strerror or error})", "Check the path") from error
-            row: dict[str, Any] = {"file": str(file)}
-            try:
+            with writing(out):
                 out.mkdir(parents=True, exist_ok=True)
-                if mask and belongs and opened:
-                    named = [replace(each, group=renamed.get(each.group, each.group)) for each in found]
-                    row |= {"mask": str(target), "annotations": len(found)}
-                    row["mm2"] = round(write_mask(target, named, opened), 6)
-                    name = str(belongs.absolute())
-                    listed[name] = {
-                        "slide": name,
-                        "mask": target.name,
-                        "mpp": "" if slide_mpp is None else f"{slide_mpp:g}",
-                    }
-                else:
-                    bounds = opened.bounds if opened else None
-                    row["geojson"] = str(target)
-                    row["annotations"] = write_annotations(
-                        row["geojson"], found, bounds=bounds, slide_id=stem, classes=renamed
-                    )
-            except WsiError:
-                raise
-            except ValueError as error:
-                raise AnnotationError(file, f"cannot be written ({error})", "Rename it with --class") from error
-            except OSError as error:
-                raise OutputError.of(error, out) from error
+                row = {"file": str(file)} | _write(file, target, found, opened, renamed, mask=mask)
+        if mask and belongs:
+            name, mpp = str(belongs.absolute()), "" if slide_mpp is None else f"{slide_mpp:g}"
+            listed[name] = {"slide": name, "mask": target.name, "mpp": mpp}
         groups = Counter(renamed.get(each.group, each.group) or "(none)" for each in found)
         rows.append(row | {"groups": dict(groups)})
         if row["annotations"] < len(found):
@@ -119,8 +100,28 @@ def import_annotations(
         print(f"{row.get('mask') or row['geojson']}: {row['annotations']} annotations ({groups_text}){left}")
 
 
+def _write(
+    file: Path, target: Path, found: list[Annotation], slide: Slide | None, renamed: dict[str, str], *, mask: bool
+) -> dict[str, Any]:
+    """Write the annotations of a file as GeoJSON or as a mask; return their row."""
+    from wsi.annotations.convert import write_annotations, write_mask
+
+    try:
+        if mask and slide is not None:
+            named = [replace(each, group=renamed.get(each.group, each.group)) for each in found]
+            mm2 = write_mask(target, named, slide)
+            return {"mask": str(target), "annotations": len(found), "mm2": round(mm2, 6)}
+        bounds = slide.bounds if slide else None
+        n = write_annotations(target, found, bounds=bounds, slide_id=target.stem, classes=renamed)
+        return {"geojson": str(target), "annotations": n}
+    except WsiError:
+        raise
+    except ValueError as error:
+        raise AnnotationError(file, f"cannot be written ({error})", "Rename it with --class") from error
+
+
 def _listed(path: Path) -> dict[str, dict[str, str]]:
-    """What an earlier import said of other slides, by slide; refuse a manifest that says more, which is the user's."""
+    """The rows of an earlier import's slides.csv, by slide; a file with other columns is the user's, and refused."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -141,7 +142,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _stem(file: Path) -> str:
-    """The slide's name: without what NDP.view, gzip and others append."""
+    """The slide's name, without the suffixes of NDP.view, gzip and others."""
     name = file.name.removesuffix(".gz")
     return Path(name.removesuffix(".ndpa")).stem
 

@@ -1,4 +1,4 @@
-"""``wsi info``: what a slide is, and what is wrong with it."""
+"""``wsi info``: show a slide's geometry and reader."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import typer
 def info(
     slide: Annotated[str, typer.Argument(help="A slide file or URL.")],
     reader: Annotated[str, typer.Option(help="auto, tiff, openslide or tiffslide.")] = "auto",
-    slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel, overriding the file.")] = None,
+    slide_mpp: Annotated[float | None, typer.Option(help="Microns per level-0 pixel; overrides the file's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show size, levels, microns per pixel and where they come from, bounds and reader.
+    """Show size, levels, microns per pixel and their source, bounds and reader.
 
-    Only pixels and geometry are looked at: no label, no macro image, no vendor properties.
+    Label, macro image and vendor properties are not read.
 
     Examples:
       wsi info slide.svs

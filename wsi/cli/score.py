@@ -1,4 +1,4 @@
-"""``wsi score``: the main job."""
+"""``wsi score``: score slides."""
 
 from __future__ import annotations
 
@@ -18,54 +18,46 @@ def score(
     out: Annotated[Path, typer.Option("-o", "--out", help="Results folder; the same command again resumes.")],
     mil: Annotated[
         str | None,
-        typer.Option(help="MIL head: a name, a folder, or 'none'. Default: the one inside the model's folder."),
+        typer.Option(help="MIL head: a name, a folder, or 'none'. Default: the one in the model's folder."),
     ] = None,
     slide_mpp: archive.GivenMpp = None,
     stride: Annotated[
         int | None, typer.Option(help="Distance between tiles in pixels at the model's mpp. Default: side by side.")
     ] = None,
-    min_tissue: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of a tile that is tissue; 0 scores all.")
-    ] = 0.25,
+    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a tile; 0: all.")] = 0.25,
     threshold: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Probability from which a tile is positive. Default: the model's."),
     ] = None,
     positive: Annotated[
-        list[str] | None, typer.Option(help="Class shown in the heatmap (repeatable). Default: the model's.")
+        list[str] | None, typer.Option(help="Positive class (repeatable). Default: the model's.")
     ] = None,
     pixels: Annotated[
         str,
-        typer.Option(
-            help="Keep the patches in the store: none, zstd (lossless), jpeg, or verbatim (the slide's own JPEG tiles)."
-        ),
+        typer.Option(help="Patches to store: none, zstd (lossless), jpeg, or verbatim (the slide's own JPEG tiles)."),
     ] = "none",
     max_unreadable: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the tissue that may be damaged in the file; more fails.")
+        float, typer.Option(min=0, max=1, help="Share of the tissue that may be unreadable; with more the slide fails.")
     ] = 0.01,
     stain: Annotated[
-        str | None, typer.Option(help="Normalise stains for the model: macenko, vahadane, ruifrok or reinhard.")
+        str | None, typer.Option(help="Stain normalisation before the model: macenko, vahadane, ruifrok or reinhard.")
     ] = None,
     stain_target: Annotated[
-        str, typer.Option(help="What stains are made to look like: veta, another packaged name, or an image file.")
+        str, typer.Option(help="Target of stain normalisation: veta, another packaged name, or an image file.")
     ] = "veta",
-    context: Annotated[
-        bool, typer.Option(help="Let tiles inform each other where the model says how far; --no-context: each alone.")
-    ] = True,
+    context: Annotated[bool, typer.Option(help="Smooth over neighbouring tiles, if the model gives a range.")] = True,
     explain: Annotated[
         bool,
-        typer.Option(
-            help="Show in explained.png where in the top tiles the patch model looked (Grad-CAM), of scored slides too."
-        ),
+        typer.Option(help="Write explained.png: Grad-CAM of the top tiles, also for slides already scored."),
     ] = False,
     keep_pen: archive.KeepPen = False,
     reader: archive.Reader = "auto",
     decode: archive.Decode = "auto",
     device: archive.Device = "auto",
     precision: archive.Precision = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, max=256, help="Patches a forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=256, help="Patches per forward pass.")] = 64,
     threads: archive.Threads = None,
-    torchscript: Annotated[bool, typer.Option(help="Allow TorchScript weights: they run code.")] = False,
+    torchscript: Annotated[bool, typer.Option(help="Allow TorchScript weights, which can execute code.")] = False,
     workers: archive.Workers = None,
     scheduler: archive.Scheduler = None,
     order: archive.Order = "given",
@@ -74,11 +66,11 @@ def score(
     cache_dir: archive.CacheDir = None,
     cache_size: archive.CacheSize = "100GB",
     log_json: archive.LogJson = None,
-    force: Annotated[bool, typer.Option(help="Throw away earlier results of these slides and start over.")] = False,
+    force: Annotated[bool, typer.Option(help="Delete earlier results of these slides and start over.")] = False,
     quiet: archive.Quiet = False,
     as_json: archive.AsJson = False,
 ) -> None:
-    """Score slides: a grade a slide, a probability a tile, QuPath GeoJSON and a heatmap. Research use only.
+    """Score slides: a grade per slide, a probability per tile, QuPath GeoJSON and a heatmap. Research use only.
 
     Examples:
       wsi score slide.svs --model idc-breast -o results

@@ -1,4 +1,4 @@
-"""``wsi tile``: patch stores alone."""
+"""``wsi tile``: cut slides into patch stores."""
 
 from __future__ import annotations
 
@@ -15,23 +15,16 @@ from wsi.cli.display import conclude, watching
 def tile(
     slides: archive.Slides,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the stores; the same command again resumes.")],
-    mpp: Annotated[
-        float | None,
-        typer.Option(help="Microns per pixel of the patches. Default: 0.5, or the level's own."),
-    ] = None,
+    mpp: Annotated[float | None, typer.Option(help="Microns per patch pixel. Default: 0.5, or the level's.")] = None,
     level: Annotated[
         int | None,
-        typer.Option(min=0, help="Patches are pixels of this pyramid level, not resampled. Default with verbatim: 0."),
+        typer.Option(min=0, help="Cut the pixels of this pyramid level, without resampling. Default with verbatim: 0."),
     ] = None,
     tile: Annotated[
         int | None, typer.Option(min=1, help="Side of a patch in pixels. Default: 256, or that of the level's tiles.")
     ] = None,
-    stride: Annotated[
-        int | None, typer.Option(min=1, help="Distance between patches in their pixels. Default: side by side.")
-    ] = None,
-    min_tissue: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of a patch that is tissue; 0 keeps all.")
-    ] = 0.25,
+    stride: Annotated[int | None, typer.Option(min=1, help="Distance of patches in pixels. Default: --tile.")] = None,
+    min_tissue: Annotated[float, typer.Option(min=0, max=1, help="Minimum share of tissue in a patch; 0: all.")] = 0.25,
     pixels: Annotated[
         str,
         typer.Option(
@@ -52,11 +45,11 @@ def tile(
     cache_dir: archive.CacheDir = None,
     cache_size: archive.CacheSize = "100GB",
     log_json: archive.LogJson = None,
-    force: Annotated[bool, typer.Option(help="Throw away earlier stores of these slides and start over.")] = False,
+    force: Annotated[bool, typer.Option(help="Delete earlier stores of these slides and start over.")] = False,
     quiet: archive.Quiet = False,
     as_json: archive.AsJson = False,
 ) -> None:
-    """Cut slides into patch stores, one a slide: Zarr groups for training and for other programs.
+    """Cut slides into patch stores, one Zarr group per slide, for training and for other programs.
 
     Examples:
       wsi tile slides/ --mpp 0.5 --tile 256 -o stores

@@ -1,4 +1,4 @@
-"""``wsi train``: models from your own slides."""
+"""``wsi train``: train models on your own slides."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ train = typer.Typer(
     name="train",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Train models from your own slides. Research use only.",
+    help="Train models on your own slides. Research use only.",
 )
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The model's folder; the same command again resumes.")]
 Label = Annotated[str, typer.Option(help="Column of the labels.")]
-Classes = Annotated[str | None, typer.Option(help="Classes in their order, with commas between.")]
+Classes = Annotated[str | None, typer.Option(help="Classes in order, separated by commas.")]
 Positive = Annotated[list[str] | None, typer.Option(help="Positive class (repeatable).")]
-Epochs = Annotated[int, typer.Option(min=1, help="Epochs at most.")]
-Patience = Annotated[int, typer.Option(min=1, help="Epochs without a lower validation loss to stop after.")]
-Balance = Annotated[bool, typer.Option(help="Draw all classes equally often.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Maximum number of epochs.")]
+Patience = Annotated[int, typer.Option(min=1, help="Stop after so many epochs without a lower validation loss.")]
+Balance = Annotated[bool, typer.Option(help="Sample all classes equally often.")]
 Seed = Annotated[int, typer.Option(min=0)]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads; another number may change the last bits.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads; the number may affect the last bits.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
 
 
 @train.command()
 def mil(
     bags: Annotated[list[Path], typer.Argument(help="Results of wsi score, or CLAM or TRIDENT feature folders.")],
-    labels: Annotated[Path, typer.Option(help="CSV: slide, patient, label; of survival slide, patient, time, event.")],
+    labels: Annotated[Path, typer.Option(help="CSV: slide, patient, label; for survival slide, patient, time, event.")],
     out: Out,
     architecture: Annotated[
         str,
@@ -50,30 +50,26 @@ def mil(
         ),
     ] = "gated-attention",
     argument: Annotated[
-        list[str] | None, typer.Option("--set", help="Argument of the architecture, as hidden=128 (repeatable).")
+        list[str] | None, typer.Option("--set", help="Argument of the architecture, such as hidden=128 (repeatable).")
     ] = None,
-    head: Annotated[
-        str | None, typer.Option(help="softmax (default), binary, ordinal, hazard (default of survival) or cox.")
-    ] = None,
+    head: Annotated[str | None, typer.Option(help="softmax (default), binary, ordinal; survival: hazard, cox.")] = None,
     label: Label = "label",
     classes: Classes = None,
     positive: Positive = None,
-    time_bins: Annotated[str | None, typer.Option(help="Survival: ends of the intervals, as 12,36,60.")] = None,
-    folds: Annotated[int, typer.Option(min=3, help="Folds, divided by patient and stratified.")] = 5,
-    splits: Annotated[
-        Path | None, typer.Option(help="CLAM's splits_<k>.csv, or their folder, in place of folds.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Members of the ensemble for each fold.")] = 1,
+    time_bins: Annotated[str | None, typer.Option(help="Survival: ends of the intervals, such as 12,36,60.")] = None,
+    folds: Annotated[int, typer.Option(min=3, help="Number of folds, split by patient and stratified.")] = 5,
+    splits: Annotated[Path | None, typer.Option(help="CLAM's splits_<k>.csv or their folder, not folds.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Ensemble members per fold.")] = 1,
     epochs: Epochs = 100,
     patience: Patience = 15,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     weight_decay: Annotated[float, typer.Option(min=0)] = 1e-3,
-    batch: Annotated[int | None, typer.Option(min=1, help="Bags a step. Default: 1; Cox: 32.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Bags per step. Default: 1; Cox: 32.")] = None,
     balance: Balance = False,
-    coverage: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the prediction sets.")] = 0.9,
+    coverage: Annotated[float, typer.Option(min=0.5, max=0.999, help="Coverage of the prediction sets.")] = 0.9,
     encoder: Annotated[
         str | None,
-        typer.Option(help="Which features of the stores, where they hold several: name or hash of wsi embed."),
+        typer.Option(help="Name or hash of the encoder (wsi embed), if the stores hold features of several."),
     ] = None,
     subset: Annotated[bool, typer.Option(help="Leave out slides without a label, and labels without a slide.")] = False,
     seed: Seed = 0,
@@ -82,7 +78,7 @@ def mil(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a slide grader from slide labels alone: multiple-instance learning.
+    """Train a slide grader from slide labels by multiple-instance learning.
 
     Examples:
       wsi train mil results/ --labels labels.csv -o grader
@@ -100,7 +96,7 @@ def mil(
 
     device = prepare(device, threads)
     found = find_bags(bags)
-    names = [name.strip() for name in classes.split(",")] if classes else []
+    names = _names(classes)
     cohort = read_labels(labels, label=label, classes=names, time_bins=_numbers(time_bins))
     cohort = match(cohort, found, subset=subset)
     if all(case.patient == case.slide_id for case in cohort.cases.values()):
@@ -117,18 +113,14 @@ def mil(
     divided = read_splits(splits, cohort.cases) if splits else k_fold(cohort, folds, seed)
     unused = set(cohort.cases).difference(*chain(*divided))
     if unused:
-        say(f"wsi: {len(unused)} slides are in no split, {min(unused)} for one: nobody learns from them", quiet=quiet)
+        say(f"wsi: {len(unused)} slides are in no split, {min(unused)} for one: they are not used", quiet=quiet)
     table = Bags({slide_id: found[slide_id] for slide_id in cohort.cases}, encoder=encoder)
     with watching(len(divided) * seeds, quiet=quiet) as tell:
         figures = train_mil(
             cohort, table, divided, out, config, seeds=seeds, coverage=coverage, positive=positive or (), device=device,
             progress=lambda member, epoch, of: tell(Event("stage", "epochs", f"member {member}", epoch, of)),
         )  # fmt: skip
-    if as_json:
-        print(json.dumps(figures, indent=2))
-    for part in ("validation", "test"):
-        if figures[part] is not None:
-            say(f"{part:10} {_shown(figures[part]['pooled'])} ({figures[part]['slides']} slides)", quiet=quiet)
+    _report(figures, "slides", as_json=as_json, quiet=quiet)
     say(f"the model: {out}", quiet=quiet)
 
 
@@ -139,47 +131,37 @@ def patches(
         typer.Argument(help="A folder of class folders, a CSV (path, label, patient, split), or stores of wsi tile."),
     ],
     out: Out,
-    mpp: Annotated[
-        float | None, typer.Option(min=0.05, max=20, help="Microns per pixel of the patches; stores know it.")
-    ] = None,
-    architecture: Annotated[
-        str, typer.Option("--architecture", "-a", help="wsi-p4m, or a name of timm's: random weights.")
-    ] = "wsi-p4m",
+    mpp: Annotated[float | None, typer.Option(min=0.05, max=20, help="Microns per pixel; stores record it.")] = None,
+    architecture: Annotated[str, typer.Option("--architecture", "-a", help="wsi-p4m or a timm name.")] = "wsi-p4m",
     argument: Annotated[
-        list[str] | None, typer.Option("--set", help="Argument of the architecture, as head=32 (repeatable).")
+        list[str] | None, typer.Option("--set", help="Argument of the architecture, such as head=32 (repeatable).")
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option(help="Weights to begin from instead: a model or encoder by name, folder, or hf-hub:OWNER/NAME."),
+        typer.Option(help="Start from the weights of a model or encoder: a name, a folder, or hf-hub:OWNER/NAME."),
     ] = None,
-    frozen: Annotated[bool, typer.Option(help="With --start: learn the classifier alone (linear probe).")] = False,
+    frozen: Annotated[bool, typer.Option(help="With --start: train only the classifier (linear probe).")] = False,
     annotations: Annotated[
-        Path | None, typer.Option(help="Of stores: a folder of outlines, <slide>.geojson or another format.")
+        Path | None, typer.Option(help="For stores: a folder of annotations, <slide>.geojson or another format.")
     ] = None,
-    rest: Annotated[
-        str | None, typer.Option(help="Of stores: class of the tiles that no outline covers by half.")
-    ] = None,
-    patients: Annotated[Path | None, typer.Option(help="Of stores: CSV slide, patient.")] = None,
-    patient_in: Annotated[
-        str | None, typer.Option(help="Of a folder: regular expression that finds the patient in an image's path.")
-    ] = None,
+    rest: Annotated[str | None, typer.Option(help="For stores: class of tiles less than half annotated.")] = None,
+    patients: Annotated[Path | None, typer.Option(help="For stores: CSV slide, patient.")] = None,
+    patient_in: Annotated[str | None, typer.Option(help="For a folder: regex for the patient in a path.")] = None,
     label: Label = "label",
     classes: Classes = None,
     positive: Positive = None,
-    folds: Annotated[
-        int, typer.Option(min=3, help="Without a given split: one part of so many is test, one validation.")
-    ] = 5,
+    folds: Annotated[int, typer.Option(min=3, help="Folds, if no split is given: one test, one validation.")] = 5,
     epochs: Epochs = 30,
     patience: Patience = 5,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 1e-3; of fine-tuning 1e-4.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: 1e-3; for fine-tuning 1e-4.")] = None,
     weight_decay: Annotated[float, typer.Option(min=0)] = 0.01,
-    batch: Annotated[int, typer.Option(min=1, help="Patches a step.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Patches per step.")] = 32,
     balance: Balance = False,
-    stain: Annotated[float, typer.Option(min=0, max=1, help="Strength of the stain augmentation; 0: none.")] = 0.1,
-    turn: Annotated[bool, typer.Option(help="Turn by quarters and mirror at random.")] = True,
-    jpeg: Annotated[float, typer.Option(min=0, max=1, help="Share that passes a JPEG codec of random quality.")] = 0.0,
+    stain: Annotated[float, typer.Option(min=0, max=1, help="Strength of stain augmentation; 0: none.")] = 0.1,
+    turn: Annotated[bool, typer.Option(help="Rotate by multiples of 90 degrees and mirror at random.")] = True,
+    jpeg: Annotated[float, typer.Option(min=0, max=1, help="Share of patches recompressed as JPEG at random.")] = 0.0,
     precision: Precision = "auto",
-    subset: Annotated[bool, typer.Option(help="Leave out patches of another size than most.")] = False,
+    subset: Annotated[bool, typer.Option(help="Leave out patches that are not of the most common size.")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     threads: Threads = 1,
@@ -212,7 +194,7 @@ def patches(
         jpeg=jpeg, precision=precision, seed=seed,
     )  # fmt: skip
     config.check()
-    names = [name.strip() for name in classes.split(",")] if classes else []
+    names = _names(classes)
     if annotations is not None:
         found = _of_stores(places, annotations, names, rest, patients, quiet=quiet)
     else:
@@ -235,12 +217,7 @@ def patches(
             cohort, table, split, out, config, mpp=found.mpp or mpp or 0.0, positive=positive or (), device=device,
             progress=lambda epoch, of: tell(Event("stage", "epochs", "epochs", epoch, of)),
         )  # fmt: skip
-    if as_json:
-        print(json.dumps(figures, indent=2))
-    for part in ("validation", "test"):
-        if figures[part] is not None:
-            numbers = {k: v for k, v in figures[part].items() if k not in ("patches", "patients")}
-            say(f"{part:10} {_shown(numbers)} ({figures[part]['patches']} patches)", quiet=quiet)
+    _report(figures, "patches", as_json=as_json, quiet=quiet)
     shown = json.loads((out / "config.json").read_text(encoding="utf-8"))["positive_classes"]
     say(f"the model: {out} (positive: {', '.join(shown) or 'none, name them with --positive'})", quiet=quiet)
 
@@ -291,8 +268,19 @@ def _of_stores(
     return read_stores(stores, outlines, classes=classes, rest=rest, patients=of)
 
 
-def _shown(numbers: dict[str, float | None]) -> str:
-    return ", ".join(f"{k} {'undefined' if v is None else f'{v:.3f}'}" for k, v in numbers.items())
+def _report(figures: dict[str, Any], unit: str, *, as_json: bool, quiet: bool) -> None:
+    """Print the metrics of the validation and test parts; `unit` is what a part counts."""
+    if as_json:
+        print(json.dumps(figures, indent=2))
+    for name in ("validation", "test"):
+        if (part := figures[name]) is not None:
+            metrics = part.get("pooled", {k: v for k, v in part.items() if k not in ("patches", "patients")})
+            shown = ", ".join(f"{k} {'undefined' if v is None else f'{v:.3f}'}" for k, v in metrics.items())
+            say(f"{name:10} {shown} ({part[unit]} {unit})", quiet=quiet)
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",")] if text else []
 
 
 def _numbers(text: str | None) -> list[float]:
@@ -303,7 +291,7 @@ def _numbers(text: str | None) -> list[float]:
 
 
 def _arguments(pairs: list[str]) -> dict[str, Any]:
-    """Read ``name=value``; values are JSON where they can be, else words."""
+    """Read ``name=value`` pairs; a value that is not JSON is a string."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -324,13 +312,13 @@ def slide_features(
         Path,
         typer.Option(help="reference.csv (slide,Tumor or Normal,...; no header), or a CSV slide_id,label (1 or 0)."),
     ],
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability from which tiles make a region.")] = 0.5,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Probability from which tiles are positive.")] = 0.5,
     trees: Annotated[int, typer.Option(min=1, max=5000)] = 500,
     depth: Annotated[int, typer.Option(min=1, max=100)] = 10,
-    folds: Annotated[int, typer.Option(min=2, max=100, help="Of the cross-validation that is printed.")] = 5,
+    folds: Annotated[int, typer.Option(min=2, max=100, help="Folds of the printed cross-validation.")] = 5,
     seed: Seed = 0,
 ) -> None:
-    """Train a random forest on the shape of heatmaps: one score a slide (Wang et al. 2016).
+    """Train a random forest on features of heatmaps, for one score per slide (Wang et al. 2016).
 
     Example:
       wsi train slide-features train_results --reference train_reference.csv -o slide-model

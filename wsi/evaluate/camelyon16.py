@@ -24,10 +24,10 @@ from wsi.evaluate.slide_features import Forest, slide_features
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.compare import auroc_difference
 from wsi.metrics.estimate import F64, Estimate
-from wsi.metrics.froc import OFFICIAL_DOWNSAMPLE, OFFICIAL_MPP, PER_SLIDE, SlideHits, find_lesions, froc, match
+from wsi.metrics.froc import OFFICIAL_DOWNSAMPLE, OFFICIAL_MPP, PER_SLIDE, Froc, SlideHits, find_lesions, froc, match
 from wsi.metrics.roc import auprc, auroc
 
-#: How far a slide's resolution may be from the official one, relative: CAMELYON16's own are 0.243 and 0.226.
+#: Relative deviation from the official resolution without a warning: CAMELYON16's slides have 0.243 and 0.226.
 _MPP_TOLERANCE = 0.15
 
 
@@ -41,32 +41,32 @@ def evaluate_camelyon16(
     config: Camelyon16Config | None = None,
     cohort: Cohort | None = None,
 ) -> Report:
-    """Compare results with annotations.
+    """Compare detections and slide scores with annotations.
 
     Parameters
     ----------
     results : Path
         A results folder of ``wsi score``, or a folder of official detection files (``<slide>.csv``: confidence,x,y).
     annotations : Path
-        A folder with an annotation file or mask a tumour slide, named as the slide; or one such file.
+        A folder with an annotation file or mask for each tumour slide, named as the slide; or one such file.
     out : Path
-        Detection files are written below it, where they were made of heatmaps.
+        Detections made from heatmaps are written to its folder ``detections``.
     reference : Path, optional
-        The official ``reference.csv``: slide, Tumor or Normal, type, Macro or Micro or None; no header. Then every
-        slide of it must have results, and every tumour slide an annotation. Without it a slide without an annotation
-        file is a normal one.
+        The official ``reference.csv``: slide, Tumor or Normal, type, Macro or Micro or None; no header. Then each of
+        its slides must have results, and each tumour slide an annotation. Without `reference`, a slide without an
+        annotation file is normal.
     forest : Forest, optional
-        A slide-feature model, to be compared with the other slide scores.
+        A slide-feature model, as a further slide score.
     config : Camelyon16Config, optional
     cohort : Cohort, optional
-        Columns to divide the slides by.
+        Columns that define subgroups.
 
     Raises
     ------
     EvaluationError
-        Slides without results, tumour slides without an annotation, or the reverse.
+        A slide has no results, a tumour slide no annotation, or a normal slide has one.
     AnnotationError, StoreError
-        A file that cannot be used.
+        A file cannot be used.
 
     Examples
     --------
@@ -83,22 +83,81 @@ def evaluate_camelyon16(
         if excluded.get(case.slide_id) in (None, "lesion"):
             hits[case.slide_id] = _match(case, config, lesions, warnings, partly=case.slide_id in excluded)
     kept = [case for case in cases if case.slide_id in hits]
-    for_froc = [hits[case.slide_id] for case in kept if case.slide_id not in excluded]
-    curves = {fp: froc(for_froc, fp=fp, n_bootstrap=config.n_bootstrap, seed=config.seed) for fp in ("all", "normal")}
+    for_froc = {case.slide_id: hits[case.slide_id] for case in kept if case.slide_id not in excluded}
+    curves = {
+        fp: froc(list(for_froc.values()), fp=fp, n_bootstrap=config.n_bootstrap, seed=config.seed)
+        for fp in ("all", "normal")
+    }
     head = curves[config.fp]
-    results_: dict[str, Estimate] = {"froc": head.score}
     other = "normal" if config.fp == "all" else "all"
-    results_[f"froc_fp_{other}"] = curves[other].score
+    estimates: dict[str, Estimate] = {"froc": head.score, f"froc_fp_{other}": curves[other].score}
     for point, value in zip(PER_SLIDE, head.at, strict=False):
-        results_[f"sensitivity_at_{point:g}_fp"] = Estimate(value, n=head.n_lesions)
+        estimates[f"sensitivity_at_{point:g}_fp"] = Estimate(value, n=head.n_lesions)
 
     truth = np.array([hits[c.slide_id].has_lesions if c.tumour is None else c.tumour for c in kept], bool)
     scores = _slide_scores(kept, forest)
     usable = {n: np.array(v, np.float64) for n, v in scores.items() if not any(each is None for each in v)}
     by_size = _by_size(kept, truth, usable["max_probability"])
-    results_ |= _slide_results(kept, truth, scores, usable, config) | by_size
-    table = [{"slide_score": name, **results_[f"auroc_{name}"].json()} for name in scores]
+    estimates |= _slide_results(kept, truth, scores, usable, config) | by_size
+    warnings += _rule_warnings(cases, hits, list(for_froc.values()), head, config)
+    rows = _rows(kept, hits, truth, scores, excluded)
+    # Fixed beforehand, not the score that does best on these slides.
+    headline = next((name for name in ("random_forest", "mil", "max_probability") if name in usable), "max_probability")
+    pictures = []
+    if head.score.value is not None:
+        pictures.append(plots.froc_plot({f"FP of {fp} slides": curve for fp, curve in curves.items() if curve.at}))
+    if usable and 0 < truth.sum() < len(truth):
+        pictures.append(plots.roc_plot({f"{n} {estimates[f'auroc_{n}']}": (truth, v) for n, v in usable.items()}))
+    if by_size:
+        named = {f"{name.rpartition('_')[2]} lesions": each for name, each in by_size.items()}
+        areas = {"all": estimates["auroc_max_probability"], **named}
+        pictures.append(plots.forest_plot(areas, "AUROC of the highest probability"))
+    tables: dict[str, list[dict[str, Any]]] = {
+        "slide_scores": [{"slide_score": name, **estimates[f"auroc_{name}"].json()} for name in scores]
+    }
+    if cohort is not None and cohort.groups:
+        names = [case.slide_id for case in kept]
+        tables["subgroups"], of_groups = subgroups(for_froc, names, truth, usable[headline], cohort, config)
+        pictures.append(plots.forest_plot({"all": head.score, **of_groups}, "FROC", "froc_subgroups"))
+    for case in cases:  # last, since it replaces files of an earlier evaluation
+        if case.scored:
+            write_detections(out / "detections" / f"{case.slide_id}.csv", case.detections)
+    protocol = _protocol(config, reference) | {"slide_score_on_the_leaderboard": headline}
+    best = {"froc": head.score, "auroc": estimates[f"auroc_{headline}"]}
+    counted = f"{len(for_froc)} slides, {head.n_lesions} lesions; {protocol['false_positives']}"
+    return Report(
+        "camelyon16",
+        "Lesion detection and slide classification by the rules of CAMELYON16",
+        protocol,
+        {
+            "slides": len(kept),
+            "tumour_slides": int(truth.sum()),
+            "slides_for_froc": len(for_froc),
+            "lesions_that_count": head.n_lesions,
+            "isolated_tumour_cells": sum(row["isolated_tumour_cells"] for row in lesions),
+            "sha256": data_hash((row["slide"], row["label"], row["lesions"]) for row in rows),
+        },
+        estimates,
+        {**tables, "froc_curve": _curve(curves), "lesions": lesions, "slides": rows},
+        pictures,
+        exclusions,
+        leaderboard("camelyon16", "froc", best, counted),
+        tuple(warnings),
+        {
+            "reference_standard": "lesion outlines" + (" and the official reference.csv" if reference else ""),
+            "partition_unit": "slide",
+            "subgroups": ", ".join(cohort.groups if cohort else ()) or "none asked for",
+            "metrics": "FROC as the organisers' script computes it; AUROC with DeLong's interval",
+            "threshold_selection": f"detections above {config.detect.threshold:g}, not chosen on these slides",
+        },
+    )
 
+
+def _rule_warnings(
+    cases: list[Case], hits: Mapping[str, SlideHits], for_froc: list[SlideHits], head: Froc, config: Camelyon16Config
+) -> list[str]:
+    """Warnings about slides and results for which the official rules are misleading."""
+    warnings = []
     far = [c.slide_id for c in cases if c.scored and abs(c.scored.mpp / OFFICIAL_MPP - 1) > _MPP_TOLERANCE]
     if far and not config.true_mpp:
         warnings.append(
@@ -112,7 +171,17 @@ def evaluate_camelyon16(
     n_outside = sum(each.outside for each in hits.values())
     if n_outside:
         warnings.append(f"{n_outside} detections lie outside their slide; they count as false positives")
-    rows = [
+    return warnings
+
+
+def _rows(
+    cases: list[Case],
+    hits: Mapping[str, SlideHits],
+    truth: npt.NDArray[np.bool_],
+    scores: Mapping[str, list[float | None]],
+    excluded: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    return [
         {
             "slide": case.slide_id,
             "label": "tumour" if truth[i] else "normal",
@@ -124,71 +193,14 @@ def evaluate_camelyon16(
             **{name: values[i] for name, values in scores.items()},
             "excluded": excluded.get(case.slide_id, ""),
         }
-        for i, case in enumerate(kept)
+        for i, case in enumerate(cases)
     ]
-    pictures = []
-    if head.score.value is not None:
-        pictures.append(plots.froc_plot({f"FP of {fp} slides": curve for fp, curve in curves.items() if curve.at}))
-    if usable and 0 < truth.sum() < len(truth):
-        pictures.append(plots.roc_plot({f"{n} {results_[f'auroc_{n}']}": (truth, v) for n, v in usable.items()}))
-    if by_size:
-        rows_of = {f"{name.rpartition('_')[2]} lesions": each for name, each in by_size.items()}
-        forest_of = {"all": results_["auroc_max_probability"], **rows_of}
-        pictures.append(plots.forest_plot(forest_of, "AUROC of the highest probability"))
-    # Declared, not chosen by how well it does here.
-    headline = next((name for name in ("random_forest", "mil", "max_probability") if name in usable), "max_probability")
-    best = results_[f"auroc_{headline}"]
-    tables: dict[str, list[dict[str, Any]]] = {}
-    if cohort is not None and cohort.groups:
-        names = [case.slide_id for case in kept]
-        tables["subgroups"], forest_of = subgroups(
-            hits,
-            [name for name in names if name not in excluded],
-            dict(zip(names, truth.tolist(), strict=True)),
-            dict(zip(names, usable[headline].tolist(), strict=True)),
-            cohort,
-            config,
-        )
-        pictures.append(plots.forest_plot({"all": head.score, **forest_of}, "FROC", "froc_subgroups"))
-    for case in cases:  # when nothing can fail any more: files of an earlier evaluation may be there
-        if case.scored:
-            write_detections(out / "detections" / f"{case.slide_id}.csv", case.detections)
-    protocol = _protocol(config, reference) | {"slide_score_on_the_leaderboard": headline}
-    counted = f"{len(for_froc)} slides, {head.n_lesions} lesions"
-    return Report(
-        "camelyon16",
-        "Lesion detection and slide classification by the rules of CAMELYON16",
-        protocol,
-        {
-            "slides": len(kept),
-            "tumour_slides": int(truth.sum()),
-            "slides_for_froc": len(for_froc),
-            "lesions_that_count": head.n_lesions,
-            "isolated_tumour_cells": sum(row["isolated_tumour_cells"] for row in lesions),
-            "sha256": data_hash((row["slide"], row["label"], row["lesions"]) for row in rows),
-        },
-        results_,
-        {"slide_scores": table, **tables, "froc_curve": _curve(curves), "lesions": lesions, "slides": rows},
-        pictures,
-        exclusions,
-        leaderboard(
-            "camelyon16", "froc", {"froc": head.score, "auroc": best}, f"{counted}; {protocol['false_positives']}"
-        ),
-        tuple(warnings),
-        {
-            "reference_standard": "lesion outlines" + (" and the official reference.csv" if reference else ""),
-            "partition_unit": "slide",
-            "subgroups": ", ".join(cohort.groups if cohort else ()) or "none asked for",
-            "metrics": "FROC as the organisers' script computes it; AUROC with DeLong's interval",
-            "threshold_selection": f"detections above {config.detect.threshold:g}, not chosen on these slides",
-        },
-    )
 
 
 def _match(
     case: Case, config: Camelyon16Config, lesions: list[dict[str, Any]], warnings: list[str], *, partly: bool
 ) -> SlideHits:
-    """Match a slide's detections with its lesions; `partly` where not all of those are annotated."""
+    """Match a slide's detections with its lesions; `partly`: not all lesions are annotated."""
     size = case.scored.size if case.scored else None
     mpp, downsample = OFFICIAL_MPP, OFFICIAL_DOWNSAMPLE
     if config.true_mpp:
@@ -213,9 +225,7 @@ def _match(
             warnings.append(f"{case.annotation.name} holds no lesion: the slide is taken for normal")
     if case.tumour is True and found is None and not partly:
         what = "no annotation" if case.annotation is None else f"{case.annotation.name} holds no lesion"
-        raise EvaluationError(
-            case.slide_id, f"is a tumour slide in the reference, and {what}", "Add its outlines or mask"
-        )
+        raise EvaluationError(case.slide_id, f"is a tumour slide in the reference, and {what}", "Add its annotation")
     if case.tumour is False and found is not None:
         raise EvaluationError(case.slide_id, "is normal in the reference and holds annotated lesions", "Check both")
     hits = match(found, p, x, y, size=size)
@@ -234,7 +244,7 @@ def _match(
 
 
 def _slide_scores(cases: list[Case], forest: Forest | None) -> dict[str, list[float | None]]:
-    """Every way to score a slide that is there; None where a slide has no such score."""
+    """All available slide scores by name; None for a slide that lacks one."""
     scores: dict[str, list[float | None]] = {"max_probability": []}
     for case in cases:
         if case.scored is None:
@@ -258,7 +268,7 @@ def _slide_results(
     usable: Mapping[str, F64],
     config: Camelyon16Config,
 ) -> dict[str, Estimate]:
-    """AUROC and AUPRC of every slide score, and how each differs from the highest probability."""
+    """AUROC and AUPRC of each slide score, and its AUROC's difference from that of the highest probability."""
     out: dict[str, Estimate] = {}
     for name, values in scores.items():
         if name in usable:
@@ -283,7 +293,7 @@ def _slide_results(
 
 
 def _by_size(cases: list[Case], truth: Any, values: F64) -> dict[str, Estimate]:
-    """AUROC of slides with each size of lesion against all normal ones."""
+    """AUROC of tumour slides of each lesion size against all normal slides."""
     sizes = np.array([case.size_class for case in cases])
     out = {}
     for name in sorted(set(sizes[truth]) - {"", "none"}):

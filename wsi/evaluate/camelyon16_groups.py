@@ -1,4 +1,4 @@
-"""CAMELYON16 by centre, scanner, resolution: FROC and AUROC of some slides, and how far they are from those of all."""
+"""CAMELYON16 by centre, scanner or resolution: FROC and AUROC of subgroups of slides, beside those of all slides."""
 
 from __future__ import annotations
 
@@ -7,59 +7,60 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from wsi.evaluate.camelyon16_slides import Camelyon16Config
 from wsi.evaluate.cases import Cohort
-from wsi.evaluate.subgroups import beside_all
-from wsi.metrics.estimate import Estimate
+from wsi.evaluate.subgroups import Rows, subgroup_rows
+from wsi.metrics.estimate import F64, Estimate
 from wsi.metrics.froc import SlideHits, froc_statistic
 from wsi.metrics.roc import auroc
 
+#: Columns of ``subgroup_rows``, and what follows froc or auroc in the name of the same column here.
+_SUFFIXES = {
+    "metric": "", "low": "_low", "high": "_high", "gap": "_gap", "gap_low": "_gap_low", "gap_high": "_gap_high",
+}  # fmt: skip
+
 
 def subgroups(
-    hits: Mapping[str, SlideHits],
-    for_froc: Sequence[str],
-    truth: Mapping[str, bool],
-    scores: Mapping[str, float],
+    for_froc: Mapping[str, SlideHits],
+    names: Sequence[str],
+    truth: npt.NDArray[np.bool_],
+    scores: F64,
     cohort: Cohort,
     config: Camelyon16Config,
 ) -> tuple[list[dict[str, Any]], dict[str, Estimate]]:
-    """Return a row a value of each column, and the FROC scores by name for a plot.
+    """Return a row for each value of each column of `cohort`, and the FROC scores by subgroup for a plot.
 
-    Parameters
-    ----------
-    hits : mapping of slide id to SlideHits
-    for_froc : sequence of slide id
-        Slides whose lesions are all annotated.
-    truth, scores : mapping of slide id
-        Of all slides: whether they hold a tumour, and their score.
-    cohort : Cohort
-        Every slide has a value in each of its groups.
-    config : Camelyon16Config
+    `names`, `truth` (whether it holds a tumour) and `scores` describe all slides; `for_froc` holds those whose lesions
+    are all annotated.
     """
-    lesions = np.array([hits[slide_id].n_lesions for slide_id in for_froc])
-    score = froc_statistic([hits[slide_id] for slide_id in for_froc], fp=config.fp)
-    ids = list(truth)
-    y, p = np.array([truth[slide_id] for slide_id in ids], bool), np.array([scores[slide_id] for slide_id in ids])
+    lesions = np.array([each.n_lesions for each in for_froc.values()])
+    groups = {column: [of[name] for name in names] for column, of in cohort.groups.items()}
     draws: dict[str, Any] = {"n_draws": config.n_bootstrap, "seed": config.seed}
-    rows, forest = [], {}
-    for column, values in cohort.groups.items():
-        for value in sorted({values[slide_id] for slide_id in ids}):
-            of_lesions = np.array([values[slide_id] == value for slide_id in for_froc], bool)
-            of_slides = np.array([values[slide_id] == value for slide_id in ids], bool)
-            n_lesions = int(lesions[of_lesions].sum())
-            events = int(min(y[of_slides].sum(), (~y[of_slides]).sum()))
-            found = beside_all(
-                score, of_lesions, [cohort.patients[i] for i in for_froc], events=n_lesions, what="lesions", **draws
-            )
-            areas = beside_all(
-                lambda r: auroc(y[r], p[r]).value, of_slides, [cohort.patients[i] for i in ids],
-                events=events, what="slides of a class", strata=y.astype(int).tolist(), **draws,
-            )  # fmt: skip
-            forest[f"{column} {value}"] = replace(found[0], n=int(of_lesions.sum()))
-            row: dict[str, Any] = {"column": column, "value": value, "slides": int(of_slides.sum())}
-            row |= {"tumour_slides": int(y[of_slides].sum()), "lesions": n_lesions}
-            for name, estimate in zip(("froc", "froc_gap", "auroc", "auroc_gap"), (*found, *areas), strict=True):
-                row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-            rows.append(row | {"reason": "; ".join(e.reason for e in (found[0], areas[0]) if e.reason)})
-    return rows, forest
+
+    def count_lesions(rows: Rows) -> tuple[int, str, dict[str, Any]]:
+        return int(lesions[rows].sum()), "lesions", {"lesions": int(lesions[rows].sum())}
+
+    def count_slides(rows: Rows) -> tuple[int, str, dict[str, Any]]:
+        tumours = int(truth[rows].sum())
+        return min(tumours, len(rows) - tumours), "slides of a class", {"tumour_slides": tumours}
+
+    forest: dict[str, Estimate] = {}
+    by_froc = subgroup_rows(
+        groups, count_lesions, froc_statistic(list(for_froc.values()), fp=config.fp),
+        [cohort.patients[name] for name in for_froc], forest, [names.index(name) for name in for_froc], **draws,
+    )  # fmt: skip
+    by_auroc = subgroup_rows(
+        groups, count_slides, lambda rows: auroc(truth[rows], scores[rows]).value,
+        [cohort.patients[name] for name in names], {}, strata=truth.astype(int).tolist(), **draws,
+    )  # fmt: skip
+    table = []
+    for lesion, slide in zip(by_froc, by_auroc, strict=True):
+        row = {"column": slide["column"], "value": slide["value"], "slides": slide["n"]}
+        row |= {"tumour_slides": slide["tumour_slides"], "lesions": lesion["lesions"]}
+        for name, of in (("froc", lesion), ("auroc", slide)):
+            row |= {f"{name}{suffix}": of[key] for key, suffix in _SUFFIXES.items()}
+        table.append(row | {"reason": "; ".join(of["reason"] for of in (lesion, slide) if of["reason"])})
+    n_slides = [row["n"] for row in by_froc]
+    return table, {name: replace(each, n=n) for (name, each), n in zip(forest.items(), n_slides, strict=True)}

@@ -1,4 +1,4 @@
-"""CAMELYON16's inputs: results, annotations, reference and exclusions, brought together slide by slide."""
+"""CAMELYON16's inputs: results, annotations, reference and exclusions, joined by slide."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from wsi.scored import ScoredSlide, scored_slides
 
 @dataclass(frozen=True)
 class Camelyon16Config:
-    """How a set of slides is evaluated.
+    """How CAMELYON16 is evaluated.
 
     Attributes
     ----------
     detect : DetectConfig
     fp : str
-        Which false positives the headline FROC counts: "all" (the organisers' script) or "normal" (JAMA 2017). Both are
-        reported.
+        Which false positives the main FROC counts: those of "all" slides (the organisers' script) or of "normal" ones
+        (JAMA 2017). Both are reported.
     true_mpp : bool
-        Use each slide's own microns per pixel instead of the official 0.243, and masks of about 7.8 um a pixel.
+        Use each slide's own microns per pixel instead of the official 0.243, and masks of about 7.8 um per pixel.
     exclusions : Path, optional
-        A CSV with the columns slide, task (all, lesion or note), issue, source; None for the one that ships.
+        A CSV with the columns slide, task (all, lesion or note), issue, source. Default: the one in the package.
     exclude : bool
-        Whether any slide is left out.
+        False: no slide is excluded.
     roles : mapping of group to "lesion", "hole" or "ignore"
     n_bootstrap, seed : int
     """
@@ -49,21 +49,21 @@ class Camelyon16Config:
 
 @dataclass(frozen=True)
 class Case:
-    """A slide: what was found on it, and what is there."""
+    """A slide: its detections and its reference."""
 
     slide_id: str
     detections: F64
     scored: ScoredSlide | None
     annotation: Path | None
     tumour: bool | None
-    """What the reference says; None without one."""
+    """According to the reference; None without one."""
     size_class: str
 
 
 def read_slides(
     results: Path, annotations: Path, reference: Path | None, config: Camelyon16Config
 ) -> tuple[list[Case], list[str]]:
-    """Bring results, annotations and reference together.
+    """Join results, annotations and reference by slide.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def read_slides(
     Raises
     ------
     EvaluationError
-        Slides of the reference without results, names that stand twice, nothing to evaluate.
+        A slide of the reference has no results, a name occurs twice, or there is nothing to evaluate.
 
     Examples
     --------
@@ -97,13 +97,7 @@ def read_slides(
         raise EvaluationError(results, f"holds {alike} and {names[alike.lower()]}", "Keep one: references ignore case")
     labels: dict[str, dict[str, str]] = {}
     if reference is not None:
-        rows = read_rows(reference, header=("slide", "label", "type", "size"))
-        labels = unique(rows, "slide", reference, slide_name)
-        wrong = sorted({row["label"] for row in labels.values()} - {"Tumor", "Normal"})
-        if wrong:
-            raise EvaluationError(
-                reference, f"says {wrong[0]!r} of a slide", "Columns: slide, Tumor or Normal, type, size"
-            )
+        labels = _read_reference(reference)
         out_of_all = {slide_name(row["slide"]) for row in _exclusion_rows(config) if row["task"] == "all"}
         missing = sorted(set(labels) - set(names) - out_of_all)
         if missing:
@@ -139,20 +133,28 @@ def read_slides(
     return cases, warnings
 
 
+def _read_reference(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of the official reference.csv by ``slide_name``."""
+    labels = unique(read_rows(path, header=("slide", "label", "type", "size")), "slide", path, slide_name)
+    wrong = sorted({row["label"] for row in labels.values()} - {"Tumor", "Normal"})
+    if wrong:
+        raise EvaluationError(path, f"says {wrong[0]!r} of a slide", "Columns: slide, Tumor or Normal, type, size")
+    return labels
+
+
 def _exclusion_rows(config: Camelyon16Config) -> list[dict[str, str]]:
     if not config.exclude:
         return []
     rows = read_rows(config.exclusions) if config.exclusions else packaged_rows("camelyon16_exclusions")
     wrong = [row for row in rows if row.get("task") not in ("all", "lesion", "note") or not row.get("slide")]
     if wrong:
-        raise EvaluationError(
-            config.exclusions or "", f"holds a row that says nothing: {wrong[0]}", "task: all, lesion, note"
-        )
+        remedy = "A row needs a slide, and a task: all, lesion or note"
+        raise EvaluationError(config.exclusions or "", f"holds an invalid row: {wrong[0]}", remedy)
     return rows
 
 
 def exclusions_of(cases: list[Case], config: Camelyon16Config) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return which slides are left out of what ("all" or "lesion"), and the rows that say why.
+    """Return the excluded slides, each with the task it is excluded from ("all" or "lesion"), and the rows of reasons.
 
     Examples
     --------
@@ -162,6 +164,6 @@ def exclusions_of(cases: list[Case], config: Camelyon16Config) -> tuple[dict[str
     """
     names = {case.slide_id.lower(): case.slide_id for case in cases}
     rows = [row for row in _exclusion_rows(config) if slide_name(row["slide"]) in names]
-    # "all" sorts before "lesion", and is the stronger where a slide has both.
+    # In reverse order "all" comes last, and so wins where a slide has both.
     tasks = sorted(((row["task"], slide_name(row["slide"])) for row in rows if row["task"] != "note"), reverse=True)
     return {names[name]: task for task, name in tasks}, rows

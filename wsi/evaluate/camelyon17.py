@@ -1,4 +1,4 @@
-"""CAMELYON17: size of the largest lesion to slide label to patient stage; quadratic weighted kappa."""
+"""CAMELYON17: from the largest lesion to the slide label to the patient stage; quadratic weighted kappa."""
 
 from __future__ import annotations
 
@@ -26,13 +26,7 @@ _NODE = re.compile(r"(patient_\w+?)_node_(\w+)", re.IGNORECASE)
 
 
 def evaluate_camelyon17(
-    results: Path,
-    reference: Path,
-    *,
-    out: Path,
-    threshold: float | None = None,
-    n_bootstrap: int = 2000,
-    seed: int = 0,
+    results: Path, reference: Path, *, out: Path, threshold: float | None = None, n_bootstrap: int = 2000, seed: int = 0
 ) -> Report:
     """Compare stages with the reference, as the official ``evaluate.py`` does.
 
@@ -44,15 +38,15 @@ def evaluate_camelyon17(
     reference : Path
         The same kind of CSV: ``patient_017.zip,pN1`` and, where known, ``patient_017_node_2.tif,macro``.
     out : Path
-        ``submission.csv`` is written there, where stages were made of heatmaps.
+        ``submission.csv`` is written there if stages were derived from heatmaps.
     threshold : float, optional
-        Probability from which tiles are a lesion. Default: what the slides were scored with.
+        Probability from which tiles are lesion. Default: the one the slides were scored with.
     n_bootstrap, seed : int
 
     Raises
     ------
     EvaluationError
-        A patient of the reference without a stage, an unknown stage, a row that stands twice.
+        A patient of the reference has no stage, a stage is unknown, or a row occurs twice.
 
     Examples
     --------
@@ -87,11 +81,11 @@ def evaluate_camelyon17(
             )  # fmt: skip
         return value, confusion(a, b, len(stages))
 
-    def share(right: list[bool], names: list[str], nobody: str) -> Estimate:
-        """Of slides, which are not independent: five are of one patient."""
+    def share(right: list[bool], names: list[str], reason: str) -> Estimate:
+        """The share of correct slides, with an interval over patients, who have five slides each."""
         values = np.array(right, np.float64)
         if not len(values):
-            return Estimate.undefined(nobody)
+            return Estimate.undefined(reason)
         return bootstrap(
             lambda rows: float(values[rows].mean()),
             [patient_of(name) for name in names], n_draws=n_bootstrap, seed=seed,
@@ -155,7 +149,7 @@ def patient_of(name: str) -> str:
 
 
 def _read_stages(path: Path) -> dict[str, str]:
-    """Stages by file name, lower case: patients end in .zip, nodes in .tif."""
+    """Stages by lower-case file name: patients end in .zip, nodes in .tif."""
     rows = read_rows(path)
     if not {"patient", "stage"} <= set(rows[0]):
         raise EvaluationError(path, f"has the columns {', '.join(rows[0])}", "Columns: patient,stage")
@@ -171,7 +165,7 @@ def _read_stages(path: Path) -> dict[str, str]:
 def _stages_of(
     slides: dict[str, ScoredSlide], threshold: float | None, truth: dict[str, str], warnings: list[str]
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Stages of slides and of their patients, and the sizes in mm they come from."""
+    """Stages of slides and of their patients, and the lesion sizes in mm they are derived from."""
     stages, sizes = {}, {}
     nodes: dict[str, list[str]] = defaultdict(list)
     others = []
@@ -199,20 +193,19 @@ def _stages_of(
 
 
 def _largest_mm(slide: ScoredSlide, threshold: float | None) -> float:
-    """Major axis of the largest positive region in mm; 0 where there is none."""
+    """Major axis of the largest positive region in mm; 0 if there is none."""
     numbers = slide.numbers
     if threshold is None:
         if numbers["positive_mm2"] is None and numbers["n_tiles"]:
-            raise EvaluationError(
-                slide.folder, numbers["reasons"].get("positive_mm2", "has no regions"), "Score it again"
-            )
+            why = numbers["reasons"].get("positive_mm2", "has no regions")
+            raise EvaluationError(slide.folder, why, "Score it again")
         return float(numbers["largest_region_um"] or 0) / 1000
     mpp = Mpp(slide.mpp, slide.mpp)
     return max((major_axis_um(region, mpp) for region in slide.regions(threshold)), default=0.0) / 1000
 
 
 def _write_submission(out: Path, stages: dict[str, str]) -> None:
-    """Write the official CSV: each patient, and below it its nodes."""
+    """Write the official CSV: each patient, followed by its nodes."""
     out.mkdir(parents=True, exist_ok=True)
     order = sorted(stages, key=lambda name: (patient_of(name), not name.endswith(".zip"), name))
     rows = [{"patient": name, "stage": stages[name]} for name in order]

@@ -1,4 +1,4 @@
-"""Cases, labels and scores out of CSVs, joined by name."""
+"""Cases with labels and scores, read from CSVs and results folders and joined by name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from wsi.evaluate.inputs import read_rows, unique
 from wsi.metrics.kappa import isup_grade
 from wsi.scored import ScoredSlide, scored_slides
 
-#: Columns that name a case, the first that is there counts.
+#: Columns that can name a case; the first one present is used.
 ID_COLUMNS = ("slide_id", "image_id", "patch_id", "id", "slide", "patient")
-#: What result.json knows of a slide, and slides may be divided by without a column of the labels.
+#: Entries of result.json that can define subgroups without a column in the labels.
 RESULT_COLUMNS = ("mpp", "mpp_source", "vendor", "reader")
-#: Numbers of more kinds than this are divided by their terciles.
+#: A numeric column with more distinct values than this is divided into terciles.
 _MOST_NUMBERS = 6
 
 
@@ -34,9 +34,9 @@ class Cases:
     labels : bool (n,), or int (n,) for grades
     scores : float64 (n,), or int (n,) for grades
     patients : tuple of str
-        Whose each case is: the unit that intervals are over.
+        The patient of each case: the unit that the bootstrap draws.
     groups : mapping of str to tuple of str
-        Further columns, each a way to divide the cases.
+        Columns that define subgroups, with the value of each case.
     """
 
     ids: tuple[str, ...]
@@ -48,34 +48,33 @@ class Cases:
 
 @dataclass(frozen=True)
 class TableConfig:
-    """Which columns mean what, and what is asked.
+    """The columns of a table of cases, and what is measured.
 
     Attributes
     ----------
     label, score : str, optional
-        Columns of the label and of the score; default: ``label``, and ``score``, ``prob_<positive>``,
-        ``positive_probability`` or the only ``prob_...`` one, the first that is there.
+        Columns of the label and of the score. Defaults: ``label``; and the first present of ``score``,
+        ``prob_<positive>``, ``positive_probability`` and a single ``prob_...``.
     positive : str
-        The label that counts as positive; others are negative.
+        The label that counts as positive; all others are negative.
     patient : str, optional
-        Column of the patient; default ``patient`` where it is there, else every case is its own.
+        Column of the patient. Default: ``patient`` if present, else each case is its own patient.
     groups : tuple of str
-        Columns to divide the cases by; numbers of many kinds by their terciles. Of a results folder also
-        ``RESULT_COLUMNS``.
+        Columns that define subgroups (see ``divided``); for a results folder also ``RESULT_COLUMNS``.
     specificity : float
-        Where sensitivity is reported.
+        The specificity at which sensitivity is reported.
     threshold : float, optional
-        Probability from which a case is positive, chosen elsewhere.
+        Probability from which a case is positive, chosen on other cases.
     grades : int
         Number of ordered grades; 0 for two classes and a score.
     gleason : bool
-        Labels are Gleason scores, and become ISUP grades.
+        Labels are Gleason scores, to be converted to ISUP grades.
     n_bootstrap, seed : int
 
     Raises
     ------
     EvaluationError
-        A specificity outside 0 to 1, a threshold that is not finite.
+        The specificity is outside 0 to 1, or the threshold is not finite.
     """
 
     label: str = "label"
@@ -92,9 +91,9 @@ class TableConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.specificity <= 1:
-            raise EvaluationError(f"specificity={self.specificity:g}", "is no share", "From 0 to 1")
+            raise EvaluationError(f"specificity={self.specificity:g}", "is not from 0 to 1")
         if self.threshold is not None and not math.isfinite(self.threshold):
-            raise EvaluationError(f"threshold={self.threshold:g}", "is no score")
+            raise EvaluationError(f"threshold={self.threshold:g}", "is no finite number")
 
 
 def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Cases, list[str]]:
@@ -103,10 +102,10 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     Parameters
     ----------
     predictions : Path
-        A CSV, or a results folder of ``wsi score`` (each slide's positive probability); where its slides have none, its
-        ``grades.csv``, which ``wsi embed --mil`` wrote.
+        A CSV, or a results folder of ``wsi score`` (each slide's positive probability). If its slides have no
+        probability, its ``grades.csv``, as written by ``wsi embed --mil``.
     labels : Path
-        A CSV. May be the same file as `predictions`.
+        A CSV; may be the same file as `predictions`.
     config : TableConfig
 
     Returns
@@ -118,8 +117,7 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     Raises
     ------
     EvaluationError
-        A case without a prediction, a name that stands twice, a score that is no finite number, a column that is not
-        there.
+        A case has no prediction, a name occurs twice, a score is not a finite number, or a column is missing.
 
     Examples
     --------
@@ -130,14 +128,14 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     truth = unique(rows, key, labels)
     slides = scored_slides(predictions) if predictions.is_dir() else {}
     groups = [group for group in config.groups if group in rows[0] or not slides or group not in RESULT_COLUMNS]
-    _need(rows[0], labels, config.label, *groups, *([config.patient] if config.patient else []))
+    _require(rows[0], labels, config.label, *groups, *([config.patient] if config.patient else []))
     table_at = _table_of(predictions, slides, config)
     if table_at is None:
         found = {name: str(slide.numbers.get("positive_probability")) for name, slide in slides.items()}
     else:
         table = read_rows(table_at)
         column = config.score or _score_column(table[0], table_at, config)
-        _need(table[0], table_at, column)
+        _require(table[0], table_at, column)
         own = _id_column(table[0], table_at)
         found = {name: row[column] for name, row in unique(table, own, table_at).items()}
     missing = [name for name in truth if name not in found]
@@ -150,49 +148,35 @@ def read_cases(predictions: Path, labels: Path, config: TableConfig) -> tuple[Ca
     if extra:
         warnings.append(f"{len(extra)} predictions have no label and are left out, {extra[0]!r} for one")
     scores = np.array([_number(found[name], name, predictions) for name in truth])
-    values = [row[config.label] for row in truth.values()]
     patient = config.patient or ("patient" if "patient" in rows[0] else None)
     if patient is None:
         warnings.append("no column says whose each case is: intervals take every case for a patient of its own")
+    values = {name: row[config.label] for name, row in truth.items()}
     if config.grades:
-        grades = [_grade(value, name, labels, config) for value, name in zip(values, truth, strict=True)]
+        classes = np.array([_grade(value, name, labels, config) for name, value in values.items()], np.intp)
         if (scores != np.round(scores)).any() or scores.min() < 0 or scores.max() >= config.grades:
             raise EvaluationError(predictions, f"grades are whole numbers from 0 to {config.grades - 1}", "Round them")
-        classes, scores = np.array(grades, np.intp), scores.astype(np.intp)
+        scores = scores.astype(np.intp)
     else:
-        bare = [name for name, value in zip(truth, values, strict=True) if not value]
-        if bare:
-            raise EvaluationError(labels, f"{bare[0]!r} has no {config.label}", "Leave such cases out, or label them")
-        known = sorted(set(values))
-        if len(known) > 2 or (config.positive not in known and not set(known) <= {"0", "1"}):
-            raise EvaluationError(
-                labels, f"{config.label} is {', '.join(map(repr, known[:6]))}", "Say which one is --positive"
-            )
-        classes = np.array([value == config.positive for value in values])
-    cases = Cases(
-        tuple(truth),
-        classes,
-        scores,
-        tuple(row[patient] if patient else name for name, row in truth.items()),
-        {
-            group: divided(
-                [row[group] if group in groups else str(slides[name].numbers.get(group)) for name, row in truth.items()]
-            )
-            for group in config.groups
-        },
-    )
-    return cases, warnings
+        classes = _positive(values, labels, config)
+    patients = tuple(row[patient] if patient else name for name, row in truth.items())
+    columns = {
+        group: [row[group] if group in groups else str(slides[name].numbers.get(group)) for name, row in truth.items()]
+        for group in config.groups
+    }
+    by_group = {group: divided(column) for group, column in columns.items()}
+    return Cases(tuple(truth), classes, scores, patients, by_group), warnings
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Whose scored slides are, and how they may be divided.
+    """The patients of scored slides, and columns that define subgroups.
 
     Attributes
     ----------
     patients : mapping of slide id to patient
     groups : mapping of column to mapping of slide id to value
-        Numbers of many kinds by their terciles, see ``divided``.
+        Values are those of ``divided``.
     """
 
     patients: Mapping[str, str]
@@ -202,23 +186,23 @@ class Cohort:
 def read_cohort(
     results: Path, labels: Path | None = None, *, patient: str | None = None, groups: Sequence[str] = ()
 ) -> Cohort:
-    """Read patients and columns of scored slides.
+    """Read the patients and subgroups of scored slides.
 
     Parameters
     ----------
     results : Path
         A results folder of ``wsi score``.
     labels : Path, optional
-        A CSV with a row a slide. Without it every slide is a patient of its own.
+        A CSV with one row per slide. Without it each slide is its own patient.
     patient : str, optional
-        Its column of the patient; default ``patient`` where it is there.
+        Column of the patient; default ``patient`` if present.
     groups : sequence of str
-        Its columns to divide slides by, or ``RESULT_COLUMNS``.
+        Columns of `labels`, or ``RESULT_COLUMNS``, that define subgroups.
 
     Raises
     ------
     EvaluationError
-        A slide without a row, a column that is not there.
+        A slide has no row, or a column is missing.
 
     Examples
     --------
@@ -236,28 +220,22 @@ def read_cohort(
         rows = {name: found[name] for name in slides}
     wanted = [*([patient] if patient else []), *(group for group in groups if group not in RESULT_COLUMNS)]
     if wanted and labels is None:
-        raise EvaluationError(
-            results, f"does not know {wanted[0]!r} of its slides", "Give --labels, a CSV with that column"
-        )
-    _need(columns, labels or results, *wanted)
+        what = f"does not know {wanted[0]!r} of its slides"
+        raise EvaluationError(results, what, "Give --labels, a CSV with that column")
+    _require(columns, labels or results, *wanted)
     patient = patient or ("patient" if "patient" in columns else None)
+    by_group = {
+        group: [rows[name].get(group, str(slide.numbers.get(group))) for name, slide in slides.items()]
+        for group in groups
+    }
     return Cohort(
         {name: rows[name][patient] if patient else name for name in slides},
-        {
-            group: dict(
-                zip(
-                    slides,
-                    divided([rows[name].get(group, str(slide.numbers.get(group))) for name, slide in slides.items()]),
-                    strict=True,
-                )
-            )
-            for group in groups
-        },
+        {group: dict(zip(slides, divided(column), strict=True)) for group, column in by_group.items()},
     )
 
 
 def divided(values: Sequence[str]) -> tuple[str, ...]:
-    """Return the groups that values of a column make: themselves, or the terciles of numbers of many kinds.
+    """Return the subgroup of each value of a column: the value, or its tercile if the column has many numbers.
 
     Examples
     --------
@@ -273,7 +251,7 @@ def divided(values: Sequence[str]) -> tuple[str, ...]:
     if len(np.unique(numbers)) <= _MOST_NUMBERS or not np.isfinite(numbers).all():
         return tuple(values)
     third = np.searchsorted(np.quantile(numbers, [1 / 3, 2 / 3]), numbers)
-    ranges = {i: numbers[third == i] for i in np.unique(third).tolist()}  # with many ties there may be fewer than three
+    ranges = {i: numbers[third == i] for i in np.unique(third).tolist()}  # ties can leave fewer than three
     return tuple(f"{ranges[i].min():.10g} to {ranges[i].max():.10g}" for i in third.tolist())
 
 
@@ -285,7 +263,7 @@ def _id_column(row: Mapping[str, str], path: Path) -> str:
 
 
 def _table_of(predictions: Path, slides: Mapping[str, ScoredSlide], config: TableConfig) -> Path | None:
-    """Return the CSV that scores are in; None where they are in the slides' own results."""
+    """Return the CSV with the scores; None if they are in the slides' result.json."""
     if not slides:
         return predictions
     own = any(slide.numbers.get("positive_probability") is not None for slide in slides.values())
@@ -308,7 +286,7 @@ def _score_column(row: Mapping[str, str], path: Path, config: TableConfig) -> st
     return names[0]
 
 
-def _need(row: Mapping[str, str], path: Path, *names: str) -> None:
+def _require(row: Mapping[str, str], path: Path, *names: str) -> None:
     for name in names:
         if name not in row:
             raise EvaluationError(path, f"has no column {name!r}", f"It has {', '.join(row)}")
@@ -322,6 +300,17 @@ def _number(cell: str, name: str, path: Path) -> float:
     if not math.isfinite(value):
         raise EvaluationError(path, f"the score of {name!r} is {cell!r}", "Scores are finite numbers")
     return value
+
+
+def _positive(values: Mapping[str, str], path: Path, config: TableConfig) -> npt.NDArray[Any]:
+    """Whether each case has the positive label; there must be two labels at most."""
+    bare = [name for name, value in values.items() if not value]
+    if bare:
+        raise EvaluationError(path, f"{bare[0]!r} has no {config.label}", "Leave such cases out, or label them")
+    known = sorted(set(values.values()))
+    if len(known) > 2 or (config.positive not in known and not set(known) <= {"0", "1"}):
+        raise EvaluationError(path, f"{config.label} is {', '.join(map(repr, known[:6]))}", "Say which is --positive")
+    return np.array([value == config.positive for value in values.values()])
 
 
 def _grade(cell: str, name: str, path: Path, config: TableConfig) -> int:

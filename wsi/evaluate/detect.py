@@ -1,4 +1,4 @@
-"""From a heatmap to lesion detections: one point and one confidence each."""
+"""Lesion detections from a heatmap: a point and a confidence each."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from wsi.metrics.estimate import F64
 
 @dataclass(frozen=True)
 class DetectConfig:
-    """How detections are made of a heatmap.
+    """How detections are made from a heatmap.
 
     Attributes
     ----------
     method : str
-        "nms": the highest cell, all around it struck out, and again (Liu et al. 2017; NCRF, MONAI). "components":
-        one detection a connected region of at least `threshold`, at its centroid (Wang et al. 2016).
+        "nms", non-maximum suppression: take the highest cell, suppress the cells around it, repeat (Liu et al. 2017;
+        NCRF, MONAI). "components": one detection per connected region, at its centroid (Wang et al. 2016).
     threshold : float
-        Cells of at most this (nms), or less than this (components) are none.
+        Cells count above this (nms), or from this on (components).
     radius_um : float
-        Half the side of the square that nms strikes out. 12 cells of 64 px at 0.243 um are 187 um.
+        Half the side of the square that nms suppresses. 12 cells of 64 px at 0.243 um are 187 um.
 
     Raises
     ------
     EvaluationError
-        One of them is out of range.
+        A value is out of range.
     """
 
     method: str = "nms"
@@ -50,9 +50,9 @@ class DetectConfig:
 def detect(
     heatmap: Heatmap, mpp: float, config: DetectConfig | None = None, *, size: tuple[int, int] | None = None
 ) -> F64:
-    """Return detections, float64 (n, 3): confidence and whole x, y in level-0 pixels, by falling confidence.
+    """Return detections, float64 (n, 3): confidence and integer x, y in level-0 pixels, by decreasing confidence.
 
-    A detection lies in the middle of its cell: of what a tile covers of it, and of what lies on the slide.
+    A detection is the centre of the part of its cell that a tile covers and that lies on the slide.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def detect(
         Microns per level-0 pixel.
     config : DetectConfig, optional
     size : (int, int), optional
-        Width and height of the slide in level-0 pixels: the last tiles may reach outside, where nothing is found.
+        Width and height of the slide in level-0 pixels: the last tiles may extend beyond it, where nothing is found.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def detect(
     ]
     raster[end[1] <= begin[1]] = raster[:, end[0] <= begin[0]] = -1.0
     if config.method == "nms":
-        # At least one cell: the one that was found.
+        # A radius of 0 still suppresses the cell itself.
         radius = tuple(round(config.radius_um / mpp / side) for side in step)
         cells = _suppressed(raster, config.threshold, radius)
     else:
@@ -97,7 +97,7 @@ def detect(
 
 
 def _suppressed(raster: npt.NDArray[np.float32], threshold: float, radius: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Cells that are the highest of what is left, each striking out `radius` = (x, y) cells around it."""
+    """Non-maximum suppression: the highest remaining cells; each suppresses `radius` = (x, y) cells around it."""
     struck = raster <= threshold
     chosen = []
     for cell in np.argsort(-raster, axis=None, kind="stable"):
@@ -112,7 +112,7 @@ def _suppressed(raster: npt.NDArray[np.float32], threshold: float, radius: tuple
 
 
 def _components(raster: npt.NDArray[np.float32], threshold: float) -> list[tuple[int, int]]:
-    """The cell nearest to the centroid of each region, the highest of equals, so that its value is the region's own."""
+    """The cell of each region nearest to its centroid (of equals the highest), so that the value is the region's."""
     labels, _ = ndimage.label(raster >= max(threshold, 0.0), np.ones((3, 3), bool))
     chosen = []
     for i, part in enumerate(ndimage.find_objects(labels), 1):
@@ -125,9 +125,9 @@ def _components(raster: npt.NDArray[np.float32], threshold: float) -> list[tuple
 
 
 def write_detections(path: Path, detections: F64) -> None:
-    """Write an official detection file: ``confidence,x,y`` a row, no header; empty where there are none.
+    """Write an official detection file: rows of ``confidence,x,y`` without header; an empty file for no detections.
 
-    The folder is made. Confidences are float32's, so they are written exactly, and ties stay ties.
+    The folder is created. Confidences are float32 values and are written exactly, so that ties stay ties.
 
     Examples
     --------

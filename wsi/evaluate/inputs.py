@@ -1,4 +1,4 @@
-"""What is evaluated, and against what: read strictly, since a row that is skipped is a number that is wrong."""
+"""Strict readers of CSVs, references and annotations: a row skipped in silence would give a wrong number."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def read_detections(path: Path) -> F64:
     Raises
     ------
     EvaluationError
-        Not three finite numbers a row, or a confidence outside 0 to 1; the line is named.
+        A row is not three finite numbers, or a confidence is outside 0 to 1; the message names the line.
     """
     rows = []
     for number, row in lines_of(path):
-        if number == 1 and not any(map(_is_number, row)):  # the format has no header, and many write one
+        if number == 1 and not any(map(_is_number, row)):  # the format has no header, but many programs write one
             continue
         where = f"{path}, line {number}"
         try:
@@ -49,12 +49,12 @@ def _is_number(cell: str) -> bool:
 
 
 def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """Read a CSV with a header, or with the columns given; empty lines are skipped, cells stripped.
+    """Read a CSV with a header, or with the given columns; empty lines are skipped and cells stripped.
 
     Raises
     ------
     EvaluationError
-        Not there, not UTF-8, two columns of one name, rows of another length, or no rows.
+        The file is missing, not UTF-8 or without rows, two columns share a name, or a row has another length.
 
     Examples
     --------
@@ -75,12 +75,12 @@ def read_rows(path: Path, *, header: Sequence[str] | None = None) -> list[dict[s
 
 
 def lines_of(path: Path) -> list[tuple[int, list[str]]]:
-    """Return the cells of a CSV's lines that are not empty, each with its number from 1.
+    """Return the non-empty rows of a CSV, each with its number from 1; cells are stripped.
 
     Raises
     ------
     EvaluationError
-        Not there, or no CSV in UTF-8.
+        The file is missing, or is no CSV in UTF-8.
 
     Examples
     --------
@@ -100,7 +100,7 @@ def lines_of(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def slide_name(cell: str) -> str:
-    """Return how a reference's slide is compared with others: in lower case, without ``.tif``.
+    """Return a slide's name as it is compared: lower case, without ``.tif``.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def slide_name(cell: str) -> str:
 def unique(
     rows: Sequence[dict[str, str]], column: str, where: Path, name: Callable[[str], str] = str
 ) -> dict[str, dict[str, str]]:
-    """Return rows by what `name` makes of a column, in which nothing may stand twice.
+    """Return rows keyed by a column, whose values `name` normalises and which must be unique.
 
     Examples
     --------
@@ -130,12 +130,12 @@ def unique(
 
 
 def annotation_of(folder: Path, slide_id: str) -> Path | None:
-    """Return the annotation file of a slide, or None: its name, whatever the case, also with ``_mask`` behind it.
+    """Return a slide's annotation file, or None: named as the slide, ignoring case, optionally with ``_mask``.
 
     Raises
     ------
     EvaluationError
-        Two files could be meant.
+        Two files match.
     """
     if folder.is_file():
         return folder
@@ -147,7 +147,7 @@ def annotation_of(folder: Path, slide_id: str) -> Path | None:
 
 
 def unfinished(results: Path) -> list[str]:
-    """Say of how many slides a results folder holds no result; empty where there are none.
+    """Return a warning if slides of a results folder were begun and have no result; else an empty list.
 
     Examples
     --------
@@ -162,7 +162,7 @@ def unfinished(results: Path) -> list[str]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether an annotation file is a mask.
+    """Return whether an annotation file is a mask image.
 
     Examples
     --------
@@ -173,7 +173,7 @@ def is_image(path: Path) -> bool:
 
 
 def frame_of(slide: ScoredSlide) -> Frame:
-    """Return what a slide's results know of the frame of its annotations: a mask may be smaller than the slide.
+    """Return the frame of a slide's annotations, as far as its results tell: the origin, and the size for masks.
 
     Examples
     --------
@@ -183,17 +183,12 @@ def frame_of(slide: ScoredSlide) -> Frame:
 
 
 def lesion_mask(
-    path: Path,
-    *,
-    frame: Frame,
-    downsample: int,
-    roles: Mapping[str, Role] | None = None,
-    at: float = 0.0,
+    path: Path, *, frame: Frame, downsample: int, roles: Mapping[str, Role] | None = None, at: float = 0.0
 ) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
-    """Return where lesions are at one pixel in `downsample`, and what was taken for granted.
+    """Return the mask of lesions at 1/`downsample` of level 0, and warnings about assumptions.
 
-    The frame's `size` may be None where nobody knows the slide's: the mask then reaches as far as the outlines do. `at`
-    is where in its pixel the area is sampled, see ``rasterize``.
+    If the frame's `size` is None, a mask of outlines extends as far as they do. `at` is the sampling point within a
+    pixel, see ``rasterize``.
 
     Examples
     --------
@@ -205,9 +200,8 @@ def lesion_mask(
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256)[1:]) + 1
         unknown = [str(value) for value in present if str(value) not in known]
         if unknown:
-            raise AnnotationError(
-                path, f"holds the value {unknown[0]}, and nobody said what it is", f"Say --group {unknown[0]}=lesion"
-            )
+            remedy = f"Give it one: --group {unknown[0]}=lesion (or hole, or ignore)"
+            raise AnnotationError(path, f"holds the value {unknown[0]}, whose role is unknown", remedy)
         return np.isin(values, [value for value in present if known[str(value)] == "lesion"]), ()
     area, size = lesion_area(read_annotations(path, frame=frame), roles=roles, where=path), frame.size
     if size is None:

@@ -1,4 +1,4 @@
-"""The plots of a report: lines told apart by their dashes, so that they read in grey."""
+"""The plots of a report; lines differ by their dashes, so that they can be told apart in grey."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHADES = ("#000000", "#1f5f9e", "#b04a00", "#6b6b6b")
 
 
 def roc_plot(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Plot:
-    """Draw ROC curves of (labels, scores); names should hold the area."""
+    """Draw ROC curves of (labels, scores); the names should contain the area."""
 
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
@@ -37,11 +37,11 @@ def roc_plot(curves: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> Plot:
 
 
 def froc_plot(curves: Mapping[str, Froc]) -> Plot:
-    """Draw FROC curves; circles are the six operating points."""
+    """Draw FROC curves, with circles at the six operating points."""
 
     def draw(axes: Any) -> None:
         for i, (name, curve) in enumerate(curves.items()):
-            # Beyond its last point the curve stays where it is, as in the score.
+            # Beyond its last point the curve is constant, as in the score.
             x, y = np.append(20.0, curve.per_slide), np.append(curve.sensitivity[0], curve.sensitivity)
             axes.plot(x, y, label=f"{name} {curve.score}", **_line(i), linewidth=1.8)
             axes.plot(PER_SLIDE, curve.at, "o", color=_SHADES[i % 4], markerfacecolor="white")
@@ -55,7 +55,7 @@ def froc_plot(curves: Mapping[str, Froc]) -> Plot:
 
 
 def confusion_plot(counts: npt.NDArray[np.int64], names: Sequence[str], name: str = "confusion") -> Plot:
-    """Draw a confusion matrix; rows are the truth."""
+    """Draw a confusion matrix; rows are the reference."""
 
     def draw(axes: Any) -> None:
         share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -71,7 +71,7 @@ def confusion_plot(counts: npt.NDArray[np.int64], names: Sequence[str], name: st
 
 
 def reliability_plot(table: Sequence[ReliabilityBin]) -> Plot:
-    """Draw frequency over probability; the size of a circle is the number of cases."""
+    """Draw observed frequency over predicted probability; a circle's size is the number of cases."""
 
     def draw(axes: Any) -> None:
         filled = [each for each in table if each.n]
@@ -87,7 +87,7 @@ def reliability_plot(table: Sequence[ReliabilityBin]) -> Plot:
 
 
 def net_benefit_plot(labels: npt.NDArray[np.bool_], probabilities: npt.NDArray[np.float64]) -> Plot:
-    """Draw the decision curve of the probabilities, of acting on everyone, and of acting on nobody."""
+    """Draw the decision curves of the model, of treating everyone, and of treating nobody."""
 
     def draw(axes: Any) -> None:
         t = np.linspace(0.01, 0.99, 99)
@@ -105,7 +105,7 @@ def net_benefit_plot(labels: npt.NDArray[np.bool_], probabilities: npt.NDArray[n
 
 
 def forest_plot(rows: Mapping[str, Estimate], metric: str, name: str = "subgroups") -> Plot:
-    """Draw an estimate with its interval a subgroup."""
+    """Draw an estimate with its interval for each subgroup."""
 
     def draw(axes: Any) -> None:
         known = {name: e for name, e in rows.items() if e.value is not None}
@@ -115,7 +115,7 @@ def forest_plot(rows: Mapping[str, Estimate], metric: str, name: str = "subgroup
             axes.plot(estimate.value, -i, "s", color="black", markerfacecolor="white" if i else "black")
         axes.set_yticks([-i for i in range(len(known))], [f"{_short(name)} (n={e.n})" for name, e in known.items()])
         ends = [end for e in known.values() for end in (e.value, e.low, e.high) if end is not None]
-        if ends:  # nothing that is drawn here exceeds 1
+        if ends:  # no metric drawn here exceeds 1
             low = min(ends) - 0.05
             axes.set_xlim(low if min(ends) < 0 else max(low, -0.01), min(max(ends) + 0.05, 1.01))
         axes.set(xlabel=metric, ylim=(0.5 - len(known), 0.5))
@@ -126,7 +126,7 @@ def forest_plot(rows: Mapping[str, Estimate], metric: str, name: str = "subgroup
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """A slide's areas, bool (rows, columns): drawn, and found; and their Dice coefficient."""
+    """Masks of a slide, bool (rows, columns), of the annotated and of the found area, and their Dice coefficient."""
 
     slide_id: str
     dice: float
@@ -138,7 +138,7 @@ _MOST_SLIDES = 30
 
 
 def dice_plot(dices: Mapping[str, float], mean: Estimate) -> Plot:
-    """Draw a slide's Dice coefficient each, the lowest at the bottom; of many slides the lowest alone."""
+    """Draw each slide's Dice coefficient, the lowest at the bottom; of many slides only the lowest."""
     lowest = sorted(dices.items(), key=lambda item: item[1])[:_MOST_SLIDES]
     what = "every slide" if len(lowest) == len(dices) else f"the {len(lowest)} lowest of {len(dices)} slides"
 
@@ -156,7 +156,7 @@ def dice_plot(dices: Mapping[str, float], mean: Estimate) -> Plot:
 
 
 def overlap_plot(slides: Sequence[Overlap]) -> Plot:
-    """Draw where drawn and found areas agree: up to six slides."""
+    """Draw where annotated and found areas agree, for up to six slides."""
 
     def draw(axes: Any) -> None:
         from matplotlib.patches import Patch
@@ -183,12 +183,12 @@ def overlap_plot(slides: Sequence[Overlap]) -> Plot:
 
 
 def _legend(axes: Any) -> None:
-    """Above the axes, where it hides no curve."""
+    """Draw the legend above the axes, where it hides no curve."""
     axes.figure.legend(frameon=False, loc="outside upper center")
 
 
 def _short(name: str) -> str:
-    """A name as it is: between two dollars matplotlib would look for a formula."""
+    """A name, shortened; dollars are escaped, since matplotlib would read a formula between two."""
     return (name if len(name) <= 24 else f"{name[:11]}..{name[-11:]}").replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: report.json, CSVs, plots, and one HTML page."""
+"""Reports of evaluations: report.json, CSVs, plots, and one HTML page."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from wsi.metrics.estimate import Estimate
 
 Row = Mapping[str, Any]
 
-#: What TRIPOD+AI (BMJ 2024;385:e078378) and CLAIM (Radiology: AI, 2024) ask of a report. Nothing here knows the
-#: answers but the ones the evaluation fills in; the others stay empty until somebody gives them (``--about``).
+#: Items that TRIPOD+AI (BMJ 2024;385:e078378) and CLAIM (Radiology: AI, 2024) require in a report. The evaluation fills
+#: in those it knows; the others stay empty unless the user gives them (``--about``).
 REPORTING_ITEMS = (
     "intended_use", "population_and_setting", "data_sources", "data_dates", "eligibility", "partition_unit",
     "reference_standard", "annotators", "demographics", "sample_size_rationale", "missing_data", "preprocessing",
@@ -32,12 +32,13 @@ REPORTING_ITEMS = (
     "failure_analysis", "limitations", "deidentification", "ethics", "registration", "code_availability",
     "data_availability", "funding", "patient_involvement",
 )  # fmt: skip
+#: Longer tables are not shown on the HTML page.
 _LONG_TABLE = 40
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of a report: its file's stem, what it shows, and who draws it on matplotlib axes."""
+    """A plot of a report: the stem of its file, a caption, and a function that draws it on matplotlib axes."""
 
     name: str
     caption: str
@@ -46,24 +47,24 @@ class Plot:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known after an evaluation.
+    """The outcome of an evaluation.
 
     Attributes
     ----------
     task, title : str
     protocol : mapping
-        How it was measured: every choice that moves a number.
+        How it was measured: every choice that affects a number.
     data : mapping
         What it was measured on: counts and a hash.
     results : mapping of str to Estimate
     tables : mapping of str to rows
-        Each becomes a CSV; short ones are shown.
+        Each becomes a CSV; short ones are also on the HTML page.
     plots : sequence of Plot
     exclusions : rows
     leaderboard : rows
     warnings : sequence of str
     reporting : mapping
-        Answers to ``REPORTING_ITEMS`` that the evaluation knows.
+        The ``REPORTING_ITEMS`` that the evaluation fills in.
     """
 
     task: str
@@ -106,20 +107,20 @@ class Report:
 
 
 def write_report(folder: str | os.PathLike[str], report: Report, about: Mapping[str, str] | None = None) -> None:
-    """Write report.json, results.csv, a CSV a table, a PNG a plot, and index.html, which holds all of it.
+    """Write report.json, results.csv, a CSV per table, a PNG per plot, and index.html, which shows all of them.
 
     Parameters
     ----------
     folder : path
-        Made where it is not there.
+        Created if missing.
     report : Report
     about : mapping, optional
-        Answers to ``REPORTING_ITEMS``, from whoever knows.
+        The user's answers to ``REPORTING_ITEMS``.
 
     Raises
     ------
     OutputError
-        The folder cannot be written to, or holds files of these names that no report wrote: a table of labels, say.
+        The folder cannot be written to, or holds files of these names that are not of a report (the labels, say).
 
     Examples
     --------
@@ -130,7 +131,7 @@ def write_report(folder: str | os.PathLike[str], report: Report, about: Mapping[
     refuse_foreign(folder, *names, "index.html")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # First: it is what tells a later report that the rest may be written over.
+        # First: its presence allows a later report to replace the other files.
         write_json(folder / "report.json", content := report.json(about))
         rows = [{"metric": name, **estimate.json()} for name, estimate in report.results.items()]
         write_csv(folder / "results.csv", ("metric", "value", "low", "high", "n", "method", "reason"), rows)
@@ -147,7 +148,7 @@ def write_report(folder: str | os.PathLike[str], report: Report, about: Mapping[
 
 
 def refuse_foreign(folder: Path, *names: str) -> None:
-    """Refuse to write over what no evaluation wrote: where one did, report.json lies beside it.
+    """Refuse to replace files that no evaluation wrote: those have a report.json beside them.
 
     Raises
     ------
@@ -159,7 +160,7 @@ def refuse_foreign(folder: Path, *names: str) -> None:
     """
     there = [name for name in names if (folder / name).exists()]
     if there and not (folder / "report.json").exists():
-        raise OutputError(folder / there[0], "is there already, and of no report", "Choose another folder with -o")
+        raise OutputError(folder / there[0], "is there already, and not from a report", "Choose another folder with -o")
 
 
 def data_hash(rows: Iterable[Iterable[Any]]) -> str:
@@ -175,7 +176,7 @@ def data_hash(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def packaged_rows(name: str) -> list[dict[str, str]]:
-    """Return the rows of a CSV that ships: ``camelyon16_exclusions`` or ``leaderboard``.
+    """Return the rows of a CSV in the package: ``camelyon16_exclusions`` or ``leaderboard``.
 
     Examples
     --------
@@ -187,7 +188,7 @@ def packaged_rows(name: str) -> list[dict[str, str]]:
 
 
 def leaderboard(task: str, order: str, own: Mapping[str, Estimate], protocol: str) -> list[dict[str, Any]]:
-    """Place a run among published results, by falling `order`.
+    """Return published results and this run's, by decreasing `order`.
 
     Examples
     --------
@@ -197,17 +198,15 @@ def leaderboard(task: str, order: str, own: Mapping[str, Estimate], protocol: st
     rows: list[dict[str, Any]] = []
     for published in packaged_rows("leaderboard"):
         if published["task"] == task:
-            numbers = {
-                k: float(v) if v else None for k, v in published.items() if k.startswith(("froc", "auroc", "kappa"))
-            }
+            metrics = {k: v for k, v in published.items() if k.startswith(("froc", "auroc", "kappa"))}
+            numbers = {k: float(v) if v else None for k, v in metrics.items()}
             rows.append({"name": published["name"], **numbers, **{k: published[k] for k in ("protocol", "source")}})
     run: dict[str, Any] = {"name": "this run", "protocol": protocol, "source": "report.json"}
     for name, estimate in own.items():
         run |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     rows.append(run)
-    used = [
-        key for key in dict.fromkeys(k for row in rows for k in row) if any(row.get(key) is not None for row in rows)
-    ]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    used = [key for key in keys if any(row.get(key) is not None for row in rows)]
     rows.sort(key=lambda row: -1e9 if row.get(order) is None else row[order], reverse=True)
     return [{key: row.get(key) for key in used} for row in rows]
 
@@ -218,7 +217,7 @@ def read_about(path: Path | None) -> dict[str, str]:
     Raises
     ------
     EvaluationError
-        Not an object of strings.
+        The file is missing, or is not a JSON object of strings.
     """
     if path is None:
         return {}
@@ -259,7 +258,7 @@ figcaption{color:#555}.own{font-weight:bold}.none{color:#888}"""
 
 
 def _page(report: Report, content: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """One page without scripts and without anything from elsewhere; every text is escaped."""
+    """A self-contained page without scripts; every text is escaped."""
     parts = [f"<h1>{_text(report.title)}</h1><p>Research use only: nothing here may guide the care of a patient.</p>"]
     rows = [
         {"metric": name, "estimate": str(e), "n": e.n, "interval": e.method, "note": e.reason}

@@ -1,4 +1,4 @@
-"""Overlap of the regions that were found with those that were drawn."""
+"""Overlap of the positive regions with annotations, and tiles labelled by annotations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from wsi.scored import ScoredSlide, scored_slides
 #: Columns of a slide's row.
 MEASURES = ("dice", "iou", "hausdorff_um", "hausdorff95_um")
 _MAX_SIDE_PX = 4096
-#: Slides that are shown: those of the lowest Dice, with so many pixels along the longer side.
+#: The number of slides in the plot of masks (those of lowest Dice), and their longer side there.
 _SHOWN, _SHOWN_PX = 6, 512
 
 
@@ -39,7 +39,7 @@ class SegmentationConfig:
     Attributes
     ----------
     threshold : float, optional
-        Probability from which tiles are a region; default: what the slides were scored with.
+        Probability from which tiles belong to a region. Default: the one the slides were scored with.
     roles : mapping of group to "lesion", "hole" or "ignore"
     n_bootstrap, seed : int
     """
@@ -60,20 +60,20 @@ def evaluate_segmentation(
 ) -> Report:
     """Compare positive regions with annotations, slide by slide.
 
-    Both are drawn on pixels of a power of two of level-0 pixels, as fine as 4,096 of them along the longer side allow;
-    a pixel belongs to an area where its centre does.
+    Both are rasterised at the finest power-of-two downsampling with at most 4,096 pixels along the longer side; a
+    pixel belongs to an area if its centre does.
 
     Parameters
     ----------
     results : Path
         A results folder of ``wsi score``.
     annotations : Path
-        A folder with an annotation file or mask a slide; or one such file. A slide without one has nothing to find.
+        A folder with an annotation file or mask for each slide; or one such file. A slide without one has no lesion.
     config : SegmentationConfig, optional
     cohort : Cohort, optional
-        Whose the slides are, and columns to divide them by; default: every slide is a patient of its own.
+        Patients of the slides, and columns that define subgroups. Default: each slide is its own patient.
     other : Path, optional
-        Results of another run on the same slides, to compare with.
+        Results of another run on the same slides, for comparison.
 
     Raises
     ------
@@ -146,7 +146,7 @@ def evaluate_segmentation(
 def _measured(
     slides: Mapping[str, ScoredSlide], annotations: Path, config: SegmentationConfig
 ) -> tuple[list[dict[str, Any]], list[plots.Overlap], list[str]]:
-    """A row a slide; the slides that agree least; and what was taken for granted."""
+    """A row for each slide; the slides of lowest Dice; warnings."""
     rows: list[dict[str, Any]] = []
     paths, warnings = _annotated(annotations, slides)
     worst: list[plots.Overlap] = []
@@ -183,7 +183,7 @@ def _measured(
 
 
 def _annotated(annotations: Path, slides: Mapping[str, ScoredSlide]) -> tuple[dict[str, Path | None], list[str]]:
-    """Each slide's annotation file, and which slides have none."""
+    """Each slide's annotation file, and a warning about slides that have none."""
     if not annotations.exists() or (annotations.is_file() and len(slides) > 1):
         raise EvaluationError(annotations, f"is no folder of annotations for {len(slides)} slides", "Give the folder")
     paths = {slide_id: annotation_of(annotations, slide_id) for slide_id in slides}
@@ -194,7 +194,7 @@ def _annotated(annotations: Path, slides: Mapping[str, ScoredSlide]) -> tuple[di
 
 
 def _same_shape(mask: npt.NDArray[np.bool_], like: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Cut or pad a mask that a pyramid's rounding or padding made a few pixels larger or smaller."""
+    """Crop or pad a mask whose pyramid was rounded or padded by a few pixels."""
     out = np.zeros_like(like)
     part = mask[: like.shape[0], : like.shape[1]]
     out[: part.shape[0], : part.shape[1]] = part
@@ -202,7 +202,7 @@ def _same_shape(mask: npt.NDArray[np.bool_], like: npt.NDArray[np.bool_]) -> npt
 
 
 def _mean(values: Sequence[float | None], patients: Sequence[str], draws: Mapping[str, Any]) -> Estimate:
-    """The mean of what is defined, with its interval over patients."""
+    """The mean of the defined values, with its interval over patients."""
     known = [i for i, value in enumerate(values) if value is not None]
     if not known:
         return Estimate.undefined("undefined on every slide", len(values))
@@ -233,10 +233,9 @@ def _subgroups(
 def tile_cases(
     results: Path, annotations: Path, roles: Mapping[str, Role] | None = None, cohort: Cohort | None = None
 ) -> tuple[Cases, list[str]]:
-    """Return the tiles of scored slides, labelled by annotations: positive where at least half the area is lesion.
+    """Return the tiles of scored slides, labelled by annotations: positive if at least half the area is lesion.
 
-    Patients and groups are those of `cohort`; without one every slide is a patient of its own. What was taken for
-    granted is returned beside.
+    Patients and groups are those of `cohort`; without one each slide is its own patient. Also returns warnings.
 
     Raises
     ------

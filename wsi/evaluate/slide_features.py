@@ -1,8 +1,8 @@
-"""From a heatmap to one score a slide: geometry of what it shows, and a random forest over it.
+"""One score per slide: geometric features of a heatmap, and a random forest on them.
 
-Wang et al. 2016 (arXiv 1606.05718): how much of the tissue lies above five thresholds, and shape and probability of
-the two largest regions. The paper counts 28 features; listed one by one they are 30, as in the tables that
-DIDSR/DeepLearningCamelyon_II publishes, whose names these are.
+Features of Wang et al. 2016 (arXiv 1606.05718): the share of tissue above five thresholds, and shape and probability of
+the two largest regions. The paper counts 28 features; listed one by one they are 30, as in the tables published by
+DIDSR/DeepLearningCamelyon_II, whose names are used here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FEATURES = (
 def slide_features(heatmap: Heatmap, tissue_px: float, *, threshold: float = 0.5) -> F64:
     """Return the 30 features of a heatmap, float64 (30,), named in ``FEATURES``.
 
-    Lengths and areas are in cells of the heatmap; those of a region that is not there are 0.
+    Lengths and areas are in cells of the heatmap; the features of a missing region are 0.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def slide_features(heatmap: Heatmap, tissue_px: float, *, threshold: float = 0.5
     tissue_px : float
         Area of the tissue in level-0 pixels.
     threshold : float
-        From which probability on cells make a region.
+        Cells of a higher probability belong to a region.
 
     Examples
     --------
@@ -75,7 +75,7 @@ def slide_features(heatmap: Heatmap, tissue_px: float, *, threshold: float = 0.5
 
 def _local(region: Any) -> list[float]:
     top, left, bottom, right = region.bbox
-    # A hull of fewer than three cells in a row has no area: it is its own.
+    # A region one cell wide has a hull without area; its solidity is 1.
     thin = min(bottom - top, right - left) < 2
     return [
         float(region.area),
@@ -93,20 +93,20 @@ def _local(region: Any) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class Forest:
-    """A random forest as arrays: applied by walking them, so no class is unpickled and no version matters.
+    """A random forest as plain arrays: no class is unpickled, and scikit-learn's version does not matter.
 
     Attributes
     ----------
     features : tuple of str
-        Names of the columns it takes.
+        Names of the input columns.
     threshold : float
-        The threshold of regions that its features were measured with.
+        The threshold of regions with which the features were measured.
     starts : int64 (n_trees,)
-        Where each tree begins in the arrays below.
+        Index of each tree's first node in the arrays below.
     left, right, column : int64 (n_nodes,)
-        Children within the tree, -1 at a leaf; the column that is compared.
+        Children, relative to the tree's first node, -1 at a leaf; the column to compare.
     cut, value : float64 (n_nodes,)
-        A case goes left where its feature is at most the cut; share of positives at the node.
+        A case goes left if its feature is at most the cut; share of positives at the node.
     facts : mapping
         How it was trained.
     """
@@ -127,12 +127,12 @@ class Forest:
         Raises
         ------
         ValueError
-            Another number of columns, or features that are not finite.
+            The number of columns is wrong, or a feature is not finite.
         """
         x = np.asarray(rows, np.float64)
         if x.ndim != 2 or x.shape[1] != len(self.features) or not np.isfinite(x).all():
             raise ValueError(f"a forest over {len(self.features)} features needs as many finite columns, got {x.shape}")
-        x = x.astype(np.float32)  # what scikit-learn compares
+        x = x.astype(np.float32)  # the precision in which scikit-learn compares
         node = np.tile(self.starts, (len(x), 1))
         start = self.starts[None, :]
         while (inner := self.left[node] >= 0).any():
@@ -156,7 +156,7 @@ def load_forest(folder: Path) -> Forest:
     Raises
     ------
     EvaluationError
-        Not there, or no forest.
+        The folder is missing, or holds no valid forest.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -164,26 +164,32 @@ def load_forest(folder: Path) -> Forest:
             found = {name: arrays[name] for name in ("starts", "left", "right", "column", "cut", "value")}
         features, threshold, facts = tuple(config["features"]), float(config["threshold"]), config["facts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(
-            folder, f"is no slide-feature model ({error})", "Make one with wsi train slide-features"
-        ) from error
+        remedy = "Make one with wsi train slide-features"
+        raise EvaluationError(folder, f"is no slide-feature model ({error})", remedy) from error
     forest = Forest(features, threshold, facts=facts, **found)
-    n = len(forest.value)
-    whole = [getattr(forest, name) for name in ("left", "right", "column", "cut", "value")]
-    starts = (
-        forest.starts.dtype.kind == "i" and forest.starts.ndim == 1 and (np.diff(forest.starts, append=n) > 0).all()
-    )
-    if not starts or any(each.shape != (n,) or each.dtype.kind not in "if" for each in whole):
-        raise EvaluationError(folder, "holds no trees that can be walked", "Train it again")
-    inner = forest.left >= 0
-    own = np.searchsorted(forest.starts, np.arange(n), side="right") - 1
-    after = forest.starts[own] + np.where(inner, np.minimum(forest.left, forest.right), 0)
-    last = forest.starts[own] + np.where(inner, np.maximum(forest.left, forest.right), 0)
-    # Children behind their parent and inside the arrays: a walk ends, whatever the file says.
-    sound = n and forest.starts[0] == 0 and (after[inner] > np.flatnonzero(inner)).all() and (last < n).all()
-    if not sound or forest.column.max() >= len(features):
+    if not _is_sound(forest):
         raise EvaluationError(folder, "holds no trees that can be walked", "Train it again")
     return forest
+
+
+def _is_sound(forest: Forest) -> bool:
+    """Whether the arrays fit together, and children come after their parent, so that every traversal ends."""
+    n, starts = forest.value.size, forest.starts
+    kinds = {"left": "i", "right": "i", "column": "i", "cut": "f", "value": "f"}
+    nodes = [getattr(forest, name) for name in kinds]
+    if any(each.shape != (n,) or each.dtype.kind != kind for each, kind in zip(nodes, kinds.values(), strict=True)):
+        return False
+    if starts.dtype.kind != "i" or starts.ndim != 1 or not starts.size or starts[0] != 0:
+        return False
+    inner = forest.left >= 0
+    if not (np.diff(starts, append=n) > 0).all() or not np.isfinite([forest.cut, forest.value]).all():
+        return False
+    if (forest.column[inner] < 0).any() or forest.column.max() >= len(forest.features):
+        return False
+    own = np.searchsorted(starts, np.arange(n), side="right") - 1
+    first = starts[own] + np.where(inner, np.minimum(forest.left, forest.right), 0)
+    last = starts[own] + np.where(inner, np.maximum(forest.left, forest.right), 0)
+    return bool((first[inner] > np.flatnonzero(inner)).all() and (last < n).all())
 
 
 def train_forest(
@@ -196,7 +202,7 @@ def train_forest(
     max_depth: int = 10,
     seed: int = 0,
 ) -> Forest:
-    """Train a random forest of scikit-learn, and keep it as arrays.
+    """Train a random forest with scikit-learn and return it as arrays.
 
     Parameters
     ----------
@@ -206,13 +212,13 @@ def train_forest(
     features : tuple of str
         Names of the k columns.
     threshold : float
-        The threshold of regions that `rows` were measured with.
+        The threshold of regions with which `rows` were measured.
     n_trees, max_depth, seed : int
 
     Raises
     ------
     EvaluationError
-        Only one class, or rows that are not finite.
+        There is only one class, or a feature is not finite.
 
     Examples
     --------
@@ -251,7 +257,7 @@ def train_forest(
 
 
 def cross_validated(rows: npt.ArrayLike, labels: npt.ArrayLike, *, folds: int = 5, **options: Any) -> F64:
-    """Return probabilities of each case by a forest that has not seen it, float64 (n,); folds stratified by label.
+    """Return each case's probability from a forest trained without it, float64 (n,); folds are stratified by label.
 
     Examples
     --------
@@ -283,7 +289,7 @@ def train_slide_features(
     folds: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure the features of scored slides, train a forest on them, and write it with its table.
+    """Measure the features of scored slides, train a forest on them, and write both.
 
     Parameters
     ----------
@@ -293,8 +299,8 @@ def train_slide_features(
         The official ``reference.csv`` (slide, Tumor or Normal, ...; no header), or a CSV with the columns slide_id and
         label, 1 or 0.
     out : Path
-        config.json, forest.npz, and features.csv with the cross-validated probability of each slide (empty where a
-        class has one slide only).
+        config.json, forest.npz, and features.csv with each slide's cross-validated probability (empty if a class has
+        only one slide).
     threshold, n_trees, max_depth, folds, seed
 
     Returns
@@ -305,7 +311,7 @@ def train_slide_features(
     Raises
     ------
     EvaluationError
-        A slide of the reference without results, or one class only.
+        A slide of the reference has no results, or there is only one class.
     """
     labels = _labels(reference)
     slides = {slide_id.lower(): slide for slide_id, slide in scored_slides(results).items()}
@@ -314,9 +320,8 @@ def train_slide_features(
         raise EvaluationError(
             results, f"holds no results of {len(missing)} slides of the reference, {missing[0]} for one", "Score them"
         )
-    rows = np.array(
-        [slide_features(slides[name].heatmap(), slides[name].tissue_px, threshold=threshold) for name in labels]
-    )
+    found = [slides[name] for name in labels]
+    rows = np.array([slide_features(each.heatmap(), each.tissue_px, threshold=threshold) for each in found])
     y = np.array(list(labels.values()), np.intp)
     options: dict[str, Any] = {"threshold": threshold, "n_trees": n_trees, "max_depth": max_depth, "seed": seed}
     forest = train_forest(rows, y, **options)
@@ -339,7 +344,7 @@ def train_slide_features(
 
 
 def _labels(path: Path) -> dict[str, int]:
-    """Slide id, lower case, to 1 or 0."""
+    """Labels, 1 or 0, by lower-case slide id."""
     first = next((cells for _, cells in lines_of(path)), [])
     header, slide, label, known = None, "slide_id", "label", {"1": 1, "0": 0}
     if not {slide, label} <= set(first):

@@ -1,4 +1,4 @@
-"""Some of the cases beside all of them: by centre, scanner, resolution."""
+"""Metrics of subgroups (by centre, scanner, resolution) beside those of all cases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import Estimate
 
-#: Subgroups with fewer cases of either class say nothing.
+#: A subgroup with fewer events (cases of the rarer class, lesions, ...) has no metric.
 MIN_EVENTS = 10
 
 Rows = npt.NDArray[np.intp]
@@ -19,7 +19,7 @@ Statistic = Callable[[Rows], float | None]
 
 
 def gap_of(first: float | None, second: float | None) -> float | None:
-    """Return the first less the second; None where one is undefined."""
+    """Return `first` minus `second`; None if either is undefined."""
     return None if first is None or second is None else first - second
 
 
@@ -33,18 +33,18 @@ def beside_all(
     strata: Sequence[Hashable] | None = None,
     **draws: Any,
 ) -> tuple[Estimate, Estimate]:
-    """Return a statistic of some cases, and how far it is from that of all, with intervals over patients.
+    """Return a statistic of a subgroup, and its difference from that of all cases, with intervals over patients.
 
-    Both are undefined where the cases hold fewer than ``MIN_EVENTS`` `events`, which `what` names.
+    Both are undefined if the subgroup has fewer than ``MIN_EVENTS`` `events`; `what` names the events.
 
     Parameters
     ----------
     statistic : callable
-        Takes rows, intp (k,), and returns a number, or None where it is undefined.
+        Takes rows, intp (k,), and returns a number, or None if it is undefined.
     member : bool (n,)
-        Which cases are meant.
+        Which cases belong to the subgroup.
     patients, strata : sequence (n,)
-        As in ``bootstrap``, and so are further arguments.
+        As in ``bootstrap``; so are the further arguments.
 
     Examples
     --------
@@ -79,19 +79,19 @@ def subgroup_rows(
     known: Sequence[int] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Return a row a value of each column: how many cases, the metric, and how far it is from that of all.
+    """Return a row for each value of each column: number of cases, metric, and difference from all cases.
 
     Parameters
     ----------
     groups : mapping of column to its value for each case
     count : callable
-        Of some rows how many events they hold, what these are in words, and further columns of the table.
+        Takes rows; returns the number of events, their name, and further columns of the table.
     statistic, patients, options
         As in ``beside_all``.
     forest : dict
-        The metric of each subgroup is added, for a plot.
+        Receives the metric of each subgroup, for a forest plot.
     known : sequence of int, optional
-        Positions in `groups` of the cases that rows and `patients` are of; default all.
+        Positions in `groups` of the cases that `statistic` and `patients` refer to; default all.
     """
     table = []
     for column, values in groups.items():

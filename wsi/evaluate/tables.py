@@ -1,4 +1,4 @@
-"""Any labels: two classes and a probability, or ordered grades; by patient, with subgroups, and two runs compared."""
+"""Cases with labels: two classes and a score, or ordered grades; with subgroups and comparison of two runs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,13 @@ from wsi.evaluate.cases import Cases, TableConfig
 from wsi.evaluate.report import Plot, Report, data_hash
 from wsi.evaluate.subgroups import Statistic, gap_of, subgroup_rows
 from wsi.metrics.bootstrap import bootstrap
-from wsi.metrics.calibration import (
-    brier,
-    expected_calibration_error,
-    net_benefit,
-    recalibration,
-    reliability,
-)
+from wsi.metrics.calibration import brier, expected_calibration_error, net_benefit, recalibration, reliability
 from wsi.metrics.compare import auroc_difference, mcnemar
 from wsi.metrics.estimate import Estimate
 from wsi.metrics.kappa import confusion, quadratic_kappa
 from wsi.metrics.roc import auprc, auroc, operating_point, proportion, threshold_at
 
-#: Methods of intervals that hold for independent cases alone.
+#: Methods whose intervals assume independent cases.
 _FOR_INDEPENDENT = ("DeLong, logit", "paired DeLong", "Wilson", "Wald")
 
 
@@ -49,15 +43,15 @@ def evaluate_table(
     cases : Cases
     config : TableConfig, optional
     validation : Cases, optional
-        Other cases, of which the threshold for the asked specificity is taken.
+        Other cases, on which the threshold for the wanted specificity is chosen.
     other : Cases, optional
-        The same cases scored by another run, to compare with.
+        The same cases scored by another run, for comparison.
     warnings : sequence of str
 
     Raises
     ------
     EvaluationError
-        `other` is of other cases.
+        `other` has other cases.
 
     Examples
     --------
@@ -70,10 +64,10 @@ def evaluate_table(
     config = config or TableConfig()
     notes = list(warnings)
     if other is not None and (other.ids != cases.ids or (other.labels != cases.labels).any()):
-        raise EvaluationError("the other run", "is of other cases", "Compare runs on the same labels")
+        raise EvaluationError("the other run", "has other cases", "Compare runs on the same labels")
     measure = _grades if config.grades else _two_classes
     results, tables, pictures, protocol = measure(cases, config, validation, other, notes)
-    results = {name: _honest(estimate, cases) for name, estimate in results.items()}
+    results = {name: _checked(estimate, cases) for name, estimate in results.items()}
     name = "quadratic_kappa" if config.grades else "auroc"
     forest = {"all": results[name]}
     if cases.groups:
@@ -102,31 +96,23 @@ def evaluate_table(
     )
 
 
-_Parts = tuple[dict[str, Estimate], dict[str, Sequence[Mapping[str, Any]]], list[Plot], dict[str, Any]]
+_Table = Sequence[Mapping[str, Any]]
+#: Results, tables, plots and protocol.
+_Parts = tuple[dict[str, Estimate], dict[str, _Table], list[Plot], dict[str, Any]]
 
 
-def _drawn(cases: Cases, config: TableConfig, statistic: Statistic, *, stratify: bool = True) -> Estimate:
-    return bootstrap(
-        statistic,
-        cases.patients,
-        strata=cases.labels.astype(int).tolist() if stratify else None,
-        n_draws=config.n_bootstrap,
-        seed=config.seed,
-    )
+def _interval(cases: Cases, config: TableConfig, statistic: Statistic, *, stratify: bool = True) -> Estimate:
+    strata = cases.labels.astype(int).tolist() if stratify else None
+    return bootstrap(statistic, cases.patients, strata=strata, n_draws=config.n_bootstrap, seed=config.seed)
 
 
 def _two_classes(
     cases: Cases, config: TableConfig, validation: Cases | None, other: Cases | None, notes: list[str]
 ) -> _Parts:
     y, p = cases.labels, cases.scores
-    both = 0 < y.sum() < len(y)
     results = {"auroc": auroc(y, p), "auprc": auprc(y, p), "prevalence": proportion(int(y.sum()), len(y))}
     for name, metric in (("auroc", auroc), ("auprc", auprc)):
-        results[f"{name}_over_patients"] = _drawn(cases, config, lambda rows, m=metric: m(y[rows], p[rows]).value)  # type: ignore[misc]
-    protocol: dict[str, Any] = {
-        "positive": config.positive,
-        "intervals": "AUROC by DeLong, proportions by Wilson, for independent cases; over patients by bootstrap",
-    }
+        results[f"{name}_over_patients"] = _interval(cases, config, lambda rows, m=metric: m(y[rows], p[rows]).value)  # type: ignore[misc]
     chosen = {"apparent": threshold_at(y, p, config.specificity)}
     if validation is not None:
         chosen["validation"] = threshold_at(validation.labels, validation.scores, config.specificity)
@@ -134,11 +120,39 @@ def _two_classes(
         notes.append(
             "no validation cases: sensitivity at fixed specificity uses a threshold chosen on these very cases"
         )
-    points = {f"{where}_{config.specificity:g}": t for where, t in chosen.items()}
+    thresholds = {f"{where}_{config.specificity:g}": t for where, t in chosen.items()}
     if config.threshold is not None:
-        points["given"] = config.threshold
+        thresholds["given"] = config.threshold
+    tables: dict[str, _Table] = {"operating_points": _operating_points(cases, config, thresholds, results)}
+    curves = {f"AUROC {_checked(results['auroc'], cases)}": (y, p)}
+    pictures: list[Plot] = []
+    if len(p) and p.min() >= 0 and p.max() <= 1:
+        pictures = _calibration(cases, config, results, tables)
+    else:
+        notes.append("scores are no probabilities: nothing is said of calibration")
+    if other is not None:
+        threshold = thresholds.get("given", thresholds.get(f"validation_{config.specificity:g}"))
+        tables["comparison"] = _comparison(cases, other.scores, config, threshold, results)
+        curves = {
+            f"{name} {_checked(area, cases)}": (y, scores)
+            for name, area, scores in (("this", results["auroc"], p), ("other", auroc(y, other.scores), other.scores))
+        }
+    if 0 < y.sum() < len(y):
+        pictures.insert(0, plots.roc_plot(curves))
+    protocol = {
+        "positive": config.positive,
+        "intervals": "AUROC by DeLong, proportions by Wilson, for independent cases; over patients by bootstrap",
+    }
+    return results, tables, pictures, protocol
+
+
+def _operating_points(
+    cases: Cases, config: TableConfig, thresholds: Mapping[str, float | None], results: dict[str, Estimate]
+) -> _Table:
+    """A row for each threshold; sensitivity and specificity are added to `results`."""
+    y, p = cases.labels, cases.scores
     table = []
-    for where, threshold in points.items():
+    for where, threshold in thresholds.items():
         if threshold is None:
             results[f"sensitivity_{where}"] = Estimate.undefined("no threshold: one class only", len(y))
             continue
@@ -151,70 +165,71 @@ def _two_classes(
         results[f"specificity_{where}"] = found.specificity
         right = (p >= threshold) == y
         for measure, of in (("sensitivity", y), ("specificity", ~y)):
-            results[f"{measure}_{where}_over_patients"] = _drawn(
+            results[f"{measure}_{where}_over_patients"] = _interval(
                 cases,
                 config,
                 lambda rows, of=of, right=right: _mean(right[rows[of[rows]]]),  # type: ignore[misc]
             )
-    tables: dict[str, Sequence[Mapping[str, Any]]] = {"operating_points": table}
-    pictures = [plots.roc_plot({f"AUROC {_honest(results['auroc'], cases)}": (y, p)})] if both else []
-    if len(p) and p.min() >= 0 and p.max() <= 1:
-        results["brier"] = _drawn(cases, config, lambda rows: brier(y[rows], p[rows]).value)
-        results["ece"] = expected_calibration_error(y, p)
-        results["ece_equal_mass"] = expected_calibration_error(y, p, equal_mass=True)
-        fit = recalibration(y, p)
-        results |= {"calibration_intercept": fit.intercept, "calibration_slope": fit.slope}
-        tables["reliability"] = [each._asdict() for each in reliability(y, p)]
-        at = np.arange(1, 20) / 20
-        tables["net_benefit"] = [
-            {"threshold": t, "model": m, "everyone": y.mean() - (1 - y.mean()) * t / (1 - t), "nobody": 0.0}
-            for t, m in zip(at.tolist(), net_benefit(y, p, at).tolist(), strict=True)
-        ]
-        pictures += [plots.reliability_plot(reliability(y, p)), plots.net_benefit_plot(y, p)]
-    else:
-        notes.append("scores are no probabilities: nothing is said of calibration")
-    if other is not None:
-        q = other.scores
-        difference = auroc_difference(y, p, q)
-        results["auroc_difference"] = difference.estimate
-        results["auroc_difference_over_patients"] = _drawn(
-            cases, config, lambda rows: gap_of(auroc(y[rows], p[rows]).value, auroc(y[rows], q[rows]).value)
-        )
-        threshold = points.get("given", points.get(f"validation_{config.specificity:g}"))
-        tests = {"DeLong, AUROC": difference.p_value}
-        if threshold is not None:
-            accuracy = mcnemar((p >= threshold) == y, (q >= threshold) == y)
-            results["accuracy_difference"] = accuracy.estimate
-            tests[f"McNemar, accuracy at {threshold:g}"] = accuracy.p_value
-        tables["comparison"] = _tests(tests, cases)
-        if both:
-            areas = (_honest(each, cases) for each in (results["auroc"], auroc(y, q)))
-            pictures[0] = plots.roc_plot(
-                {f"{n} {a}": (y, s) for n, a, s in zip(("this", "other"), areas, (p, q), strict=True)}
-            )
-    return results, tables, pictures, protocol
+    return table
+
+
+def _calibration(
+    cases: Cases, config: TableConfig, results: dict[str, Estimate], tables: dict[str, _Table]
+) -> list[Plot]:
+    """Calibration and net benefit of probabilities, added to `results` and `tables`; their plots."""
+    y, p = cases.labels, cases.scores
+    results["brier"] = _interval(cases, config, lambda rows: brier(y[rows], p[rows]).value)
+    results["ece"] = expected_calibration_error(y, p)
+    results["ece_equal_mass"] = expected_calibration_error(y, p, equal_mass=True)
+    fit = recalibration(y, p)
+    results |= {"calibration_intercept": fit.intercept, "calibration_slope": fit.slope}
+    bins, at = reliability(y, p), np.arange(1, 20) / 20
+    tables["reliability"] = [each._asdict() for each in bins]
+    tables["net_benefit"] = [
+        {"threshold": t, "model": m, "everyone": y.mean() - (1 - y.mean()) * t / (1 - t), "nobody": 0.0}
+        for t, m in zip(at.tolist(), net_benefit(y, p, at).tolist(), strict=True)
+    ]
+    return [plots.reliability_plot(bins), plots.net_benefit_plot(y, p)]
+
+
+def _comparison(
+    cases: Cases, other: npt.NDArray[Any], config: TableConfig, threshold: float | None, results: dict[str, Estimate]
+) -> _Table:
+    """Tests against the scores of another run; differences are added to `results`."""
+    y, p = cases.labels, cases.scores
+    difference = auroc_difference(y, p, other)
+    results["auroc_difference"] = difference.estimate
+    results["auroc_difference_over_patients"] = _interval(
+        cases, config, lambda rows: gap_of(auroc(y[rows], p[rows]).value, auroc(y[rows], other[rows]).value)
+    )
+    tests = {"DeLong, AUROC": difference.p_value}
+    if threshold is not None:
+        accuracy = mcnemar((p >= threshold) == y, (other >= threshold) == y)
+        results["accuracy_difference"] = accuracy.estimate
+        tests[f"McNemar, accuracy at {threshold:g}"] = accuracy.p_value
+    return _tests(tests, cases)
 
 
 def _mean(right: npt.NDArray[np.bool_]) -> float | None:
     return float(right.mean()) if len(right) else None
 
 
-def _one_each(cases: Cases) -> bool:
-    """Whether every case is of another patient, and so independent of the others."""
+def _independent(cases: Cases) -> bool:
+    """Whether every case is of a different patient, and so independent of the others."""
     return len(set(cases.patients)) == len(cases.patients)
 
 
-def _honest(estimate: Estimate, cases: Cases) -> Estimate:
-    """Take away an interval that these cases are too dependent for."""
-    if _one_each(cases) or estimate.method not in _FOR_INDEPENDENT:
+def _checked(estimate: Estimate, cases: Cases) -> Estimate:
+    """Remove an interval that assumes independent cases if these are not."""
+    if _independent(cases) or estimate.method not in _FOR_INDEPENDENT:
         return estimate
     why = f"no interval: {estimate.method} takes cases for independent, and patients have several"
     return Estimate(estimate.value, n=estimate.n, reason=why)
 
 
 def _tests(p_values: Mapping[str, float | None], cases: Cases) -> list[dict[str, Any]]:
-    """Rows of tests, which hold for independent cases alone."""
-    if _one_each(cases):
+    """Rows of p-values; without the values if cases are not independent."""
+    if _independent(cases):
         return [{"test": test, "p_value": p} for test, p in p_values.items()]
     why = "takes cases for independent, and patients have several: see the interval over patients"
     return [{"test": test, "p_value": None, "reason": why} for test in p_values]
@@ -230,14 +245,14 @@ def _grades(
 
     overall = quadratic_kappa(y, g, k)
     results = {
-        "quadratic_kappa": overall if overall.value is None else _drawn(cases, config, kappa, stratify=False),
+        "quadratic_kappa": overall if overall.value is None else _interval(cases, config, kappa, stratify=False),
         "accuracy": proportion(int((y == g).sum()), len(y)),
     }
-    if not _one_each(cases):
-        results["accuracy_over_patients"] = _drawn(cases, config, lambda rows: _mean((y == g)[rows]), stratify=False)
-    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
+    if not _independent(cases):
+        results["accuracy_over_patients"] = _interval(cases, config, lambda rows: _mean((y == g)[rows]), stratify=False)
+    tables: dict[str, _Table] = {}
     if other is not None:
-        results["kappa_difference"] = _drawn(
+        results["kappa_difference"] = _interval(
             cases, config, lambda rows: gap_of(kappa(rows), kappa(rows, other.scores)), stratify=False
         )
         test = mcnemar(g == y, other.scores == y)

@@ -5,15 +5,14 @@
     clam      patches/<s>.h5, h5_files/<s>.h5, pt_files/<s>.pt
     trident   <mag>x_<px>px_<overlap>px_overlap/patches/<s>_patches.h5 and features_<encoder>/<s>.h5
     stamp     <encoder>/<s>.h5: coordinates in microns
-    torchmil  features/<s>.npy, coords/<s>.npy: positions on the lattice, so that neighbours are 1 apart
+    torchmil  features/<s>.npy, coords/<s>.npy: column and row, so that neighbours are 1 apart
     anndata   <s>.h5ad: X features, obs scores, obsm["spatial"] centres in level-0 pixels (extra `anndata`)
     spatialdata   <s>.zarr: that table, boxes of tiles, regions and heatmap (the same extra)
     wsinfer   model-outputs-csv/<s>.csv, model-outputs-geojson/<s>.geojson, patches/<s>.h5
 
-Corners are whole level-0 pixels, as these programs have them: a tile of ours may lie half a pixel beside. Features
-are written in blocks of about 1,024 rows; TRIDENT's own blocks of one row take many times as long to read. Tiles that
-the slide could not be read at are left out. ``wsi.train.bags`` reads all but the last two back, ``wsi.export.convert``
-goes from one to another.
+Corners are whole level-0 pixels, as these programs expect; a tile of ours may be off by half a pixel. Features are
+written in blocks of about 1,024 rows, since TRIDENT's own blocks of one row take many times as long to read. Unreadable
+tiles are left out. ``wsi.train.bags`` reads all layouts but the last two; ``wsi.export.convert`` converts between them.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = No
     Parameters
     ----------
     results : Path
-        What ``wsi score`` wrote.
+        A results folder of ``wsi score``.
     out : Path
-        Made where it is not there; files of the same slides are replaced.
+        Created if missing; files of the same slides are replaced.
     layout : {"clam", "trident", "stamp", "torchmil", "anndata", "spatialdata", "wsinfer"}
     key : bytes, optional
         Slide ids are replaced by their pseudonyms.
@@ -62,12 +61,12 @@ def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = No
     Returns
     -------
     list of dict
-        A row a slide: ``slide_id``, ``tiles``, ``warnings``.
+        A row per slide: ``slide_id``, ``tiles``, ``warnings``.
 
     Raises
     ------
     ResultsError
-        No results there, or without the features that a layout is made of; or anndata is not installed.
+        There are no results, they lack the features that the layout needs, or anndata is not installed.
     ValueError
         An unknown layout.
     OSError
@@ -102,7 +101,7 @@ def export_bags(results: Path, out: Path, layout: str, *, key: bytes | None = No
 
 
 def folder_name(encoder: str) -> str:
-    """What a folder of an encoder's features is called: letters, digits, dots, hyphens and underscores.
+    """Return an encoder's name as a folder name: letters, digits, dots, hyphens and underscores.
 
     Examples
     --------
@@ -123,7 +122,7 @@ def _clam(out: Path, bag: TileTable) -> None:
 
 
 def _coordinates(path: Path, bag: TileTable, more: Mapping[str, Any] | None = None) -> None:
-    """CLAM's file of coordinates: patches are cut at level 0 and made smaller, which TRIDENT calls legacy."""
+    """Write CLAM's file of coordinates: patches are cut at level 0 and downsampled, which TRIDENT calls legacy."""
     attributes = {
         "patch_size": bag.side,
         "patch_level": 0,
@@ -148,7 +147,7 @@ def _trident(out: Path, bag: TileTable) -> None:
         "overlap": bag.overlap_px,
         "name": bag.name,
         "savetodir": ".",
-        # As TRIDENT has what it does not know.
+        # TRIDENT writes "None" for what it does not know.
         **dict(zip(("level0_width", "level0_height"), bag.size or ("None", "None"), strict=True)),
     }
     _h5(job / "patches" / f"{bag.name}_patches.h5", {"coords": (bag.corners_px, attributes)})
@@ -170,7 +169,7 @@ def _stamp(out: Path, bag: TileTable) -> None:
         "tile_size_px": bag.tile_px,
         "code_hash": f"wsi-{__version__}",
         "feat_type": "tile",
-        "wsi_slide_mpp": list(bag.mpp),  # ours: without it nobody can go back to pixels
+        "wsi_slide_mpp": list(bag.mpp),  # our addition: needed to convert back to pixels
     }
     arrays: dict[str, tuple[npt.NDArray[Any], Json]] = {
         "coords": (bag.corners * np.array(bag.mpp), {}),
@@ -188,7 +187,7 @@ def _torchmil(out: Path, bag: TileTable) -> None:
 
 
 def _wsinfer(out: Path, bag: TileTable) -> None:
-    """The CSV in level-0 pixels of the whole plane, as WSInfer writes it; the GeoJSON as QuPath shows the slide."""
+    """Write the CSV in level-0 pixels of the whole plane, like WSInfer, and the GeoJSON in QuPath's coordinates."""
     assert bag.scored is not None
     slide, tiles = bag.scored
     columns = ["minx", "miny", "width", "height", *(f"prob_{name}" for name in slide.class_names)]
@@ -213,7 +212,7 @@ def _wsinfer(out: Path, bag: TileTable) -> None:
     _coordinates(out / "patches" / f"{bag.name}.h5", bag, {"patch_spacing_um_px": bag.tile_mpp})
 
 
-#: Who writes what.
+#: The writer of each layout.
 LAYOUTS: dict[str, Callable[[Path, TileTable], None]] = {
     "clam": _clam,
     "trident": _trident,
@@ -230,7 +229,7 @@ def _h5(
     arrays: Mapping[str, tuple[npt.NDArray[Any], Mapping[str, Any]]],
     attributes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write arrays with their attributes in blocks of rows; the same arrays give the same bytes."""
+    """Write arrays with their attributes in blocks of rows, deterministically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as raw, h5py.File(raw, "w") as file:
         file.attrs.update(attributes or {})

@@ -1,8 +1,8 @@
-"""Bags of features from one program's layout to another's.
+"""Convert bags of features between the layouts of other programs.
 
-Whatever ``wsi.train.bags`` reads can be written as ``wsi.export.bags`` writes: what a file does not say and the other
-layout needs is asked for by name, and never guessed. WSInfer's results hold no features; of them CLAM and TRIDENT get
-the coordinates, to compute features at.
+Whatever ``wsi.train.bags`` reads can be written as ``wsi.export.bags`` writes. If the new layout needs something that a
+file does not contain, an error names the option that supplies it; nothing is guessed. WSInfer's results hold no
+features; for CLAM and TRIDENT their coordinates are written, to compute features at.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wsi.units import Mpp
 
 Json = dict[str, Any]
 
-#: What a layout cannot be written without, besides coordinates.
+#: What each layout needs besides coordinates.
 _NEEDS = {
     "clam": (),
     "trident": ("encoder", "stride", "tile_px", "mpp"),
@@ -36,7 +36,7 @@ _NEEDS = {
     "torchmil": ("features", "stride"),
     "anndata": ("features",),
 }
-#: What is said where it is missing, and what to do.
+#: The message and the remedy if it is missing.
 _MISSING = {
     "features": ("holds no features", "compute them first (clam and trident take coordinates alone)"),
     "encoder": ("does not say what made the features", "name it with --encoder"),
@@ -49,23 +49,23 @@ _MISSING = {
 
 @dataclass(frozen=True)
 class Given:
-    """What a user knows of all slides and their files may not say.
+    """What the user states about all slides, because the files may not contain it.
 
     Attributes
     ----------
     encoder : str, optional
-        What made the features; of stores that hold several, which.
+        The encoder of the features; for stores with several features, which to use.
     mpp : float, optional
         Microns per level-0 pixel.
     tile_px : int, optional
-        Side of a tile in the pixels that it was cut with.
+        Side of a tile in pixels at the resolution it was cut at.
     tile_level0, stride_level0 : float, optional
-        Side and distance of tiles in level-0 pixels; tiles on a lattice (torchmil) stand side by side if one is given.
+        Side and distance of tiles in level-0 pixels. For tiles on a lattice (torchmil), one of them stands for both.
 
     Raises
     ------
     ValueError
-        A number that is not positive.
+        A number is not positive.
     """
 
     encoder: str | None = None
@@ -84,14 +84,14 @@ class Given:
 def convert_bags(
     places: Sequence[Path], out: Path, layout: str, given: Given | None = None, *, key: bytes | None = None
 ) -> list[Json]:
-    """Write bags in another program's layout: features as they are, coordinates to the pixel.
+    """Write bags in another program's layout: features unchanged, coordinates exact to the pixel.
 
     Parameters
     ----------
     places : sequence of Path
         Folders or files of CLAM, TRIDENT, STAMP, torchmil, AnnData (as we write it), WSInfer; our results and stores.
     out : Path
-        Made; must not be there, or be empty. It is whole or not there.
+        Must not exist, or be empty. It appears only when it is complete.
     layout : {"clam", "trident", "stamp", "torchmil", "anndata"}
     key : bytes, optional
         Slide ids are replaced by their pseudonyms.
@@ -99,12 +99,12 @@ def convert_bags(
     Returns
     -------
     list of dict
-        A row a slide: ``slide_id``, ``tiles``, ``tile_level0``, ``stride_level0``, ``warnings``.
+        A row per slide: ``slide_id``, ``tiles``, ``tile_level0``, ``stride_level0``, ``warnings``.
 
     Raises
     ------
     TrainError
-        What is there cannot be read, does not say what the layout needs, or does not belong together.
+        A bag cannot be read, lacks what the layout needs, or has other features than the rest.
     ResultsError
         anndata is not installed.
     ValueError
@@ -154,20 +154,20 @@ def convert_bags(
 def lattice(
     corners: npt.NDArray[np.float64], least: float
 ) -> tuple[npt.NDArray[np.float64], tuple[float, float]] | None:
-    """Find the lattice that tiles lie on: position of each, and the distance of neighbours.
+    """Find the lattice on which tiles lie: each tile's position, and the distance of neighbours.
 
     Parameters
     ----------
     corners : float64 (n, 2)
-        Of a lattice from (0, 0), rounded to whole pixels or not: then positions are whole, and position times distance,
-        rounded, is the corner again. Of a lattice from elsewhere they are fractional.
+        If the lattice begins at (0, 0), positions are whole, and position times distance, rounded, gives the corner
+        again, also for corners that were rounded to whole pixels. Otherwise positions are fractional.
     least : float
-        The smallest distance that is a lattice's; two that overlap make tiny steps.
+        The smallest distance accepted; two overlapping lattices have tiny steps.
 
     Returns
     -------
     (float64 (n, 2), (float, float)) or None
-        None where there is no lattice, or a single tile.
+        None if there is no lattice, or a single tile.
 
     Examples
     --------
@@ -179,19 +179,19 @@ def lattice(
     steps = [_step(np.unique(values), least) for values in axes]
     if None in steps or not any(steps):
         return None
-    x, y = (step or next(filter(None, steps)) for step in steps)  # a single row or column has no step of its own
-    return np.stack([_counted(values, step) for values, step in zip(axes, (x, y), strict=True)], axis=1), (x, y)
+    x, y = (step or next(filter(None, steps)) for step in steps)  # a single row or column has none
+    return np.stack([_steps(values, step) for values, step in zip(axes, (x, y), strict=True)], axis=1), (x, y)
 
 
 def _step(values: npt.NDArray[np.float64], least: float) -> float | None:
-    """The distance that all of these are multiples apart, each half a pixel off; 0 of a single one, None of no such."""
+    """The distance of which all steps are multiples, up to rounding; 0 for a single value, None if there is none."""
     steps = np.diff(values)
     if not len(steps):
         return 0.0
     step = float(steps.min())
     if step < least:
         return None
-    for _ in range(3):  # rounding makes the smallest step too small, the more so the wider a gap
+    for _ in range(3):  # the smallest step is too small by rounding, which adds up over wide gaps
         counts = np.round(steps / step)
         step = float(steps.sum() / counts.sum())
     at = np.concatenate([[0.0], np.cumsum(counts)])
@@ -199,11 +199,11 @@ def _step(values: npt.NDArray[np.float64], least: float) -> float | None:
         return None
     at += round(values[0] / step)
     low, high = ((values + off)[at > 0] / at[at > 0] for off in (-0.5, 0.5))
-    from_corner = low.max() <= high.min() and (at[0] != 0 or abs(values[0]) <= 0.5)  # as a lattice from (0, 0) would be
+    from_corner = low.max() <= high.min() and (at[0] != 0 or abs(values[0]) <= 0.5)  # a lattice from (0, 0) fits
     return float(low.max() + high.min()) / 2 if from_corner else step
 
 
-def _counted(values: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float64]:
+def _steps(values: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float64]:
     whole = np.round(values / step)
     return whole if np.abs(whole * step - values).max() <= 0.501 else values / step
 
@@ -219,18 +219,18 @@ def _find(places: Sequence[Path]) -> dict[str, Path]:
 
 
 def scores_of_wsinfer(place: Path) -> dict[str, Path]:
-    """Return WSInfer's tables by slide, or nothing where it is no results folder of WSInfer's."""
+    """Return WSInfer's tables by slide; none if this is no results folder of WSInfer."""
     files = sorted((place / "model-outputs-csv").glob("*.csv"))
     return {file.stem: file for file in files} | ({place.stem: place} if place.suffix == ".csv" else {})
 
 
 def read_scores(path: Path) -> tuple[npt.NDArray[np.float64], dict[str, npt.NDArray[np.float64]]]:
-    """Read a table of WSInfer's: boxes (n, 4) in level-0 pixels, and the probability (n,) of each class.
+    """Read a table of WSInfer: boxes (n, 4) in level-0 pixels, and the probability (n,) of each class.
 
     Raises
     ------
     TrainError
-        It is no such table, or a number is none.
+        It is no such table, or a cell is not a number.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -248,17 +248,17 @@ def _table(name: str, path: Path, layout: str, given: Given) -> TileTable:
     bag = _read(path, given)
     if bag.boxes is None:
         raise TrainError(path, "has no coordinates", "CLAM keeps them in patches/ beside pt_files/: give that folder")
-    said, boxes = bag.said, bag.boxes
-    mpp = _agreed(path, "microns a level-0 pixel", "--slide-mpp", said.mpp, given.mpp and Mpp(given.mpp, given.mpp))
+    meta, boxes = bag.said, bag.boxes
+    mpp = _agreed(path, "microns a level-0 pixel", "--slide-mpp", meta.mpp, given.mpp and Mpp(given.mpp, given.mpp))
     tile, stride = (
         _agreed(path, f"level-0 pixels a {what}", f"--{what}-level0", known, side and (side, side))
-        for what, known, side in (("tile", said.tile, given.tile_level0), ("stride", said.stride, given.stride_level0))
+        for what, known, side in (("tile", meta.tile, given.tile_level0), ("stride", meta.stride, given.stride_level0))
     )
-    # What is missing is told at once, so one is put for it here: tiles on a lattice are so in any unit.
-    if said.unit == "um":
+    # All missing values are reported together below; until then 1 stands for each (a lattice is one in any unit).
+    if meta.unit == "um":
         boxes = boxes / np.tile(mpp or (1.0, 1.0), 2)
         tile = tile or (float(boxes[0, 2]), float(boxes[0, 3]))
-    elif said.unit == "lattice":
+    elif meta.unit == "lattice":
         tile, stride = tile or stride, stride or tile
         boxes = boxes * np.tile(stride or (1.0, 1.0), 2)
     table = TileTable(
@@ -267,14 +267,14 @@ def _table(name: str, path: Path, layout: str, given: Given) -> TileTable:
         corners=boxes[:, :2],
         positions=boxes[:, :2],
         tile=tile or (float(boxes[0, 2]), float(boxes[0, 3])),
-        tile_px=_agreed(path, "pixels a tile", "--tile-px", said.tile_px, given.tile_px),
+        tile_px=_agreed(path, "pixels a tile", "--tile-px", meta.tile_px, given.tile_px),
         mpp=mpp,
-        size=said.size,
+        size=meta.size,
         encoder=bag.encoder and folder_name(bag.encoder),
     )
-    table = _laid(table, stride, fixed=given.stride_level0 is not None)
-    needed = ("mpp", *_NEEDS[layout]) if said.unit == "um" else _NEEDS[layout]
-    _all_said(
+    table = _on_lattice(table, stride, fixed=given.stride_level0 is not None)
+    needed = ("mpp", *_NEEDS[layout]) if meta.unit == "um" else _NEEDS[layout]
+    _require(
         path,
         {"tile": tile}
         | {what: getattr(table, what) for what in needed if what != "encoder" or table.features is not None},
@@ -287,7 +287,7 @@ def _table(name: str, path: Path, layout: str, given: Given) -> TileTable:
 
 
 def _read(path: Path, given: Given) -> Bag:
-    """A bag with the encoder's name, of WSInfer's tables one without features."""
+    """A bag with the encoder's name; without features for WSInfer's tables."""
     if path.suffix == ".csv":
         boxes, _ = read_scores(path)
         tile = float(boxes[0, 2]), float(boxes[0, 3])
@@ -302,13 +302,13 @@ def _read(path: Path, given: Given) -> Bag:
     return bag._replace(encoder=_agreed(path, "as the encoder", "--encoder", bag.encoder, given.encoder))
 
 
-def _laid(table: TileTable, stride: tuple[float, float] | None, *, fixed: bool) -> TileTable:
-    """Say where on their lattice tiles are: by the stride that is known, unless it was rounded."""
+def _on_lattice(table: TileTable, stride: tuple[float, float] | None, *, fixed: bool) -> TileTable:
+    """Add the tiles' positions on their lattice, from the known stride unless that was rounded."""
     found = None
     if stride is not None:
         positions = np.round(table.corners / stride)
         if fixed or np.abs(positions * stride - table.corners).max() <= 1e-3:
-            found = np.stack([_counted(*each) for each in zip(table.corners.T, stride, strict=True)], axis=1), stride
+            found = np.stack([_steps(*each) for each in zip(table.corners.T, stride, strict=True)], axis=1), stride
     found = found or lattice(table.corners, min(table.tile) / 8)
     if found is None and (stride is not None or len(table.corners) == 1):
         stride = stride or table.tile
@@ -319,17 +319,17 @@ def _laid(table: TileTable, stride: tuple[float, float] | None, *, fixed: bool) 
     return replace(table, positions=found[0].astype(np.int64) if whole else found[0], stride=found[1])
 
 
-def _all_said(path: Path, values: dict[str, Any]) -> None:
+def _require(path: Path, values: dict[str, Any]) -> None:
     missing = [_MISSING[what] for what, value in values.items() if value is None]
     if missing:
         raise TrainError(path, ", ".join(what for what, _ in missing), ", ".join(do for _, do in missing).capitalize())
 
 
-def _agreed(path: Path, what: str, option: str, said: Any, given: Any) -> Any:
-    """What is given, else what the file says, which may be rounded; both only where they agree to a hundredth."""
-    if said is None or given is None:
-        return given if said is None else said
-    same = said == given if isinstance(said, str) else np.allclose(said, given, rtol=0.01, atol=0)
+def _agreed(path: Path, what: str, option: str, meta: Any, given: Any) -> Any:
+    """The given value, else the file's. If both exist they must agree within 1 %, since the file's may be rounded."""
+    if meta is None or given is None:
+        return given if meta is None else meta
+    same = meta == given if isinstance(meta, str) else np.allclose(meta, given, rtol=0.01, atol=0)
     if not same:
-        raise TrainError(path, f"says {said} {what}, and {option} {given}", "Leave the option out")
+        raise TrainError(path, f"says {meta} {what}, and {option} {given}", "Leave the option out")
     return given

@@ -1,12 +1,12 @@
-"""DICOM of slides that are DICOM themselves (extra ``dicom``): tiles as annotations, the heatmap as an image.
+"""DICOM export of slides that are DICOM themselves (extra ``dicom``): tiles as annotations, the heatmap as an image.
 
-- Microscopy Bulk Simple Annotations (1.2.840.10008.5.1.4.1.1.91.1): a group a class, a rectangle a tile, its
-  measurements with it. Coordinates are those of the slide's total pixel matrix, top left corner (0, 0), which are our
-  level-0 pixels. Regions have holes, which this object cannot hold.
-- Parametric Map (1.2.840.10008.5.1.4.1.1.30): the probability that the heatmap shows, float32, a pixel a step of the
-  grid, NaN where there is no tile; in the slide's own frame of reference, so that viewers lay it on the slide.
+- Microscopy Bulk Simple Annotations (1.2.840.10008.5.1.4.1.1.91.1): a group per class, a rectangle per tile with its
+  measurements. Coordinates are those of the slide's total pixel matrix, top left corner (0, 0), which are our level-0
+  pixels. Regions are not written: this object cannot hold their holes.
+- Parametric Map (1.2.840.10008.5.1.4.1.1.30): the probability of the heatmap, float32, a pixel per grid step, NaN where
+  there is no tile; in the slide's frame of reference, so that viewers overlay it on the slide.
 
-Patient and study are those of the slide, as DICOM wants it: the files are as confidential as the slide is.
+Patient and study are copied from the slide, as DICOM requires: the files are as confidential as the slide.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wsi.result import called
 from wsi.scored import ScoredSlide, ScoredTiles, scored_slides
 
 _INSTALL = "Install it: pip install 'wsi[dicom]'"
-#: Not in DICOM's own dictionary: classes of models.
+#: Our own coding scheme: the classes of models are not in DICOM's dictionary.
 _SCHEME = "99WSI"
 _LONGEST_CODE = 16
 _TILE_PX = 256
@@ -40,12 +40,12 @@ def export_dicom(results: Path, out: Path) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        A row a slide: ``slide_id``, ``tiles``, ``warnings``; slides that are no DICOM are not written, and say so.
+        A row per slide: ``slide_id``, ``tiles``, ``warnings``. Slides that are not DICOM get a warning and no files.
 
     Raises
     ------
     ResultsError
-        No results there, a slide that is no longer where it was scored, or highdicom is not installed.
+        There are no results, a slide is no longer where it was scored, or highdicom is not installed.
     OSError
         `out` cannot be written to.
 
@@ -71,7 +71,7 @@ def export_dicom(results: Path, out: Path) -> list[dict[str, Any]]:
             objects = {"ann": _annotations(slide, tiles, source)}
             if slide.positive.any():
                 objects["heatmap"] = _heatmap(slide, source)
-        except AttributeError as error:  # what the standard asks of every image, and highdicom copies
+        except AttributeError as error:  # highdicom copies attributes that the standard requires
             why = f"its header lacks what DICOM asks for ({error})"
             rows.append({"slide_id": slide.slide_id, "tiles": 0, "warnings": [why]})
             continue
@@ -83,7 +83,7 @@ def export_dicom(results: Path, out: Path) -> list[dict[str, Any]]:
 
 
 def _image_of(path: Path, slide: ScoredSlide) -> Any:
-    """Return the level-0 image of the slide's series, without its pixels; None where the slide is no DICOM."""
+    """Return the level-0 image of the slide's series, without its pixels; None if the slide is not DICOM."""
     import pydicom
 
     if not path.is_file():
@@ -142,7 +142,7 @@ def _annotations(slide: ScoredSlide, tiles: ScoredTiles, source: Any) -> Any:
 
 
 def _heatmap(slide: ScoredSlide, source: Any) -> Any:
-    """Its first pixel's centre, half a step from the slide's corner, is where DICOM says that an image begins."""
+    """DICOM's image position is the centre of the first pixel, here half a step from the slide's corner."""
     import highdicom
     from pydicom.sr.codedict import codes
 
@@ -173,9 +173,7 @@ def _heatmap(slide: ScoredSlide, source: Any) -> Any:
         pixel_measures=highdicom.PixelMeasuresSequence(
             pixel_spacing=(down * row, right * column), slice_thickness=float(measures.SliceThickness)
         ),
-        plane_orientation=highdicom.PlaneOrientationSequence(
-            "SLIDE", [float(cosine) for cosine in source.ImageOrientationSlide]
-        ),
+        plane_orientation=highdicom.PlaneOrientationSequence("SLIDE", list(map(float, source.ImageOrientationSlide))),
         plane_positions=[highdicom.PlanePositionSequence("SLIDE", first, (1, 1))],
         tile_pixel_array=True,
         tile_size=(_TILE_PX, _TILE_PX),
@@ -184,7 +182,7 @@ def _heatmap(slide: ScoredSlide, source: Any) -> Any:
 
 
 def _made_by(slide: ScoredSlide) -> dict[str, Any]:
-    """What both objects say of themselves."""
+    """The attributes that both objects share."""
     return {
         "instance_number": 1,
         "manufacturer": "wsi",
@@ -207,7 +205,7 @@ def _measurements(values: dict[str, npt.NDArray[Any]], chosen: npt.NDArray[np.in
 
 
 def _concept(name: str) -> Any:
-    """A code of at most 16 characters, as DICOM has them; a longer name ends in a piece of its hash."""
+    """A concept whose code has at most 16 characters, as DICOM requires; longer names end in a part of their hash."""
     import highdicom
 
     short = name if len(name) <= _LONGEST_CODE else f"{name[:10]}~{hashlib.sha256(name.encode()).hexdigest()[:5]}"
@@ -215,6 +213,6 @@ def _concept(name: str) -> Any:
 
 
 def _uid(slide: ScoredSlide, what: str) -> str:
-    """A UID of 2.25 (UUID-derived; PS3.5 B.2) that the same object of the same results always gets."""
+    """A deterministic UID under 2.25 (UUID-derived; PS3.5 B.2)."""
     digest = hashlib.sha256(f"wsi:{slide.slide_id}/{slide.numbers['slide']}/{what}".encode()).digest()
     return f"2.25.{int.from_bytes(digest[:16], 'big') >> 2}"

@@ -1,7 +1,7 @@
-"""GeoJSON as QuPath takes it: geometries it accepts, numbers, identifiers, files; and reading whatever others wrote.
+"""GeoJSON that QuPath accepts: geometries, numbers, identifiers, files; and a reader of GeoJSON from any program.
 
-QuPath rejects a whole file for one feature it dislikes: rings must be closed, geometries valid after rounding to
-1/100 px, numbers finite. Rules: ``ROITypeAdapters.java`` of QuPath 0.4 to 0.7.
+QuPath rejects a whole file for one invalid feature: rings must be closed, geometries valid after rounding to 1/100 px,
+numbers finite. Rules: ``ROITypeAdapters.java`` of QuPath 0.4 to 0.7.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from wsi.units import Box
 
 Json = dict[str, Any]
 
-#: QuPath keeps coordinates to 1/100 px, and shows what is smaller than a pixel as an empty object at (0, 0).
+#: QuPath keeps coordinates to 1/100 px, and shows objects smaller than a pixel as empty ones at (0, 0).
 _DECIMALS = 2
 MIN_AREA_PX = 1.0
-#: Shells are joined and holes taken out of them; GEOS's other method fails on a shell without area.
+#: Unite shells, then subtract holes; GEOS's other method fails on a shell without area.
 _REPAIR: Json = {"method": "structure", "keep_collapsed": False}
-#: What a repair adds must be rounded again; it settles at once or twice.
+#: Points that a repair adds must be rounded, which may need another repair; one or two suffice in practice.
 _MAX_REPAIRS = 10
-#: Of a file that is packed, this much text at once.
+#: Text per gzip member.
 _MEMBER_BYTES = 1 << 20
 #: A Python object takes some ten times the text it was written in.
 _MAX_READ_BYTES = 256 << 20
 
 
 def read_geojson(path: str | os.PathLike[str]) -> list[Json]:
-    """Read the features of a GeoJSON file, in whichever shape QuPath or another program wrote it.
+    """Read the features of a GeoJSON file in any of the forms that QuPath and other programs write.
 
     Accepts a FeatureCollection, a list, a single feature or a bare geometry; gzip; a byte order mark; ``NaN``;
-    and keys that occur twice (QuPath writes ``metadata`` so), of which the last counts.
+    and duplicate keys (QuPath writes ``metadata`` twice), of which the last counts.
 
     Returns
     -------
     list of dict
-        Each a Feature as it stands in the file: coordinates are not moved.
+        Features as they are in the file, with unchanged coordinates.
 
     Raises
     ------
     ValueError
-        Not JSON, not GeoJSON, or more of it than 256 MiB, unpacked.
+        Not JSON, not GeoJSON, or larger than 256 MiB unpacked.
     OSError
         The file cannot be read.
 
@@ -85,14 +85,14 @@ def _features(node: Any, where: str) -> Iterator[Json]:
 
 
 def acceptable(geometries: Sequence[shapely.Geometry], bounds: Box, *, clip: bool = True) -> list[Json | None]:
-    """Return geometries as QuPath accepts them, from the corner of `bounds`, or None where nothing is left of one.
+    """Return geometries as GeoJSON that QuPath accepts, relative to the corner of `bounds`; None where nothing is left.
 
     Parameters
     ----------
     geometries : sequence of shapely.Geometry
-        Each polygons, points or one line, in level-0 pixels; need not be valid.
+        Each consists of polygons, points or one line, in level-0 pixels; need not be valid.
     clip : bool
-        Leave out what lies outside `bounds`.
+        Clip to `bounds`.
 
     Examples
     --------
@@ -103,31 +103,31 @@ def acceptable(geometries: Sequence[shapely.Geometry], bounds: Box, *, clip: boo
     given = np.empty(len(geometries), object)
     given[:] = geometries
     found: list[Json | None] = [None] * len(given)
-    with np.errstate(all="ignore"):  # GEOS leaves floating-point flags behind that say nothing of its result
+    with np.errstate(all="ignore"):  # GEOS sets floating-point flags that mean nothing
         simple = shapely.transform(given, lambda xy: np.round(xy - (bounds.x, bounds.y), _DECIMALS))
         x0, y0, x1, y1 = shapely.bounds(simple).T
         inside = (x0 >= 0) & (y0 >= 0) & (x1 <= w) & (y1 <= h) | (not clip)
         areas = shapely.get_dimensions(simple) == 2
-        good = np.flatnonzero(areas & inside & shapely.is_valid(simple))  # most are, and done together
+        good = np.flatnonzero(areas & inside & shapely.is_valid(simple))  # most are, and are converted together
         for i, shape in zip(good.tolist(), _coordinates(simple[good]), strict=True):
             found[i] = shape
         for i in np.setdiff1d(np.arange(len(given)), good).tolist():
             if simple[i].geom_type in ("Point", "MultiPoint", "LineString"):
                 found[i] = _open_shape(simple[i]) if inside[i] and not simple[i].is_empty else None
             else:
-                found[i] = _mended(given[i], bounds, shapely.box(0, 0, w, h) if clip else None)
+                found[i] = _repaired(given[i], bounds, shapely.box(0, 0, w, h) if clip else None)
     return found
 
 
-def _mended(geometry: shapely.Geometry, bounds: Box, within: shapely.Polygon | None) -> Json | None:
-    # GEOS fails on the smallest of floating-point numbers: a millionth of a pixel is small enough.
+def _repaired(geometry: shapely.Geometry, bounds: Box, within: shapely.Polygon | None) -> Json | None:
+    # Rounded to 1e-6 px, since GEOS fails on the smallest floating-point numbers.
     moved = shapely.transform(geometry, lambda xy: np.round(xy - (bounds.x, bounds.y), 6))
     found = shapely.make_valid(moved, **_REPAIR)
     if within is not None:
         found = shapely.intersection(found, within)
     for _ in range(_MAX_REPAIRS):
-        # Snap rounding: unlike rounding each coordinate, it cannot make edges cross. Of the areas alone, joined where
-        # they touch: a collection of areas that share an edge counts as valid, and they are no MultiPolygon.
+        # Snap rounding (grid_size) cannot make edges cross, unlike rounding each coordinate. The union joins areas that
+        # share an edge: a collection of such areas counts as valid, but is no valid MultiPolygon.
         parts = shapely.get_parts(shapely.get_parts(found))
         areas = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
         snapped = shapely.union_all(areas, grid_size=10.0**-_DECIMALS)
@@ -139,7 +139,7 @@ def _mended(geometry: shapely.Geometry, bounds: Box, within: shapely.Polygon | N
 
 
 def _open_shape(geometry: shapely.Geometry) -> Json:
-    """Points and lines as GeoJSON; of several points QuPath wants at least two."""
+    """Points and lines as GeoJSON; a MultiPoint needs at least two points in QuPath."""
     points = [[whole(x), whole(y)] for x, y in shapely.get_coordinates(geometry).tolist()]
     if len(points) == 1:
         return {"type": "Point", "coordinates": points[0]}
@@ -147,7 +147,7 @@ def _open_shape(geometry: shapely.Geometry) -> Json:
 
 
 def _coordinates(geometries: npt.NDArray[np.object_]) -> list[Json | None]:
-    """The polygons in each that QuPath can show, as GeoJSON."""
+    """The polygons of each geometry as GeoJSON, without those too small for QuPath."""
     parts, of_parts = shapely.get_parts(geometries, return_index=True)
     parts, of = shapely.get_parts(parts, return_index=True)  # of collections
     kept = (shapely.get_type_id(parts) == shapely.GeometryType.POLYGON) & (shapely.area(parts) >= MIN_AREA_PX)
@@ -155,9 +155,8 @@ def _coordinates(geometries: npt.NDArray[np.object_]) -> list[Json | None]:
     rings, of_rings = shapely.get_rings(parts, return_index=True)
     points, of_points = shapely.get_coordinates(rings, return_index=True)
     written = [[whole(x), whole(y)] for x, y in points.tolist()]
-    drawn = _grouped(
-        _grouped(_grouped(written, of_points, len(rings)), of_rings, len(parts)), of_parts, len(geometries)
-    )
+    by_ring = _grouped(written, of_points, len(rings))
+    drawn = _grouped(_grouped(by_ring, of_rings, len(parts)), of_parts, len(geometries))
     return [
         None
         if not polygons
@@ -169,20 +168,20 @@ def _coordinates(geometries: npt.NDArray[np.object_]) -> list[Json | None]:
 
 
 def _grouped(items: list[Any], of: npt.NDArray[np.integer], n: int) -> list[list[Any]]:
-    """Items by the group that each is of; they stand in its order."""
+    """Items, sorted by group `of`, divided into `n` lists."""
     ends = np.cumsum(np.bincount(of, minlength=n)).tolist()
     return [items[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
 
 def within(xy: npt.NDArray[np.float64], bounds: Box) -> npt.NDArray[np.float64]:
-    """Level-0 points (..., 2) as QuPath counts them: from the corner of `bounds`, inside it, two decimals."""
+    """Level-0 points (..., 2) in QuPath's coordinates: relative to `bounds`, clipped to it, with two decimals."""
     last = np.floor(np.array([bounds.w, bounds.h]) * 10**_DECIMALS) / 10**_DECIMALS
     return np.asarray(np.clip(np.round(xy - (bounds.x, bounds.y), _DECIMALS), 0, last))
 
 
 def identifiers(slide_id: str, kind: str, numbers: Sequence[int]) -> Iterator[str]:
-    """UUIDs of version 5 (RFC 9562, 5.5) of ``wsi:<slide>/<kind>/<number>``: the same object always gets the same."""
-    name = f"wsi:{slide_id}/{kind}/".encode(errors="backslashreplace")  # of folders whose names are not UTF-8 too
+    """UUIDs of version 5 (RFC 9562, 5.5) of ``wsi:<slide>/<kind>/<number>``: stable for the same object."""
+    name = f"wsi:{slide_id}/{kind}/".encode(errors="backslashreplace")  # names of folders need not be UTF-8
     begun = hashlib.sha1(uuid.NAMESPACE_URL.bytes + name, usedforsecurity=False)
     for number in numbers:
         ended = begun.copy()
@@ -192,17 +191,17 @@ def identifiers(slide_id: str, kind: str, numbers: Sequence[int]) -> Iterator[st
 
 
 def whole(value: float) -> float | int:
-    """Whole numbers without a decimal point: a third less to read."""
+    """Return an integral value as int, which is written without a decimal point and so a third shorter."""
     return int(value) if value == int(value) else value
 
 
 def finite(measurements: Mapping[str, Any]) -> dict[str, float]:
-    """The finite ones, to seven digits. QuPath 0.4 refuses a file that holds any other."""
+    """Return the finite measurements, to seven digits; QuPath 0.4 refuses a file with any other."""
     return {name: float(f"{float(value):.7g}") for name, value in measurements.items() if math.isfinite(value)}
 
 
 def texts(label: str, values: npt.NDArray[np.floating]) -> list[str]:
-    """What ``finite`` gives, as text: empty for what is not finite."""
+    """Return `label` and value as text, as ``finite`` rounds it; empty for values that are not finite."""
     finite = np.isfinite(values).tolist()
     return [f"{label}{value:.7g}" if good else "" for value, good in zip(values.tolist(), finite, strict=True)]
 
@@ -215,7 +214,7 @@ def encode(value: Any) -> str:
 
 
 def write_features(path: str | os.PathLike[str], features: Iterator[str], metadata: Mapping[str, str] | None) -> int:
-    """Write a FeatureCollection as the features come; return how many."""
+    """Write a FeatureCollection from an iterator of encoded features; return their number."""
     if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
         raise ValueError("QuPath metadata are strings by name")
     n = 0
@@ -241,11 +240,11 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes] | _Gzip]:
 
 
 class _Gzip:
-    """Gzip by libdeflate, which takes a third of zlib's time and packs tighter, but only whole pieces.
+    """Gzip by libdeflate, which takes a third of zlib's time and compresses better, but only whole buffers.
 
-    Each piece is a member of its own (RFC 1952, 2.2), with no name and no time inside: the same tiles are the same
-    bytes. Java, as QuPath has it (17 was tried), goes on after a member where more bytes are ``available``, which files
-    tell, or where at least 19 are left in its buffer: so the last piece is a long one, or the only one.
+    Each buffer is a member of its own (RFC 1952, 2.2) without name and time, so the same tiles give the same bytes.
+    Java's reader in QuPath (17 was tested) continues after a member if more bytes are ``available``, as for files, or
+    if at least 19 are left in its buffer. Therefore the last member is a long one, or the only one.
     """
 
     def __init__(self, file: IO[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Results as objects of QuPath: classes and their colours, measurements of tiles, positive regions."""
+"""Results as QuPath objects: classes with colours, measurements of tiles, positive regions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wsi.scored import ScoredSlide, ScoredTiles
 from wsi.units import Mpp
 
 TISSUE = PathClass("Tissue", (150, 200, 150))
-#: Colours of classes: the positive ones as QuPath's built-in Tumor, the others apart from them.
+#: Colours of classes: positive ones like QuPath's built-in Tumor, the others clearly different.
 _POSITIVE_RGB = ((200, 0, 0), (200, 0, 200), (220, 110, 0), (120, 0, 60))
 _OTHER_RGB = ((120, 170, 220), (150, 200, 150), (160, 90, 160), (255, 200, 0), (50, 50, 50), (90, 140, 90))
 
@@ -48,9 +48,9 @@ def classes_of(slide: ScoredSlide) -> list[PathClass]:
 
 
 def percentile_rank(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return the share of tiles, in per cent, with less attention; ties share the lowest.
+    """Return the percentage of tiles with less attention; ties share the lowest rank.
 
-    Attention sums to one over a slide: only the rank means something between slides.
+    Attention sums to one over a slide, so that only its rank can be compared between slides.
 
     Examples
     --------
@@ -63,15 +63,15 @@ def percentile_rank(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 def probabilities_alone(
     names: Sequence[str], positive: npt.NDArray[np.bool_], alone: npt.NDArray[Any]
 ) -> dict[str, npt.NDArray[Any]]:
-    """Return what the model said of each tile alone (n, k), as measurements: of the positive classes."""
+    """Return the positive classes' probabilities without context, from `alone` (n, k), as measurements."""
     return {f"prob_{names[i]}_alone": alone[:, i] for i in np.flatnonzero(positive).tolist()}
 
 
 def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArray[Any]]:
-    """Return what is known of each tile: probabilities, their uncertainty, and the percentile of its attention.
+    """Return the measurements of tiles: probabilities, their uncertainty, and the percentile of attention.
 
-    Where tiles informed each other (``wsi.context``), also what the model said of the tile alone.
-    The uncertainty is the entropy of the probabilities over that of no knowledge at all: 0 to 1.
+    With context (``wsi.context``), also the probabilities without it. The uncertainty is the entropy of the
+    probabilities over that of the uniform distribution: 0 to 1.
     """
     p = tiles.probabilities
     found: dict[str, npt.NDArray[Any]] = {f"prob_{name}": p[:, i] for i, name in enumerate(slide.class_names)}
@@ -88,7 +88,7 @@ def measurements(slide: ScoredSlide, tiles: ScoredTiles) -> dict[str, npt.NDArra
 def positive_regions(
     outlines: Sequence[shapely.Polygon], heatmap: Heatmap, *, positive: Sequence[str], path_class: PathClass, mpp: Mpp
 ) -> list[Region]:
-    """Return positive regions with their size and what the tiles in them, by their centres, say.
+    """Return positive regions with their size and the probabilities of the tiles whose centres they contain.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def positive_regions(
     heatmap : Heatmap
         The probability of the positive classes.
     positive : sequence of str
-        Names the regions.
+        Their names give the regions' names.
     """
     boxes = heatmap.grid.boxes()
     centres = shapely.points(boxes[:, :2] + boxes[:, 2:] / 2)
@@ -114,11 +114,10 @@ def positive_regions(
 
 
 def simplify(outlines: list[shapely.Polygon], tolerance_um: float, mpp: Mpp) -> list[shapely.Polygon]:
-    """Drop points of outlines that move them by no more than `tolerance_um`; none crosses itself or another.
+    """Simplify outlines by at most `tolerance_um`, so that none crosses itself or another.
 
-    All outlines are simplified together (Douglas and Peucker's rule, kept from crossings as in JTS's
-    ``TopologyPreservingSimplifier``); holes stay holes. Where that library cannot keep the promise, nothing is
-    simplified.
+    All outlines are simplified together by the rule of Douglas and Peucker, preserving topology as JTS's
+    ``TopologyPreservingSimplifier``; holes stay holes. If the tolerance cannot be kept, nothing is simplified.
 
     Examples
     --------
@@ -130,20 +129,17 @@ def simplify(outlines: list[shapely.Polygon], tolerance_um: float, mpp: Mpp) -> 
         return outlines
     um = np.array(mpp)
     together = shapely.transform(shapely.MultiPolygon(outlines), lambda xy: xy * um)
-    for share in (1.0, 0.7, 0.4):  # the library's tolerance is not a bound: measured, and asked for less
+    for share in (1.0, 0.7, 0.4):  # GEOS's tolerance is not a bound, so the result is measured
         simple = shapely.simplify(together, tolerance_um * share, preserve_topology=True)
         parts = shapely.get_parts(simple)
-        if (
-            simple.is_valid
-            and len(parts) == len(outlines)
-            and _within(shapely.get_parts(together), parts, tolerance_um)
-        ):
+        as_many = simple.is_valid and len(parts) == len(outlines)
+        if as_many and _within(shapely.get_parts(together), parts, tolerance_um):
             return list(shapely.transform(parts, lambda xy: xy / um))
     return outlines
 
 
 def _within(before: npt.NDArray[np.object_], after: npt.NDArray[np.object_], distance: float) -> bool:
-    """Whether each point of the outlines before lies that close to its own outline after."""
+    """Whether each point of an outline is within `distance` of the same outline after simplification."""
     edges = shapely.boundary(after)
     shapely.prepare(edges)
     xy, of = shapely.get_coordinates(shapely.boundary(before), return_index=True)

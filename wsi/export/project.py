@@ -1,9 +1,8 @@
-"""A results folder to a QuPath project: regions, tiles and measurements of every slide.
+"""Export a results folder as a QuPath project: regions, tiles and measurements of every slide.
 
-A project names its slides by absolute paths and can be opened by itself; the objects lie beside as GeoJSON, since
-QuPath's own file of objects is serialised Java. ``scripts/import_wsi.groovy``, which QuPath lists under
-*Automate > Project scripts*, puts them into all images at once. Layout of a project: ``DefaultProject.java`` of QuPath
-0.4 to 0.7.
+The project names its slides by absolute paths. The objects are GeoJSON files beside it, since QuPath's own object file
+is serialised Java. ``scripts/import_wsi.groovy``, which QuPath lists under *Automate > Project scripts*, imports them
+into all images. Layout of a project: ``DefaultProject.java`` of QuPath 0.4 to 0.7.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from wsi.result import called
 from wsi.scored import ScoredSlide, ScoredTiles, scored_slides
 from wsi.units import Box, Mpp
 
-#: QuPath takes some 6 kB of memory for each tile of a file while it reads it.
+#: Tiles per file: QuPath needs about 6 kB of memory per tile while it reads a file.
 MAX_TILES = 200_000
-#: More annotations than this and QuPath crawls; the smaller ones are then joined, this many to one.
+#: QuPath gets slow with more annotations; smaller regions are then joined, this many to one.
 MAX_REGIONS = 10_000
-#: QuPath's readers. Bio-Formats, which takes OME-TIFF, shows the whole plane; OpenSlide crops it to the bounds.
+#: QuPath's readers. Bio-Formats, used for OME-TIFF, shows the whole plane; OpenSlide crops it to the bounds.
 _BIOFORMATS = "qupath.lib.images.servers.bioformats.BioFormatsServerBuilder"
 _OPENSLIDE = "qupath.lib.images.servers.openslide.OpenslideServerBuilder"
 
@@ -49,18 +48,18 @@ class QuPathConfig:
     Attributes
     ----------
     threshold : float, optional
-        Probability from which a tile is positive and in a region; None for the one it was scored with.
+        Probability from which a tile is positive. Default: the one the slide was scored with.
     simplify_um : float
-        How far an outline may move, in microns, to have fewer points; 0 keeps the edges of tiles.
+        Tolerance in microns for simplifying outlines; 0 keeps the edges of tiles.
     object_type : {"tile", "detection", "annotation"}
-        What a tile becomes.
+        The QuPath object type of tiles.
     crop : bool
-        Coordinates count from the corner of the scanned part, as QuPath shows the slide; else from the corner of the
-        whole plane, which is what QuPath shows with ``--no-crop`` and through Bio-Formats.
+        True: coordinates count from the corner of the scanned area, as QuPath shows the slide. False: from the corner
+        of the whole plane, as QuPath shows it with ``--no-crop`` and through Bio-Formats.
     max_tiles : int
-        Tiles in a file; a slide with more is written in several, each a band of rows.
+        Tiles per file; a slide with more is written to several files, each a band of rows.
     key : bytes, optional
-        Slide ids are replaced by their pseudonyms. No project is then written: it would name the slides' files.
+        Replaces slide ids by pseudonyms. Then no project is written, since it would name the slides' files.
     """
 
     threshold: float | None = None
@@ -85,20 +84,20 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
     Parameters
     ----------
     results : Path
-        What ``wsi score`` wrote.
+        A results folder of ``wsi score``.
     out : Path
-        Made where it is not there. What an earlier export wrote of the same slides is replaced; to a project that is
-        there slides are added, and whatever QuPath or its user changed in it stays.
+        Created if missing. Objects of an earlier export of the same slides are replaced. Slides are added to an
+        existing project, which keeps the changes that QuPath or its user made.
 
     Returns
     -------
     list of dict
-        A row a slide: ``slide_id``, ``tiles``, ``tile_files``, ``regions``, ``warnings``.
+        A row per slide: ``slide_id``, ``tiles``, ``tile_files``, ``regions``, ``warnings``.
 
     Raises
     ------
     ResultsError, StoreError
-        No results there, or not those of ``wsi score``; a project there in the other frame, or that is none.
+        There are no results of ``wsi score``; or the project in `out` is damaged, or uses the other coordinate frame.
     OSError
         `out` cannot be written to.
 
@@ -109,7 +108,7 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
     config = config or QuPathConfig()
     slides = scored_slides(results)
     out.mkdir(parents=True, exist_ok=True)
-    if config.key is None:  # first: a project in another frame must not get objects of this one
+    if config.key is None:  # first, since it refuses a project in the other frame
         _write_project([slide for slide in slides.values() if _is_file(slide)], out, config)
     rows = [_export_slide(slide, out, config) for slide in slides.values()]
     (out / "scripts").mkdir(exist_ok=True)
@@ -121,7 +120,7 @@ def export_qupath(results: Path, out: Path, config: QuPathConfig | None = None) 
 
 
 def slide_regions(slide: ScoredSlide, tiles: ScoredTiles, mpp: Mpp, config: QuPathConfig) -> list[Region]:
-    """Return the tissue as it was outlined when scoring, and the positive regions at the threshold."""
+    """Return the outlines of the tissue, as scored, and the positive regions at the threshold."""
     path = slide.folder / "regions.geojson"
     try:
         drawn = read_geojson(path)
@@ -150,9 +149,9 @@ def slide_regions(slide: ScoredSlide, tiles: ScoredTiles, mpp: Mpp, config: QuPa
 
 
 def shards(rows: npt.NDArray[np.integer], most: int) -> Iterator[slice]:
-    """Divide tiles, in the order of a grid, into bands of about the same size and at most `most`.
+    """Divide tiles, in grid order, into bands of similar size and of at most `most` tiles.
 
-    A band ends where a row of the grid does, unless a row alone is longer.
+    A band ends at the end of a grid row, unless a single row is longer than `most`.
 
     Examples
     --------
@@ -163,7 +162,7 @@ def shards(rows: npt.NDArray[np.integer], most: int) -> Iterator[slice]:
     ends = np.append(np.flatnonzero(np.diff(rows)) + 1, n)
     start = 0
     while start < n or start == n == 0:
-        share = start + -(-(n - start) // -(-max(n - start, 1) // most))  # of what is left
+        share = start + -(-(n - start) // -(-max(n - start, 1) // most))  # an equal share of the rest
         whole = ends[(ends > start) & (ends <= share)]
         stop = int(whole[-1]) if len(whole) else min(share, n)
         yield slice(start, stop)
@@ -214,7 +213,7 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
             {key: each[part] for key, each in values.items()},
             bounds=bounds, slide_id=name, metadata=metadata, object_type=config.object_type, first=part.start,
         )  # fmt: skip
-    for earlier in set(folder.glob("tiles*.geojson.gz")) - set(written):  # there may have been more of them
+    for earlier in set(folder.glob("tiles*.geojson.gz")) - set(written):  # an earlier export may have had more shards
         earlier.unlink()
     warnings = []
     if not len(tiles.grid):
@@ -238,9 +237,9 @@ def _export_slide(slide: ScoredSlide, out: Path, config: QuPathConfig) -> Json:
 
 
 def _write_project(slides: list[ScoredSlide], out: Path, config: QuPathConfig) -> None:
-    """Write the project, or add what is missing to the one that is there: QuPath and its user may have changed it."""
+    """Write the project, or add missing slides to an existing one, which QuPath and its user may have changed."""
     path = out / "project.qpproj"
-    # No time: the same results give the same project.
+    # No timestamps, so that the same results give the same project.
     project: Json = {"version": "0.4.0", "createTimestamp": 0, "modifyTimestamp": 0, "lastID": 0, "images": []}
     try:
         if path.exists():
@@ -253,9 +252,7 @@ def _write_project(slides: list[ScoredSlide], out: Path, config: QuPathConfig) -
         arguments = [] if config.crop or _through_bioformats(slide) else ["--no-crop"]
         if slide.slide_id in known:
             if ("--no-crop" in known[slide.slide_id].get("args", arguments)) != bool(arguments):
-                raise ResultsError(
-                    path, "opens its slides in the other frame (--no-crop)", "Choose another folder with -o"
-                )
+                raise ResultsError(path, "opens its slides in the other frame (--no-crop)", "Choose another with -o")
             continue
         last += 1
         project["images"].append(
@@ -282,6 +279,6 @@ def _write_project(slides: list[ScoredSlide], out: Path, config: QuPathConfig) -
 
 
 def _packed(color: tuple[int, int, int]) -> int:
-    """A colour as Java holds it: alpha, red, green and blue in a signed 32-bit integer."""
+    """A colour as in Java: alpha, red, green and blue in a signed 32-bit integer."""
     r, g, b = color
     return (r << 16 | g << 8 | b) - (1 << 24)

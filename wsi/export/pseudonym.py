@@ -1,7 +1,7 @@
-"""Slide names that tell nothing: keyed hashes.
+"""Pseudonyms of slides: keyed hashes of their names.
 
-Names of files often hold a patient's or a case's number. HMAC (RFC 2104) with SHA-256: the same key gives a slide the
-same pseudonym in every export, and nobody without the key can find out which name stands behind one by trying names.
+File names often contain the number of a patient or a case. The pseudonym is an HMAC (RFC 2104) with SHA-256: the same
+key gives the same pseudonym in every export, and without the key nobody can find the name by trying names.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _MAX_KEY_BYTES = 4096
 
 
 def read_key(path: str | os.PathLike[str]) -> bytes:
-    """Read a key file: all its bytes, without blanks at either end.
+    """Read a key file: its bytes, without surrounding whitespace.
 
     Raises
     ------
     OutputError
-        It cannot be read; fewer than 16 bytes, which could be guessed, or so many that it can be no key.
+        It cannot be read, has fewer than 16 bytes, which could be guessed, or more than 4096.
 
     Examples
     --------
@@ -43,7 +43,7 @@ def read_key(path: str | os.PathLike[str]) -> bytes:
 
 
 def pseudonym(slide_id: str, key: bytes | None) -> str:
-    """Return what a slide is called outside: its own id without a key.
+    """Return a slide's pseudonym, or its own id without a key.
 
     Examples
     --------

@@ -1,10 +1,10 @@
 """QuPath GeoJSON: tiles as detections, regions as annotations.
 
-QuPath rejects a whole file for one feature it dislikes, so everything here is for not writing that feature:
-classes always have a colour, rings are closed, geometries are valid after rounding, numbers are finite.
+QuPath rejects a whole file for one invalid feature. Therefore classes always have a colour, rings are closed,
+geometries are valid after rounding, and numbers are finite.
 
-Coordinates are full-resolution pixels of the image as QuPath shows it: where the file names the scanned part
-(MIRAX, Leica), QuPath crops to it, so its corner is subtracted and everything is clipped to it.
+Coordinates are full-resolution pixels of the image as QuPath shows it. If the file records the scanned area (MIRAX,
+Leica), QuPath crops to it; so its corner is subtracted, and everything is clipped to it.
 Rules and measurements: ``ROITypeAdapters.java``, ``PathClassTypeAdapter`` and ``OpenslideImageServer.java`` of
 QuPath 0.4 to 0.7.
 """
@@ -34,9 +34,9 @@ from wsi.export.geojson import (
 )
 from wsi.units import Box
 
-#: Tiles formatted at once: enough for NumPy to pay, little enough to be no memory.
+#: Tiles formatted at once: enough for NumPy to be efficient, in little memory.
 _BLOCK = 2048
-#: And regions, which may have many points each.
+#: Regions formatted at once; they may have many points each.
 _REGIONS = 512
 
 
@@ -82,7 +82,7 @@ class Region:
     Attributes
     ----------
     geometry : shapely.Geometry
-        Polygons, points or one line, in level-0 pixels; holes are kept. Need not be valid: it is repaired.
+        Polygons, points or one line, in level-0 pixels; holes are kept, invalid geometries are repaired.
     path_class : PathClass, optional
     name : str
     measurements : dict of str to float
@@ -108,44 +108,44 @@ def write_tiles(
     object_type: str = "tile",
     first: int = 0,
 ) -> int:
-    """Write tiles, one QuPath object each, without holding more than a block of them in memory.
+    """Write tiles, one QuPath object each, with only a block of them in memory.
 
     Parameters
     ----------
     path : path
-        Gzipped when the name ends in ``.gz``. Written beside and renamed, so it is whole or not there.
+        Gzipped if the name ends in ``.gz``. Written under a temporary name and renamed, so it is never partial.
     boxes : float64 (n, 4)
         x, y, w, h in level-0 pixels.
     class_index : int (n,)
-        Which of `classes` each tile is.
+        The index of each tile's class in `classes`.
     measurements : mapping of str to float (n,)
-        Written with seven digits, which is what QuPath's float32 holds; non-finite values are left out.
+        Written with seven digits, the precision of QuPath's float32; non-finite values are left out.
     bounds : Box
-        The slide's ``bounds``: subtracted, and clipped to.
+        The slide's ``bounds``: coordinates are relative to its corner and clipped to it.
     slide_id : str
-        Identifiers are made of it and the tile's position, so the same slide gives the same file.
+        Object ids are derived from it and the tile's number, so the same slide gives the same file.
     metadata : mapping of str to str, optional
-        Written once, beside ``features``; QuPath skips it, other programs may read it.
+        Written once, beside ``features``; QuPath ignores it, other programs may read it.
     object_type : {"tile", "detection", "annotation"}
-        Tiles and detections are cheap in QuPath; thousands of annotations are not, but can be edited.
+        Tiles and detections are cheap in QuPath. Annotations can be edited, but thousands of them are slow.
     first : int
-        Number of the first of these tiles in its slide, where a slide's tiles are written to several files.
+        Number of the first tile within its slide, if the slide's tiles are written to several files.
 
     Returns
     -------
     int
-        Tiles written; less than n where some lie outside `bounds`.
+        Tiles written: fewer than n if some lie outside `bounds`.
 
     Raises
     ------
     ValueError
-        Arrays that do not fit together.
+        The arrays' shapes or values do not match.
     OSError
         The file cannot be written.
 
     Notes
     -----
-    QuPath holds the whole file in memory while it reads it: about 200,000 tiles are comfortable.
+    QuPath holds the whole file in memory while it reads it; about 200,000 tiles work well.
 
     Examples
     --------
@@ -173,18 +173,17 @@ def write_tiles(
     labels = [f"{encode(name)}:" for name in measurements]
 
     def features() -> Iterator[str]:
-        # A JSON encoder takes ten times as long for these few shapes of text, which are tested against one.
+        # Formatted by hand, and tested against a JSON encoder, which takes ten times as long.
         for start in range(0, n, _BLOCK):
             chosen = start + np.flatnonzero(visible[start : start + _BLOCK])
             ids = identifiers(slide_id, "tile", (first + chosen).tolist())
-            # Tiles of a grid share their edges: few numbers are written many times.
+            # Tiles of a grid share their edges: few distinct numbers occur many times.
             edges, which = np.unique(corners[chosen].T, return_inverse=True)
             written = np.array([repr(whole(edge)) for edge in edges.tolist()], object)
             x0s, y0s, x1s, y1s = written[which.reshape(4, -1)].tolist()
             called = class_index[chosen].tolist()
-            numbers = [
-                texts(label, values[chosen]) for label, values in zip(labels, measurements.values(), strict=True)
-            ]
+            columns = zip(labels, measurements.values(), strict=True)
+            numbers = [texts(label, values[chosen]) for label, values in columns]
             measured = [",".join(filter(None, row)) for row in zip(*numbers, strict=True)] or [""] * len(chosen)
             for uid, x0, y0, x1, y1, k, found in zip(ids, x0s, y0s, x1s, y1s, called, measured, strict=True):
                 yield (
@@ -208,8 +207,8 @@ def write_regions(
 ) -> int:
     """Write regions, one locked QuPath annotation each.
 
-    A geometry is clipped to `bounds` unless `clip` is false, repaired, rounded to 1/100 px so that it stays valid, and
-    left out with its parts of less than one square pixel.
+    A geometry is repaired, rounded to 1/100 px so that it stays valid, and clipped to `bounds` unless `clip` is false.
+    Its parts of less than one square pixel are left out.
 
     Parameters
     ----------
@@ -218,12 +217,12 @@ def write_regions(
     metadata : mapping of str to str, optional
         Written with each annotation, where QuPath (0.5 and later) shows it, and once beside ``features``.
     clip : bool
-        Leave out what lies outside `bounds`; what people drew may, and stays.
+        Clip to `bounds`; annotations that people drew may extend beyond it and are not clipped.
 
     Returns
     -------
     int
-        Annotations written; fewer than given where nothing of a region is left.
+        Annotations written: fewer than given if nothing of a region is left.
 
     Raises
     ------

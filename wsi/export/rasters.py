@@ -1,8 +1,8 @@
 """Heatmaps as images: OME-TIFF, OME-Zarr, PNG.
 
-A pixel is a step of the grid; the first begins at the corner of the slide's whole plane, so that a pixel (column, row)
-begins at ``(column * stride_x, row * stride_y)`` level-0 pixels, exactly. Channels: what the heatmap shows, then each
-class; NaN where there is no tile. Levels of the pyramid are means of what is there.
+A pixel is a grid step; pixel (column, row) begins exactly at ``(column * stride_x, row * stride_y)`` level-0 pixels of
+the whole plane. Channels: the probability of the heatmap, then each class; NaN where there is no tile. The pyramid's
+levels are means of the pixels that are not NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wsi.units import Mpp
 F32 = npt.NDArray[np.float32]
 
 _TILE_PX = 256
-#: Levels are added until the last is no longer than this.
+#: Levels are added until the longer side is at most this.
 _LAST_LEVEL_PX = 256
 
 
@@ -58,7 +58,7 @@ class Raster:
         return self.step[0] * self.mpp.x, self.step[1] * self.mpp.y
 
     def levels(self) -> list[F32]:
-        """Return the pyramid, the finest first; each pixel is the mean of up to four that are there.
+        """Return the pyramid, finest level first; each pixel is the mean of up to four that are not NaN.
 
         Examples
         --------
@@ -109,9 +109,9 @@ def slide_raster(slide: ScoredSlide) -> Raster:
 
 
 def write_ome_tiff(path: Path, raster: Raster) -> None:
-    """Write a pyramidal OME-TIFF: tiled, its coarser levels in SubIFDs, sizes of pixels in microns.
+    """Write a tiled, pyramidal OME-TIFF with coarser levels in SubIFDs and pixel sizes in microns.
 
-    QuPath (Bio-Formats) opens it as an image of its own, napari with a scale.
+    QuPath (Bio-Formats) opens it as a separate image, napari with the right scale.
 
     Examples
     --------
@@ -136,7 +136,7 @@ def write_ome_tiff(path: Path, raster: Raster) -> None:
 
 
 def _ome_xml(raster: Raster) -> bytes:
-    """OME-XML of 2016-06; written here, since tifffile puts a new UUID into each file."""
+    """OME-XML of 2016-06; not tifffile's, which has a new UUID in each file."""
     channels, height, width = raster.values.shape
     space = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
     root = ElementTree.Element("OME", {"xmlns": space})
@@ -156,9 +156,7 @@ def _ome_xml(raster: Raster) -> bytes:
 
 
 def write_png(path: Path, raster: Raster) -> None:
-    """Write the first channel in colour, a pixel a step, transparent where there is no tile.
-
-    Colours are viridis from 0 to 1.
+    """Write the first channel as viridis from 0 to 1, one pixel per grid step, transparent where there is no tile.
 
     Examples
     --------
@@ -182,24 +180,24 @@ def export_rasters(
     Parameters
     ----------
     results : Path
-        What ``wsi score`` wrote.
+        A results folder of ``wsi score``.
     out : Path
-        Made where it is not there.
+        Created if missing.
     kind : {"ome-tiff", "ome-zarr", "png"}
     version : {"0.4", "0.5"}
-        Of OME-Zarr.
+        The version of OME-Zarr.
     key : bytes, optional
         Slide ids are replaced by their pseudonyms.
 
     Returns
     -------
     list of dict
-        A row a slide: ``slide_id``, ``size_px``, ``pixel_um``, ``warnings``.
+        A row per slide: ``slide_id``, ``size_px``, ``pixel_um``, ``warnings``.
 
     Raises
     ------
     ResultsError
-        No results there.
+        There are no results.
     ValueError
         An unknown kind or version.
     OSError

@@ -1,7 +1,7 @@
-"""What QuPath would say of a GeoJSON file: one bad feature, and it imports nothing.
+"""Check GeoJSON by QuPath's rules: for one invalid feature, QuPath imports nothing of a file.
 
 Rules: ``QuPathTypeAdapters.java``, ``ROITypeAdapters.java`` and ``PathClassTypeAdapter`` of QuPath 0.4 to 0.7; where
-versions differ, the strictest counts.
+versions differ, the strictest applies.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from shapely.errors import ShapelyError
 from wsi.export.geojson import read_geojson
 
 _TYPES = ("annotation", "detection", "tile", "cell", "tmaCore", "root")
-#: QuPath takes some 6 kB of memory for each.
+#: Objects of a type that make QuPath slow.
 _MANY = {"annotation": 10_000, "tile": 200_000, "detection": 200_000}
 
 
 def problems(path: Path) -> list[str]:
-    """Return why QuPath would refuse or mistake a file: a line a kind of problem, with how often and where first.
+    """Return why QuPath would refuse or misread a file: a line per problem, with its count and first feature.
 
     Raises
     ------
     ValueError
-        It is no GeoJSON at all, or too large to be read.
+        It is not GeoJSON, or too large to be read.
 
     Examples
     --------
@@ -114,12 +114,12 @@ def _is_uuid(text: Any) -> bool:
 
 
 def slides_of(project: Path) -> list[tuple[str, str]]:
-    """Return image name and address of each slide of a QuPath project.
+    """Return the image name and URI of each slide of a QuPath project.
 
     Raises
     ------
     ValueError
-        It is no project.
+        It is not a QuPath project.
 
     Examples
     --------
@@ -134,5 +134,5 @@ def slides_of(project: Path) -> list[tuple[str, str]]:
 
 
 def _address(builder: dict[str, Any]) -> Any:
-    """A builder may wrap another: rotated, cropped, with other metadata."""
+    """The URI of a server builder, which may wrap another (rotated, cropped, with other metadata)."""
     return builder["uri"] if "uri" in builder else _address(builder["builder"])

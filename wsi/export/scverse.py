@@ -1,8 +1,8 @@
-"""Tiles for scverse's tools: AnnData tables, and SpatialData stores of table, outlines and heatmap.
+"""Export for scverse: AnnData tables, and SpatialData stores of table, outlines and heatmap.
 
-SpatialData's own package brings some fifty others and holds Dask at an older version than ours; so its stores are
-written here, as its version 0.7 writes and reads them: a Zarr v3 group (container 0.2) with the table as AnnData writes
-it (0.2), shapes as GeoParquet (0.3) and the heatmap as OME-NGFF (0.3).
+The spatialdata package brings some fifty others and requires an older Dask than ours. So its stores are written here
+in the format of its version 0.7: a Zarr v3 group (container 0.2) with the table as AnnData writes it (0.2), shapes as
+GeoParquet (0.3) and the heatmap as OME-NGFF (0.3).
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ def write_anndata(out: Path, bag: TileTable) -> None:
 
 
 def write_spatialdata(out: Path, bag: TileTable) -> None:
-    """Write ``<slide>.zarr``, whole or not at all; one that is there already is replaced.
+    """Write ``<slide>.zarr`` atomically; an existing one is replaced.
 
     ::
 
         tables/table       features and scores of tiles; obs["instance_id"] is the row of shapes/tiles
-        shapes/tiles       a box a tile
+        shapes/tiles       the box of each tile
         shapes/regions     tissue and positive regions with their measurements
         images/heatmap     probabilities
 
-    All is in level-0 pixels of the whole plane, which is SpatialData's system ``global``; ``micrometers`` is the other.
+    Coordinates are level-0 pixels of the whole plane (coordinate system ``global``); ``micrometers`` is the second
+    system.
     """
     table = _table(bag)
     assert bag.scored is not None and bag.mpp is not None
@@ -76,13 +77,13 @@ def write_spatialdata(out: Path, bag: TileTable) -> None:
             "class": [region.path_class.name if region.path_class else None for region in regions],
             **{name: [region.measurements.get(name) for region in regions] for name in names},
         }
-        if regions:  # SpatialData refuses shapes of which there are none
+        if regions:  # SpatialData refuses empty shapes
             outlines = [region.geometry for region in regions]
             _write_shapes(draft / "shapes" / "regions", outlines, columns, range(len(regions)), bag)
         raster = slide_raster(slide)
         heatmap = draft / "images" / "heatmap"
         write_multiscale(heatmap, raster.levels(), raster.channels, step=raster.step, mpp=raster.mpp)
-        # Its system of an image counts from the corner of the first pixel, not from its centre: no shift.
+        # SpatialData's image coordinates count from the corner of the first pixel, not from its centre: no shift.
         ome = _attributes(heatmap)["ome"] | {"version": "0.5-dev-spatialdata"}
         ome["multiscales"][0]["coordinateTransformations"] = _frames("cyx", bag, raster.step)
         _group(heatmap, {"ome": ome, "spatialdata_attrs": {"version": "0.3"}})
@@ -132,14 +133,14 @@ def _write_table(path: Path, table: Any, rows: Any) -> None:
     table.obs["instance_id"] = np.asarray(rows, np.int64)
     table.uns["spatialdata_attrs"] = link
     with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=3):
-        # Of shards, which come with its next version, and of consolidated metadata, which are dropped below.
+        # Warnings about shards, a feature of its next version, and about consolidated metadata, dropped below.
         warnings.simplefilter("ignore", UserWarning)
         table.write_zarr(path)
     _group(path, _attributes(path) | link | {"spatialdata-encoding-type": "ngff:regions_table", "version": "0.2"})
 
 
 def _write_shapes(path: Path, shapes: Any, columns: Mapping[str, Sequence[Any]], index: Any, bag: TileTable) -> None:
-    """GeoParquet 1.0: polygons as WKB, and about them in the file's metadata. The index is as pandas leaves it."""
+    """Write GeoParquet 1.0: polygons as WKB, described in the file's metadata; the index as pandas writes it."""
     import pandas as pd
 
     _group(
@@ -164,7 +165,7 @@ def _write_shapes(path: Path, shapes: Any, columns: Mapping[str, Sequence[Any]],
 
 
 def _frames(axes: str, bag: TileTable, step: tuple[float, float]) -> list[Json]:
-    """From an element's own system to level-0 pixels and to microns, in SpatialData's form of NGFF's proposal."""
+    """Transformations to level-0 pixels and to microns, in SpatialData's form of the NGFF proposal."""
     assert bag.mpp is not None
 
     def system(name: str, unit: str) -> Json:

@@ -1,4 +1,4 @@
-"""A slide's tiles as the layouts of other programs need them."""
+"""A slide's tiles with what the layouts of other programs need."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from wsi.units import Mpp
 
 @dataclass(frozen=True, eq=False)
 class TileTable:
-    """A slide's tiles, as layouts need them; None is what nobody said.
+    """A slide's tiles; attributes that are unknown are None.
 
     Attributes
     ----------
     name : str
-        What the slide is called outside.
+        Slide id or pseudonym.
+    features : (n, d)
     corners : float64 (n, 2)
         Level-0 pixels, not rounded.
     positions : int64 or float64 (n, 2)
-        Column and row on the lattice; fractional where tiles lie on no common one.
+        Column and row on the lattice; fractional if there is no common lattice.
     tile, stride : (float, float)
         Level-0 pixels.
     tile_px : int
-        Side of a tile in the pixels that it was cut with.
+        Side of a tile in pixels at the resolution it was cut at.
     tile_mpp : float
-        Microns that one of these measures.
+        Microns per pixel at that resolution.
     mpp : Mpp
         Microns per level-0 pixel.
     size : (int, int)
         The slide's, in level-0 pixels.
     encoder : str
-        Fit to be the name of a folder.
+        As a folder name, see ``folder_name``.
     scored : (ScoredSlide, ScoredTiles)
-        Where the scores are.
+        The scores.
     """
 
     name: str
@@ -64,6 +65,6 @@ class TileTable:
 
     @property
     def overlap_px(self) -> int:
-        """Pixels that a tile shares with the next, as TRIDENT counts: fewer than none where they lie apart."""
+        """Pixels that neighbouring tiles share, as TRIDENT counts: negative if there is a gap."""
         assert self.stride is not None and self.tile_px is not None
         return round(self.tile_px * (1 - self.stride[0] / self.tile[0]))
