@@ -114,7 +114,7 @@ def begin(cohort: Cohort, patches: Patches, split: Split, config: PatchConfig, m
     )  # fmt: skip
 
 
-class PatchTraining(Loop[Any]):
+class PatchTraining(Loop):
     """A training of a patch model under way; see ``Loop``.
 
     Parameters
@@ -160,7 +160,7 @@ class PatchTraining(Loop[Any]):
         return {"validation_loss": digits(loss)} | measure(cases, logits.double().softmax(1).cpu().numpy(), head)
 
     @torch.inference_mode()
-    def said(self, ids: Sequence[str]) -> npt.NDArray[np.float64]:
+    def probabilities(self, ids: Sequence[str]) -> npt.NDArray[np.float64]:
         """Return probabilities (n, k)."""
         return np.asarray(self._all_logits(ids).double().softmax(1).cpu().numpy())
 

@@ -32,10 +32,10 @@ from wsi.nn.mil import Head
 from wsi.nn.uncertainty import conformal_threshold, fit_temperature, prediction_set
 from wsi.result import rounded
 from wsi.train.cohort import Case, Cohort, Split, check_split, write_splits
-from wsi.train.figures import best_threshold
+from wsi.train.figures import threshold_of
 from wsi.train.folder import bind, card_of, data_row, packed, write_model
-from wsi.train.loop import write_log
-from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, targets_of, train_member, try_net
+from wsi.train.loop import as_dict, write_log
+from wsi.train.mil import Bags, Member, MilConfig, measure, targets_of, train_member, try_net
 from wsi.train.stains import learn_stains, stains_line
 
 Progress = Callable[[str, int, int], None]
@@ -230,10 +230,7 @@ def _calibrate(cohort: Cohort, rows: list[dict[str, Any]], positive: Sequence[st
     threshold = conformal_threshold(np.array(list(least.values())), coverage)
     # Six decimals, and not above: probabilities of 0.9999999 would all be below a threshold of 1.
     found["conformal_threshold"] = None if threshold is None else float(np.floor(threshold * 1e6) / 1e6)
-    chosen = np.array([name in positive for name in cohort.class_names])
-    is_positive = chosen[label]
-    if is_positive.any() and not is_positive.all():
-        found["threshold"] = best_threshold(is_positive, probabilities[:, chosen].sum(1))
+    found["threshold"] = threshold_of(np.isin(cohort.class_names, positive), label, probabilities)
     return found
 
 

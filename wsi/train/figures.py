@@ -33,6 +33,14 @@ def best_threshold(positive: Array, score: Array) -> float:
     return round(float(best[len(best) // 2]), 3)
 
 
+def threshold_of(chosen: Array, label: Array, probabilities: Array) -> float:
+    """Choose the threshold of the classes bool (k,) together; 0.5 where all cases, or none, are of these classes."""
+    positive = chosen[label]
+    if positive.all() or not positive.any():
+        return 0.5
+    return best_threshold(positive, probabilities[:, chosen].sum(1))
+
+
 def concordance(time: Array, event: Array, risk: Array) -> float | None:
     """Share of comparable pairs whose earlier event has the higher risk, ties half (Harrell); None without pairs.
 

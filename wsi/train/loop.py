@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
     from wsi.train.classifier import PatchConfig
     from wsi.train.mil import MilConfig
 
-Net = TypeVar("Net", bound=torch.nn.Module)
 
-
-class Loop(Generic[Net]):
+class Loop:
     """A training under way; what is learnt from is the subclass's: ``learn`` and ``judge``.
 
     All chance of an epoch is drawn from (seed, epoch), so that a training that was stopped gives the same bytes.
@@ -40,7 +39,7 @@ class Loop(Generic[Net]):
         A row an epoch.
     """
 
-    def __init__(self, net: Net, config: MilConfig | PatchConfig, lr: float) -> None:
+    def __init__(self, net: Any, config: MilConfig | PatchConfig, lr: float) -> None:
         self.net = net
         self._config, self._lr = config, lr
         self._weights = [weight for weight in net.parameters() if weight.requires_grad]
@@ -178,6 +177,11 @@ def write_log(out: Path, trained: Sequence[tuple[Mapping[str, Any], Sequence[Map
     axes.legend()
     with replacing(out / "log.png") as file:
         figure.savefig(file, format="png", dpi=100, metadata={"Software": None})  # no version: the same bytes
+
+
+def as_dict(config: MilConfig | PatchConfig) -> dict[str, Any]:
+    """Return a configuration as run.json holds it."""
+    return asdict(config) | {"arguments": dict(config.arguments)}
 
 
 def digits(value: float | None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,7 +228,7 @@ def train_member(
         head = replace(head, baseline=_baseline(net, cohort, bags, split, device))
     ids = (*split.validation, *split.test)
     with torch.inference_mode():
-        logits = dict(zip(ids, _said(net, bags, ids, device).double().cpu().numpy(), strict=True)) if ids else {}
+        logits = dict(zip(ids, _logits(net, bags, ids, device).double().cpu().numpy(), strict=True)) if ids else {}
     return Member(net.cpu(), head, logits, run.history, run.best_epoch)
 
 
@@ -243,13 +243,12 @@ def try_net(cohort: Cohort, bags: Bags, config: MilConfig) -> None:
                 raise TrainError(slide_id, str(error), "Give bags with coordinates, or another architecture") from error
 
 
-class _Run(Loop[MilNet]):
+class _Run(Loop):
     """A training under way."""
 
     def __init__(self, cohort: Cohort, bags: Any, split: Split, config: MilConfig, head: Head, device: str) -> None:
-        self.cohort, self.bags, self.split, self.config, self.head, self.device = (
-            cohort, bags, split, config, head, device,
-        )  # fmt: skip
+        self.cohort, self.bags, self.split = cohort, bags, split
+        self.config, self.head, self.device = config, head, device
         torch.manual_seed(config.seed)
         net = _make(config, head, bags)
         net.set_scale(*scale_of([bags.stats[i] for i in split.train]))
@@ -268,12 +267,11 @@ class _Run(Loop[MilNet]):
     def judge(self) -> dict[str, Any]:
         if not self.split.validation:
             return {}
-        logits = _said(self.net, self.bags, self.split.validation, self.device)
+        logits = _logits(self.net, self.bags, self.split.validation, self.device)
         loss = float(self.head.loss(logits, self._targets(self.split.validation)))
         cases = [self.cohort.cases[i] for i in self.split.validation]
-        return {"validation_loss": digits(loss)} | measure(
-            cases, self.head.probabilities(logits.double().cpu()).numpy(), self.head
-        )
+        probabilities = self.head.probabilities(logits.double().cpu()).numpy()
+        return {"validation_loss": digits(loss)} | measure(cases, probabilities, self.head)
 
     def _targets(self, ids: Sequence[str]) -> Targets:
         return targets_of([self.cohort.cases[i] for i in ids], self.device)
@@ -320,14 +318,9 @@ def measure(cases: Sequence[Case], probabilities: Array, head: Head) -> dict[str
     }
 
 
-def as_dict(config: MilConfig) -> dict[str, Any]:
-    """Return a configuration as JSON holds it."""
-    return {**asdict(config), "arguments": dict(config.arguments)}
-
-
 def _baseline(net: MilNet, cohort: Cohort, bags: Any, split: Split, device: str) -> tuple[float, ...]:
     with torch.inference_mode():
-        risk = _said(net, bags, split.train, device)[:, 0].double().cpu().numpy()
+        risk = _logits(net, bags, split.train, device)[:, 0].double().cpu().numpy()
     cases = [cohort.cases[i] for i in split.train]
     time, event = np.array([case.time for case in cases], np.float64), np.array([case.event for case in cases], bool)
     return tuple(breslow(risk, time, event, list(cohort.time_bins)))
@@ -347,7 +340,7 @@ def _make(config: MilConfig, head: Head, bags: Any) -> MilNet:
         raise ModelError(config.architecture, f"arguments do not fit: {error}", "See its docstring") from error
 
 
-def _said(net: MilNet, bags: Any, ids: Sequence[str], device: str) -> torch.Tensor:
+def _logits(net: MilNet, bags: Any, ids: Sequence[str], device: str) -> torch.Tensor:
     """Return the logits (n, k) of some bags."""
     return finite(torch.stack([net(*_on(bags[i], device)).logits for i in ids]), ids)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,14 @@ from wsi.stain.pixels import evenly
 from wsi.stain.range import StainRange
 from wsi.train.classifier import PatchConfig, PatchTraining, begin
 from wsi.train.cohort import Cohort, Split, check_split
-from wsi.train.figures import best_threshold
+from wsi.train.figures import threshold_of
 from wsi.train.folder import bind, card_of, data_row, packed, write_model
 from wsi.train.images import Patches
-from wsi.train.loop import write_log
+from wsi.train.loop import as_dict, write_log
 from wsi.train.mil import measure
 from wsi.train.stains import learn_stains, stains_line
 
+F64 = npt.NDArray[np.float64]
 #: Patches of a patient that its stains are measured on, at most.
 _STAINED = 256
 
@@ -90,57 +90,48 @@ def train_patches(
     positive = cohort.positive(positive)
     check_split(cohort, split, "split")
     model = begin(cohort, patches, split, config, mpp, device)
-    _bind(out, cohort, patches, split, config, model, positive)
+    identity = {
+        "wsi_version": __version__,
+        "config": as_dict(config),
+        "weights to begin from": model.sha256,
+        "precision": model.precision,
+        "mpp": model.config.mpp,
+        "positive": list(positive),
+        "class_names": list(cohort.class_names),
+        "patches, labels or split": _digest(cohort, patches, split),
+    }
+    bind(out, identity)
     run = PatchTraining(cohort, patches, split, config, model)
     run.go(out / "state.safetensors", progress)
-    said = {part: run.said(ids) for part, ids in (("validation", split.validation), ("test", split.test)) if ids}
-    threshold, chosen = 0.5, np.isin(cohort.class_names, positive)
-    if chosen.any() and not chosen.all():
-        truth = chosen[[cohort.cases[i].label for i in split.validation]]
-        threshold = best_threshold(truth, said["validation"][:, chosen].sum(1)) if 0 < truth.mean() < 1 else 0.5
+    probabilities = {
+        part: run.probabilities(ids) for part, ids in (("validation", split.validation), ("test", split.test)) if ids
+    }
+    label = np.array([cohort.cases[i].label for i in split.validation])
+    threshold = threshold_of(np.isin(cohort.class_names, positive), label, probabilities["validation"])
     weights, sha256 = packed(model.net.state_dict())
     figures: dict[str, Any] = {
-        part: _figures(cohort, getattr(split, part), said.get(part)) for part in ("validation", "test")
+        part: _figures(cohort, getattr(split, part), probabilities.get(part)) for part in ("validation", "test")
     }
     stains, unlike = _stains(cohort, patches, split)
     figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256, "outside_stains": unlike}
     write_log(out, [({}, run.history, run.best_epoch)])
-    _write_tables(out, cohort, split, said)
+    _write_tables(out, cohort, split, probabilities)
     written = _config_json(model, threshold, positive, sha256)
     card = _card(out, cohort, split, config, written, figures, stains_line(stains, unlike))
     write_model(out, weights, written, figures, stains, card)
     return figures
 
 
-def _bind(
-    out: Path,
-    cohort: Cohort,
-    patches: Patches,
-    split: Split,
-    config: PatchConfig,
-    model: PatchModel,
-    positive: Sequence[str],
-) -> None:
-    """Bind a folder to configuration, patches, labels and split."""
+def _digest(cohort: Cohort, patches: Patches, split: Split) -> str:
+    """Return the SHA-256 of patients, labels and pixels of all patches, part by part."""
     digest = hashlib.sha256()
     for part in split:
         for i in part:
             case = cohort.cases[i]
-            digest.update(
-                f"{i}\0{case.patient}\0{case.label}\0{patches.checksums[i]}\n".encode(errors="backslashreplace")
-            )
+            row = f"{i}\0{case.patient}\0{case.label}\0{patches.checksums[i]}\n"
+            digest.update(row.encode(errors="backslashreplace"))
         digest.update(b"\n")
-    identity = {
-        "wsi_version": __version__,
-        "config": asdict(config) | {"arguments": dict(config.arguments)},
-        "weights to begin from": model.sha256,
-        "precision": model.precision,
-        "mpp": model.config.mpp,
-        "positive": list(positive),
-        "class_names": list(cohort.class_names),
-        "patches, labels or split": digest.hexdigest(),
-    }
-    bind(out, identity)
+    return digest.hexdigest()
 
 
 def _stains(cohort: Cohort, patches: Patches, split: Split) -> tuple[StainRange, dict[str, Any]]:
@@ -160,24 +151,24 @@ def _stains(cohort: Cohort, patches: Patches, split: Split) -> tuple[StainRange,
     )
 
 
-def _figures(cohort: Cohort, ids: Sequence[str], said: npt.NDArray[np.float64] | None) -> dict[str, Any] | None:
-    if said is None:
+def _figures(cohort: Cohort, ids: Sequence[str], probabilities: F64 | None) -> dict[str, Any] | None:
+    if probabilities is None:
         return None
     cases = [cohort.cases[i] for i in ids]
     count = {"patches": len(cases), "patients": len({case.patient for case in cases})}
-    return count | measure(cases, said, Head("softmax", len(cohort.class_names)))
+    return count | measure(cases, probabilities, Head("softmax", len(cohort.class_names)))
 
 
-def _write_tables(out: Path, cohort: Cohort, split: Split, said: Mapping[str, npt.NDArray[np.float64]]) -> None:
+def _write_tables(out: Path, cohort: Cohort, split: Split, probabilities: Mapping[str, F64]) -> None:
     names, predictions, division = cohort.class_names, [], []
     for part, ids in split._asdict().items():
         for n, i in enumerate(ids):
             case = cohort.cases[i]
             row = {"path": i, "patient": case.patient, "label": names[case.label], "split": part}
             division.append(row)
-            if part in said:
-                chances = {f"prob_{name}": f"{p:.6g}" for name, p in zip(names, said[part][n], strict=True)}
-                predictions.append(row | chances)
+            if part in probabilities:
+                columns = {f"prob_{name}": f"{p:.6g}" for name, p in zip(names, probabilities[part][n], strict=True)}
+                predictions.append(row | columns)
     write_csv(out / "split.csv", list(division[0]), division)
     write_csv(out / "predictions.csv", list(predictions[0]), predictions)
 
