@@ -1,4 +1,4 @@
-"""Bags of tile features on disk: our stores, CLAM's .h5 and .pt, TRIDENT's folders.
+"""Read bags of tile features: our stores, and the files of CLAM, TRIDENT, STAMP, torchmil and AnnData.
 
 ::
 
@@ -27,21 +27,21 @@ from wsi.files import replacing
 from wsi.store import PatchStore
 from wsi.units import Mpp
 
-#: What made a store's ``features``, as ``wsi score`` leaves them.
+#: Encoder name of a store's ``features``, which ``wsi score`` writes.
 SCORING_MODEL = "the scoring model"
 _FILES = (".h5", ".pt", ".npy", ".h5ad")
 
-#: What readers of HDF5, pickles and .npy raise where a file is damaged.
+#: Errors that readers of HDF5, pickles and .npy raise for a damaged file.
 _DAMAGED = (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError, BadZipFile)
 
 
 class Said(NamedTuple):
-    """What a file says of its slide and its tiles besides; None is what it does not say.
+    """Metadata of a bag's slide and tiles; None where the file does not give it.
 
     Attributes
     ----------
     tile, stride : (float, float)
-        Width and height of tiles, and their distances, in level-0 pixels.
+        Width and height of tiles, and their spacing, in level-0 pixels.
     tile_px : int
         Side of a tile in the pixels that it was cut with.
     mpp : Mpp
@@ -49,9 +49,9 @@ class Said(NamedTuple):
     size : (int, int)
         The slide's width and height in level-0 pixels.
     encoder_name : str
-        Of a store of ours, whose bags know their encoder by its hash.
+        Name of the encoder, in a store of ours; `Bag.encoder` is its hash there.
     unit : {"px", "um", "lattice"}
-        What the bag's boxes are counted in: level-0 pixels, microns, or tiles.
+        Unit of the bag's boxes: level-0 pixels, microns, or tiles.
     """
 
     tile: tuple[float, float] | None = None
@@ -71,9 +71,9 @@ class Bag(NamedTuple):
     features : float16 or float32 (n, d)
         n >= 1, finite.
     boxes : float64 (n, 4), optional
-        x, y, w, h in `said.unit`, level-0 pixels unless a file has others; None where it does not say.
+        x, y, w, h in `said.unit`; None where the file has no coordinates.
     encoder : str, optional
-        What made the features: the hash of the weights, or the name that a TRIDENT file gives.
+        Hash of the encoder's weights, or the encoder's name in a file of another program.
     said : Said
     """
 
@@ -84,17 +84,10 @@ class Bag(NamedTuple):
 
 
 def find_bags(places: Iterable[str | Path]) -> dict[str, Path]:
-    """Return where each slide's bag is.
+    """Return the path of each slide's bag.
 
-    Parameters
-    ----------
-    places : iterable of paths
-        Results folders of ours, CLAM or TRIDENT folders, or single bags.
-
-    Raises
-    ------
-    TrainError
-        Nothing is there, a folder holds features of several encoders, or a slide is there twice.
+    `places` are results folders of ours, folders of CLAM or TRIDENT, or single bags. Raises TrainError where a place
+    holds no bags or features of several encoders, or where a slide occurs twice.
     """
     found: dict[str, Path] = {}
     for place in map(Path, places):
@@ -109,18 +102,11 @@ def find_bags(places: Iterable[str | Path]) -> dict[str, Path]:
 
 
 def read_bag(path: Path, encoder: str | None = None) -> Bag:
-    """Read a bag and check it.
+    """Read and check a bag.
 
-    Parameters
-    ----------
-    encoder : str, optional
-        Of a store of ours: which features, by the name that ``wsi embed`` was given or the beginning of the hash of
-        the encoder's weights. Needed where a store holds those of several.
-
-    Raises
-    ------
-    TrainError
-        It is empty, not a table of finite numbers, or damaged; the bag is named.
+    `encoder` selects the features of a store that holds several: the name that ``wsi embed`` was given, or the
+    beginning of the hash of the encoder's weights. Raises TrainError, which names the bag, where the bag is damaged or
+    empty, or is not a table of finite numbers.
     """
     try:
         read = {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy, ".h5ad": _read_h5ad}.get(path.suffix)
@@ -132,7 +118,7 @@ def read_bag(path: Path, encoder: str | None = None) -> Bag:
         raise TrainError(path, f"features are {features.dtype} {features.shape}, not floats (n, d)", "Is it a bag?")
     if not len(features):
         raise TrainError(path, "holds no tiles", "Leave the slide out of the labels, or look for its tissue again")
-    starts = range(0, len(features), 16_384)  # in blocks: a mask of all would be half the bag again
+    starts = range(0, len(features), 16_384)  # in blocks: one mask would be half as large as the bag
     bad = sum(int((~np.isfinite(features[start : start + 16_384]).all(axis=1)).sum()) for start in starts)
     if bad:
         raise TrainError(path, f"{bad} of {len(features)} tiles have features that are not finite", "Compute it again")
@@ -185,7 +171,7 @@ def _is_stamp(path: Path) -> bool:
 
 def _read_store(path: Path, encoder: str | None) -> Bag:
     store = PatchStore.open(path)
-    found = {}  # array: name and hash of what made it
+    found = {}  # array: name and hash of its encoder
     for array in store.arrays:
         about = store.about(array)
         if "encoder_sha256" in about:
@@ -238,7 +224,7 @@ def _read_h5(path: Path) -> Bag:
 
 
 def _read_stamp(file: Any) -> Bag:
-    """Microns to pixels only where the file says how large a pixel is, which STAMP's own do not."""
+    """Convert microns to pixels where the file gives the pixel size, which STAMP's own files do not."""
     corners, attributes = np.asarray(file["coords"], np.float64)[:, :2], dict(file.attrs)
     side = _number(attributes, "tile_size_um", float)
     boxes = None if side is None else np.concatenate([corners, np.full((len(corners), 2), side)], axis=1)
@@ -252,7 +238,7 @@ def _read_stamp(file: Any) -> Bag:
 
 
 def _read_npy(path: Path) -> Bag:
-    with path.open("rb") as file:  # np.load leaves open what it cannot read
+    with path.open("rb") as file:  # np.load does not close a file that it cannot read
         features = np.load(file, allow_pickle=False)
     beside = path.parent.parent / "coords" / path.name
     coords = np.load(beside, allow_pickle=False).astype(np.float64) if beside.is_file() else None
@@ -261,7 +247,7 @@ def _read_npy(path: Path) -> Bag:
 
 
 def _read_h5ad(path: Path) -> Bag:
-    """AnnData is HDF5: what we wrote needs no other library."""
+    """Read what we wrote. AnnData is HDF5, so h5py is enough."""
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -284,7 +270,7 @@ def _read_h5ad(path: Path) -> Bag:
 
 
 def _boxes(coords: Any) -> tuple[npt.NDArray[np.float64], Said]:
-    """Top left corners (n, 2 or more) to boxes (n, 4); a side that is not said is the least step between tiles."""
+    """Top left corners (n, 2 or more) to boxes (n, 4); an unknown tile size is the least step between tiles."""
     attributes = dict(coords.attrs)
     corner = np.asarray(coords, np.float64).reshape(len(coords), -1)[:, :2]
     side, said = _number(attributes, "patch_size_level0", float), Said()
@@ -305,7 +291,7 @@ def _boxes(coords: Any) -> tuple[npt.NDArray[np.float64], Said]:
 
 
 def _beside(path: Path) -> tuple[npt.NDArray[np.float64] | None, Said]:
-    """What CLAM's file of coordinates says of the bag of the same name."""
+    """Read coordinates and metadata from CLAM's ``patches/`` file of the same slide."""
     import h5py
 
     file = path.parent.parent / "patches" / f"{path.stem}.h5"
@@ -316,7 +302,7 @@ def _beside(path: Path) -> tuple[npt.NDArray[np.float64] | None, Said]:
 
 
 def _number(attributes: Mapping[str, Any], name: str, kind: Any) -> Any:
-    """A number that a file may lack; TRIDENT stores a missing one as the word None."""
+    """Return a number that a file may lack; TRIDENT stores a missing one as the word None."""
     value = attributes.get(name)
     return kind(value) if isinstance(value, (int, float, np.number)) else None
 

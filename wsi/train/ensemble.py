@@ -4,13 +4,13 @@
 
     OUT/
       config.json, weights.safetensors    the ensemble: `wsi score --mil OUT`
-      stain.json                          the stains of the training slides, and how far from them is too far
-      CARD.md, figures.json               what it was trained on, and how good it is on slides that a member never saw
+      stain.json                          stains of the training slides, and the accepted distance from them
+      CARD.md, figures.json               training data; performance on slides held out from each member
       predictions.csv                     a row a slide and fold: part, label, probabilities
       log.csv, log.png                    loss and figures of each epoch
-      splits/splits_<k>.csv               the division, as CLAM writes it
-      run.json                            the configuration and the slides that this folder is bound to
-      members/<fold>-<seed>.safetensors   state of each training: the same command goes on from it
+      splits/splits_<k>.csv               the splits, in CLAM's format
+      run.json                            configuration and slides; a rerun must have the same
+      members/<fold>-<seed>.safetensors   state of each training: the same command resumes it
 """
 
 from __future__ import annotations
@@ -54,23 +54,22 @@ def train_mil(
     device: str = "cpu",
     progress: Progress = lambda member, epoch, of: None,
 ) -> dict[str, Any]:
-    """Train an ensemble and write its model folder; the same call again goes on where it was stopped.
+    """Train an ensemble and write its model folder; the same call again resumes it.
 
     Parameters
     ----------
     cohort, bags
         Labels and bags of the same slides; see ``cohort.match``.
     splits : sequence of Split
-        One member is trained on each, times `seeds`.
+        `seeds` members are trained on each.
     seeds : int
         Members a split.
     coverage : float
         Of the conformal prediction sets.
     positive : sequence of str
-        Classes that a slide is called for from a threshold on, which is chosen on validation. Default: of two classes
-        the second, of more none.
+        Classes that are called from a threshold on, which is chosen on validation. Default: the second of two classes.
     progress : callable
-        Called with the member, the epochs done, and how many at most.
+        Called with the member, the epochs done, and the maximum.
 
     Returns
     -------
@@ -135,7 +134,7 @@ def train_mil(
         "temperature": temperature,
         **calibration,
         **({"baseline": [head.baseline for head in heads]} if config.head == "cox" else {}),
-        "largest_shift": float(f"{shift * (1 + 1e-5):.6g}"),  # six digits, and not below: the farthest is within
+        "largest_shift": float(f"{shift * (1 + 1e-5):.6g}"),  # rounded up: the farthest slide is within
         "bag_tiles": [min(bag_tiles), max(bag_tiles)],
         "encoder_sha256": bags.encoder if bags.encoder and len(bags.encoder) == 64 else None,
         "encoder": bags.encoder,
@@ -148,7 +147,7 @@ def train_mil(
 
 
 def _refuse_twins(cohort: Cohort, bags: Bags) -> None:
-    """Refuse a slide that is there under two names, of two patients: it could be trained on and tested."""
+    """Refuse one slide under two names and patients: it could be both trained on and tested."""
     seen: dict[tuple[int, bytes, bytes], Case] = {}
     for i, case in cohort.cases.items():
         stats = bags.stats[i]
@@ -175,10 +174,10 @@ def _bind(out: Path, cohort: Cohort, bags: Bags, splits: Sequence[Split], config
 
 
 def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[int, int], Member]) -> float:
-    """Fit one temperature to what every member says of the slides that stopped it.
+    """Fit one temperature to all members' logits of their validation slides.
 
-    To n slides one more of each class is added, that looks like any of them (so does Platt 1999 with two classes): of
-    slides that are all right, the likeliest temperature alone would make every probability 0 or 1.
+    To the n slides one pseudo-slide of each class is added, which looks like any of them (as Platt 1999 does for two
+    classes). Without it, slides that are all classified correctly would drive every probability to 0 or 1.
     """
     n, classes = sum(len(split.validation) for split in splits), range(len(cohort.class_names))
     said = [
@@ -204,7 +203,7 @@ def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[in
 def _predictions(
     cohort: Cohort, splits: Sequence[Split], members: dict[tuple[int, int], Member], temperature: float
 ) -> list[dict[str, Any]]:
-    """Give a row for each slide of each validation and test part, its probabilities the mean over the split's seeds."""
+    """Return a row for each validation and test slide; probabilities are the mean over the split's seeds."""
     rows = []
     for k, split in enumerate(splits):
         own = [(replace(m.head, temperature=temperature), m.logits) for (fold, _), m in members.items() if fold == k]
@@ -217,18 +216,18 @@ def _predictions(
 
 
 def _calibrate(cohort: Cohort, rows: list[dict[str, Any]], positive: Sequence[str], coverage: float) -> dict[str, Any]:
-    """Choose on validation: the threshold of the positive classes, and that of the prediction sets."""
+    """Choose the thresholds of the positive classes and of the prediction sets, on validation."""
     rows = [row for row in rows if row["part"] == "validation"]
     found: dict[str, Any] = {"threshold": 0.5, "coverage": coverage, "conformal_threshold": None}
     if cohort.time_bins:
         return found
     probabilities = np.stack([row["probabilities"] for row in rows])
     label = np.array([row["case"].label for row in rows])
-    least: dict[str, float] = {}  # slides of a patient are not exchangeable: the worst one stands for them
+    least: dict[str, float] = {}  # slides of one patient are not exchangeable: keep the worst
     for row, own in zip(rows, probabilities[np.arange(len(rows)), label].tolist(), strict=True):
         least[row["case"].patient] = min(own, least.get(row["case"].patient, 1.0))
     threshold = conformal_threshold(np.array(list(least.values())), coverage)
-    # Six decimals, and not above: probabilities of 0.9999999 would all be below a threshold of 1.
+    # Rounded down to six decimals: rounded up to 1, it would exclude probabilities of 0.9999999.
     found["conformal_threshold"] = None if threshold is None else float(np.floor(threshold * 1e6) / 1e6)
     found["threshold"] = threshold_of(np.isin(cohort.class_names, positive), label, probabilities)
     return found

@@ -1,4 +1,4 @@
-"""Training of one MIL network: bags, a division and a configuration in; a network stopped by validation out."""
+"""Training of one MIL network: from bags, a split and a configuration to the network of the best epoch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class MilConfig:
-    """What decides the weights; the same values on the same bags give the same bytes on one CPU.
+    """What determines the weights: on one CPU, the same values and bags give the same bytes.
 
     Attributes
     ----------
@@ -40,16 +40,16 @@ class MilConfig:
         Of its constructor.
     head : {"softmax", "binary", "ordinal", "hazard", "cox"}
     epochs : int
-        At most; exactly without `patience`.
+        Maximum; exact without `patience`.
     patience : int, optional
-        Epochs without a lower validation loss after which to stop; the weights of the lowest are kept. None: never
-        stop, and keep the last.
+        Stop after so many epochs without a lower validation loss, and keep the weights of the lowest. None: train all
+        epochs and keep the last.
     lr, weight_decay : float
         Of AdamW; the rate falls to 0 over `epochs` by a cosine.
     batch : int
-        Bags a step. Cox compares patients of one batch: at least 2.
+        Bags a step. Cox compares the patients of a batch: at least 2.
     balance : bool
-        Draw bags so that all classes are equally frequent; probabilities then belong to such a population.
+        Sample all classes equally often; probabilities then refer to such a population.
     seed : int
     """
 
@@ -65,7 +65,7 @@ class MilConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse what nothing could be trained with."""
+        """Refuse settings that cannot be trained with."""
         if self.architecture not in MIL_NETS:
             raise ModelError(f"architecture {self.architecture!r}", "is not known", f"Known: {', '.join(MIL_NETS)}")
         if self.head not in KINDS:
@@ -81,7 +81,7 @@ class MilConfig:
 
 
 class BagStats(NamedTuple):
-    """What is known of a bag before training: tiles, and float64 (d,) sums of features and of their squares."""
+    """Number of tiles of a bag, and float64 (d,) sums of its features and of their squares."""
 
     tiles: int
     sum: Array
@@ -89,7 +89,7 @@ class BagStats(NamedTuple):
 
 
 def stats_of(features: Array) -> BagStats:
-    """Sum a bag's features (n, d) in blocks: as float64 in one piece a large bag would fill the memory."""
+    """Sum a bag's features (n, d) in blocks: a large bag converted to float64 at once would fill the memory."""
     total, square = np.zeros(features.shape[1]), np.zeros(features.shape[1])
     for start in range(0, len(features), BLOCK):
         x = features[start : start + BLOCK].astype(np.float64)
@@ -99,26 +99,19 @@ def stats_of(features: Array) -> BagStats:
 
 
 class Bags:
-    """Bags by slide id; read when first asked for, kept in memory while `keep_bytes` last.
+    """Bags by slide id, read when first asked for and kept in memory up to `keep_bytes`.
 
-    Parameters
-    ----------
-    encoder : str, optional
-        Which features of stores that hold several; see ``read_bag``.
+    `encoder` selects features as in ``read_bag``. Raises TrainError where a bag cannot be used, or differs from the
+    first in width or encoder.
 
     Attributes
     ----------
     stats : dict of slide id to BagStats
     samples : dict of bool to str
-        A slide whose tiles' places are known (True), and one whose are not, as far as there are such.
+        One slide with coordinates (True) and one without (False), as far as there are such.
     in_features : int
     encoder : str, optional
-        What made all of the features.
-
-    Raises
-    ------
-    TrainError
-        A bag cannot be used, or is of another width or encoder than the first.
+        Encoder of all features.
     """
 
     def __init__(self, paths: Mapping[str, Path], *, encoder: str | None = None, keep_bytes: int = 4 << 30) -> None:
@@ -145,21 +138,17 @@ class Bags:
             self._keep(slide_id, bag.features, bag.boxes)
 
     def __getitem__(self, slide_id: str) -> TrainingBag:
-        """Return a bag, its features in the precision of its file."""
+        """Return a bag, its features in the dtype of the file."""
         if slide_id in self._kept:
             return self._kept[slide_id]
         bag = read_bag(self._paths[slide_id], self._which)
         return self._keep(slide_id, bag.features, bag.boxes)
 
     def tiles(self, slide_id: str) -> U8:
-        """Return some tiles of a slide, as the encoder saw them: uint8 (m, tile_px, tile_px, 3).
+        """Return a sample of a slide's tiles as the encoder saw them: uint8 (m, tile_px, tile_px, 3).
 
-        Raises
-        ------
-        TrainError
-            The bag is features alone.
-        StoreError, SlideError
-            The store keeps no pixels, and the slide is not where it was.
+        Raises TrainError where the bag is a file of features; StoreError or SlideError where the store keeps no pixels
+        and the slide cannot be found.
         """
         path = self._paths[slide_id]
         if path.name != "store.zarr":
@@ -185,9 +174,9 @@ class Member(NamedTuple):
     logits : dict of slide id to float64 (num_logits,)
         Of the validation and test slides.
     history : list of dict
-        A row an epoch.
+        One row an epoch.
     best_epoch : int
-        Whose weights these are, from 1.
+        Epoch of these weights, from 1.
     """
 
     net: MilNet
@@ -207,17 +196,18 @@ def train_member(
     state: Path | None = None,
     progress: Callable[[int, int], None] = lambda epoch, of: None,
 ) -> Member:
-    """Train one network on one division, or go on where an earlier call was stopped.
+    """Train one network on one split, or resume it.
 
     Parameters
     ----------
-    bags : Bags, or whatever gives a TrainingBag by slide id and has `stats` and `in_features`
+    bags : Bags
+        Or another mapping of slide id to TrainingBag with `stats` and `in_features`.
     split : Split
-        Test slides are looked at once, at the end.
+        Test slides are predicted once, at the end.
     state : Path, optional
-        File to keep the state in after each epoch.
+        File in which to save the state after each epoch.
     progress : callable
-        Called with the epochs done.
+        Called with the epochs done, and the maximum.
     """
     config.check()
     head = Head(config.head, len(cohort.class_names), baseline=_flat(cohort) if config.head == "cox" else ())
@@ -233,7 +223,7 @@ def train_member(
 
 
 def try_net(cohort: Cohort, bags: Bags, config: MilConfig) -> None:
-    """Refuse a network that cannot be made, or that wants of the bags what they do not have."""
+    """Refuse a network that cannot be built, or that needs coordinates which the bags lack."""
     net = _make(config, Head(config.head, len(cohort.class_names)), bags).eval()
     with torch.inference_mode():
         for slide_id in bags.samples.values():
@@ -278,7 +268,7 @@ class _Run(Loop):
 
 
 def targets_of(cases: Sequence[Case], device: str = "cpu") -> Targets:
-    """Return what is known of cases as heads take it."""
+    """Return the targets of cases."""
     label = torch.tensor([case.label for case in cases], device=device)
     if cases[0].event is None:
         return Targets(label)
@@ -287,13 +277,13 @@ def targets_of(cases: Sequence[Case], device: str = "cpu") -> Targets:
 
 
 def prepare(device: str, threads: int) -> str:
-    """Resolve "auto" to a device, and set torch's CPU threads; one gives the same weights on any number of cores."""
+    """Resolve the device "auto", and set torch's CPU threads; with one thread, weights do not depend on the cores."""
     torch.set_num_threads(threads)
     return pick_device(device)
 
 
 def scale_of(stats: Sequence[BagStats]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (d,) of all tiles of some bags, from their sums."""
+    """Mean and standard deviation (d,) over all tiles of some bags, from their sums."""
     n = sum(bag.tiles for bag in stats)
     mean = sum(bag.sum for bag in stats) / n
     variance = np.clip(sum(bag.square for bag in stats) / n - mean**2, 0, None)
@@ -301,7 +291,7 @@ def scale_of(stats: Sequence[BagStats]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measure(cases: Sequence[Case], probabilities: Array, head: Head) -> dict[str, float | None]:
-    """Figures of probabilities (n, k); what is undefined is None."""
+    """Measure the performance of probabilities (n, k); what is undefined is None."""
     label = np.array([case.label for case in cases])
     if head.kind in ("hazard", "cox"):
         time, event = np.array([case.time for case in cases]), np.array([case.event for case in cases])
@@ -327,7 +317,7 @@ def _baseline(net: MilNet, cohort: Cohort, bags: Any, split: Split, device: str)
 
 
 def _flat(cohort: Cohort) -> tuple[float, ...]:
-    """Stand in for a baseline while training, when only the order of risks counts."""
+    """Return a placeholder baseline for training, where only the order of risks matters."""
     n = len(cohort.class_names)
     return tuple(1 - i / n for i in range(1, n))
 

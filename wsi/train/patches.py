@@ -1,16 +1,16 @@
-"""Training of a patch classifier, stopped by validation, written as a model folder.
+"""Training of a patch classifier, with early stopping on validation, written as a model folder.
 
 ::
 
     OUT/
       config.json, weights.safetensors    the model: `wsi score --model OUT`
-      stain.json                          the stains of the training patients, and how far from them is too far
-      CARD.md, figures.json               what it was trained on, and how good it is on patients kept back
+      stain.json                          stains of the training patients, and the accepted distance from them
+      CARD.md, figures.json               training data; performance on held-out patients
       predictions.csv                     a row a patch of validation and test: label, probabilities
       split.csv                           a row a patch: path, patient, label, split
       log.csv, log.png                    loss and figures of each epoch
-      run.json                            the configuration and the patches that this folder is bound to
-      state.safetensors                   the training: the same command goes on from it
+      run.json                            configuration and patches; a rerun must have the same
+      state.safetensors                   state of the training: the same command resumes it
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from wsi.train.mil import measure
 from wsi.train.stains import learn_stains, stains_line
 
 F64 = npt.NDArray[np.float64]
-#: Patches of a patient that its stains are measured on, at most.
+#: Maximum number of patches on which a patient's stains are measured.
 _STAINED = 256
 
 
@@ -58,21 +58,21 @@ def train_patches(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda epoch, of: None,
 ) -> dict[str, Any]:
-    """Train a patch classifier and write its model folder; the same call again goes on where it was stopped.
+    """Train a patch classifier and write its model folder; the same call again resumes it.
 
     Parameters
     ----------
     cohort, patches
         Labels and pixels by the same ids.
     split : Split
-        Test patches are looked at once, at the end.
+        Test patches are predicted once, at the end.
     mpp : float
-        Microns per pixel of the patches: those that slides are then cut at.
+        Microns per pixel of the patches, at which slides are then tiled.
     positive : sequence of str
-        Classes that the heatmap shows from a threshold on, which is chosen on validation. Default: of two classes the
-        second, of more none.
+        Classes that the heatmap shows from a threshold on, which is chosen on validation. Default: the second of two
+        classes.
     progress : callable
-        Called with the epochs done, and how many at most.
+        Called with the epochs done, and the maximum.
 
     Returns
     -------
@@ -135,7 +135,7 @@ def _digest(cohort: Cohort, patches: Patches, split: Split) -> str:
 
 
 def _stains(cohort: Cohort, patches: Patches, split: Split) -> tuple[StainRange, dict[str, Any]]:
-    """Find the range of the training patients' stains, each measured on its patches or an even part of them."""
+    """Find the range of the training patients' stains, each measured on at most ``_STAINED`` of its patches."""
     if all(case.patient == case.slide_id for case in cohort.cases.values()):
         return StainRange(reason="whose the patches are is not known, and one alone says little of a slide"), {}
     of: dict[str, list[str]] = {}
