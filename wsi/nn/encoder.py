@@ -1,12 +1,13 @@
 """Encoders: networks without classes that turn patches into features, from the hub, a folder or timm.
 
-An encoder is a ``PatchModel`` of no class: ``encoder(patches).features``. Its folder is a hub's repository, or a copy::
+An encoder is a ``PatchModel`` without classes: ``encoder(patches).features``. Its folder is a hub repository or a
+copy of one::
 
     config.json           timm's ("architecture", "pretrained_cfg", "model_args") or transformers' ("model_type": vit,
                           dinov2; then preprocessor_config.json too); or one of our model folders
     model.safetensors     or pytorch_model.bin (tensors only)
 
-``KNOWN`` says of published encoders what their files do not: microns per pixel, layers, and which tokens are kept.
+``KNOWN`` adds what the files of published encoders do not contain: microns per pixel, layers, and pooling.
 """
 
 from __future__ import annotations
@@ -38,22 +39,22 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a published encoder is to be used.
+    """How a published encoder is used.
 
     Attributes
     ----------
     repository : str
         On the Hugging Face hub.
     source : str
-        Where this was read.
+        Reference for these values.
     pool : {"own", "token", "token+mean"}
-        "own": what the network itself gives; the class token; or that beside the mean of the patches' tokens.
+        Features: the network's own pooling; the class token; or the class token with the mean of the patch tokens.
     arguments : dict
-        Of the network's constructor, over those of its config.json; layers by their names.
+        Of the network's constructor, overriding config.json; layers by their names.
     mpp, tile_px : float, int
         Of the patches.
     mean, std : tuple of float, optional
-        Of its normalisation; None for those in its config.json.
+        Normalisation; None for that in config.json.
     """
 
     repository: str
@@ -69,8 +70,8 @@ class Recipe:
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
 _LARGE = {"init_values": 1e-5, "dynamic_img_size": True}
 
-#: Published encoders by name; all were trained on H&E at "20x". Patches of 224 px show what the cards' own transforms
-#: (scaled to 256 and cut to 224, GigaPath) show.
+#: Published encoders by name; all were trained on H&E at "20x". Patches of 224 px have the field of view of the model
+#: cards' own transforms (for GigaPath: scaled to 256, cropped to 224).
 KNOWN = {
     "uni": Recipe("MahmoodLab/UNI", "its model card; Chen et al., Nature Medicine 2024", arguments=_LARGE),
     "uni2-h": Recipe(
@@ -100,16 +101,16 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
     Parameters
     ----------
     name : str
-        A name in ``KNOWN``, or ``NAME=FOLDER`` for its files in a folder (fetched on another machine, say); a patch
-        model of ours by name or folder; ``hf-hub:OWNER/NAME``; a folder in the hub's form; or a name of timm's.
+        A name in ``KNOWN``, or ``NAME=FOLDER`` with its files in a folder (for machines without network); a patch model
+        of ours by name or folder; ``hf-hub:OWNER/NAME``; a folder in the hub's format; or a timm name.
     device, precision, fold
         As for ``load_patch_model``.
 
     Returns
     -------
     PatchModel
-        Of no class, if its folder says none; ``sha256`` is that of its weights file. ``config.mpp`` is 0 where nobody
-        says for which resolution it was made.
+        Without classes, unless its folder has some. ``sha256`` is that of the weights file. ``config.mpp`` is 0 where
+        the training resolution is unknown.
 
     Raises
     ------
@@ -160,7 +161,7 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
     if "model_type" in raw:
         state = timm_names(state)
     own = net.net.state_dict()
-    # What classifies is left out, and nothing else: fit_weights refuses other names.
+    # Drop only the classifier's weights: fit_weights refuses other unknown names.
     state = {key: value for key, value in state.items() if key in own or not key.startswith(net.classifier_names)}
     fit_weights(net.net, state, config)
     if fold:
@@ -174,7 +175,7 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
 
 
 def _find(name: str) -> Path:
-    """Return the folder of an encoder that is not known by name."""
+    """Return the folder of an encoder that is not in ``KNOWN``."""
     try:
         return find_model(name)
     except ModelNotFound:
@@ -189,7 +190,7 @@ def _find(name: str) -> Path:
 
 
 def _of_timm(raw: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Read timm's config.json: architecture, arguments, and what it says of its input."""
+    """Read timm's config.json: architecture, arguments, and the description of the input."""
     arguments = dict(raw.get("model_args") or {})
     arguments.pop("num_classes", None)
     if raw.get("global_pool") is not None:
@@ -215,7 +216,7 @@ def _of_transformers(raw: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
-    """Read mean and std, which transformers keeps in a file of their own: ViTs have others than DINOv2's."""
+    """Read mean and std from transformers' separate file; those of ViTs differ from DINOv2's."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise ModelError(path, "is not there, and says how input is normalised", "Copy it from beside the config.json")
@@ -244,7 +245,7 @@ _NAMES = (
 def timm_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the weights of transformers' ``ViTModel`` or ``Dinov2Model`` to timm's, and join query, key and value.
 
-    Weights that features do not pass through (pooler, mask token) are left out.
+    Weights that do not affect the features (pooler, mask token) are dropped.
     """
     found: dict[str, torch.Tensor] = {}
     for key, value in state.items():
