@@ -1,4 +1,4 @@
-"""A contact sheet: the tiles that spoke most for a class, and those that spoke most against it."""
+"""A contact sheet: the tiles with the most evidence for and against each class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wsi.grid import TileGrid
 from wsi.slide import Slide
 
 U8 = npt.NDArray[np.uint8]
-#: Patches as scanned, uint8 (b, px, px, 3), to a word on each and where the model looked: float (b, px, px), >= 0.
+#: From patches as scanned, uint8 (b, px, px, 3), to a caption and a Grad-CAM map of each, float (b, px, px), >= 0.
 Look = Callable[[U8], tuple[list[str], npt.NDArray[np.floating]]]
 
 _SIDE, _GAP, _CAPTION, _LABEL = 112, 8, 34, 22
@@ -31,21 +31,19 @@ def save_sheet(
 ) -> None:
     """Write a PNG with two rows of tiles for each kind of evidence: the highest values, and the lowest.
 
-    With `look`, a further row shows the highest tiles again under Grad-CAM, each on its own colour scale.
-
-    Tiles are as scanned. Under each stand its value and its top left corner in level-0 pixels. The same input gives
-    the same bytes.
+    Tiles are shown as scanned, with their value and their top left corner in level-0 pixels. With `look`, a further row
+    shows the highest tiles under Grad-CAM, each on its own colour scale. The same input gives the same bytes.
 
     Parameters
     ----------
     path : path
-        Written beside and renamed, so it is whole or not there.
+        Written to a temporary file and renamed, so that it is complete or absent.
     grid : TileGrid
         n >= 1 tiles.
     evidence : mapping of name to (n,)
-        A number a tile, as ``MilModel.evidence`` gives it; ties in the order of the tiles.
+        A number a tile, as from ``MilModel.evidence``; ties keep the order of the tiles.
     columns : int
-        Tiles in a row; fewer where there are fewer.
+        Maximum number of tiles in a row.
     look : callable, optional
         See ``Look``.
 
@@ -80,15 +78,15 @@ def save_sheet(
             add_row(words, tiles, captions, [])
             if look is not None and lit:
                 side = (grid.tile_px, grid.tile_px)
-                said, cams = look(np.stack([slide.read(box, side, damage=[]) for box in boxes]))
-                add_row(f"most: {name}, where the tile model looked (Grad-CAM)", tiles, said, list(cams))
+                captions, cams = look(np.stack([slide.read(box, side, damage=[]) for box in boxes]))
+                add_row(f"most: {name}, where the tile model looked (Grad-CAM)", tiles, captions, list(cams))
     draw.text((_GAP, y), "Research use only", "#606060", small)
     with replacing(path) as file:
         sheet.save(file, format="PNG")
 
 
 def _lit(picture: Image.Image, cam: npt.NDArray[np.floating]) -> Image.Image:
-    """Lay a map of 0 and above over a tile: clear where it is 0, viridis elsewhere, half opaque at its highest."""
+    """Overlay a non-negative map on a tile in viridis: transparent at 0, 60 % opaque at its maximum."""
     from matplotlib import colormaps
 
     scaled = Image.fromarray((cam / max(float(cam.max()), 1e-30)).astype(np.float32)).resize(picture.size)
