@@ -224,9 +224,7 @@ def _check_view(store: PatchStore, encoder: PatchModel) -> None:
     if not encoder.num_features:
         raise ModelError(config.folder, "shows no features (TorchScript)", "Give another encoder")
     if config.mpp and abs(grid.tile_px * grid.mpp / (config.tile_px * config.mpp) - 1) > TOLERANCE:
-        raise ModelError(
-            encoder.name,
-            f"wants patches of {config.tile_px} px at {config.mpp:g} microns per pixel, and {store.path} has "
-            f"{grid.tile_px} px at {grid.mpp:g}",
-            f"Make others: wsi tile --mpp {config.mpp:g} --tile {config.tile_px} --pixels none",
-        )
+        what = f"wants patches of {config.tile_px} px at {config.mpp:g} microns per pixel, and {store.path} has "
+        what += f"{grid.tile_px} px at {grid.mpp:g}"
+        remedy = f"Make others: wsi tile --mpp {config.mpp:g} --tile {config.tile_px} --pixels none"
+        raise ModelError(encoder.name, what, remedy)

@@ -137,9 +137,8 @@ class TimmEncoder(_Halves):
         with torch.inference_mode():
             features = self.embed(torch.zeros(1, 3, tile_px, tile_px))
         if features.ndim != 2:
-            raise ModelError(
-                f"architecture {name!r}", f"gives {tuple(features.shape[1:])} numbers a tile, not a row of them"
-            )
+            what = f"gives {tuple(features.shape[1:])} numbers a tile, not a row of them"
+            raise ModelError(f"architecture {name!r}", what)
         self.num_features = features.shape[1]
 
     def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -108,8 +108,7 @@ def _ready(config: ModelConfig, net: Any, device: str, precision: str, sha256: s
     try:
         model(np.zeros((1, config.tile_px, config.tile_px, 3), np.uint8))
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            config.architecture, f"does not take patches of {config.tile_px} px ({str(error).splitlines()[0]})",
-            "Give it another size with --set img_size=..., or take another architecture",
-        ) from error  # fmt: skip
+        what = f"does not take patches of {config.tile_px} px ({str(error).splitlines()[0]})"
+        remedy = "Give it another size with --set img_size=..., or take another architecture"
+        raise ModelError(config.architecture, what, remedy) from error
     return model

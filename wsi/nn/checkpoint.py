@@ -154,9 +154,8 @@ def find_model(name: str) -> Path:
         return path
     if path.is_dir():
         raise ModelError(path, "has no config.json", "A model is a folder with config.json and weights.safetensors")
-    raise ModelNotFound(
-        f"model {name!r}", "there is no such model", f"Known: {', '.join(known_models())}; or give a folder"
-    )
+    remedy = f"Known: {', '.join(known_models())}; or give a folder"
+    raise ModelNotFound(f"model {name!r}", "there is no such model", remedy)
 
 
 def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
@@ -249,11 +248,8 @@ def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: Mo
     wrong += [f"{key} is not part of {config.architecture}" for key in state if key not in expected]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ModelError(
-            config.folder,
-            f"its weights disagree with its config.json: {'; '.join(wrong[:3])}{more}",
-            "Check architecture, architecture_args and num_classes",
-        )
+        what = f"its weights disagree with its config.json: {'; '.join(wrong[:3])}{more}"
+        raise ModelError(config.folder, what, "Check architecture, architecture_args and num_classes")
     bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
         raise ModelError(config.folder, f"its weights are not finite: {', '.join(bad[:3])}", "Fetch the model again")
@@ -366,14 +362,10 @@ def _from_hub(name: str) -> Path:
             folder = fetch("pytorch_model.bin")  # fetched only if needed: often a copy of the weights
         return folder
     except GatedRepoError as error:
-        raise ModelError(
-            name,
-            "is gated: its authors give it to those who ask, and this machine is not logged in as one of them",
-            f"Ask at https://huggingface.co/{repository}, then run `hf auth login` (or set HF_TOKEN)",
-        ) from error
+        what = "is gated: its authors give it to those who ask, and this machine is not logged in as one of them"
+        remedy = f"Ask at https://huggingface.co/{repository}, then run `hf auth login` (or set HF_TOKEN)"
+        raise ModelError(name, what, remedy) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            name,
-            f"cannot be fetched ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
-            "Check the name and the network (for a gated model `hf auth login`), or give a folder with its files",
-        ) from error
+        what = f"cannot be fetched ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})"
+        remedy = "Check the name and the network (for a gated model `hf auth login`), or give a folder with its files"
+        raise ModelError(name, what, remedy) from error

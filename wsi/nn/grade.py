@@ -90,12 +90,8 @@ class MilModel:
         members = self.head.probabilities(torch.stack([score.logits for score in scores]).double())
         attention = torch.stack([score.attention for score in scores]).mean(0)
         parts = [score.contributions for score in scores if score.contributions is not None]
-        return SlideGrade(
-            members.mean(0).numpy(),
-            attention.numpy(),
-            torch.stack(parts).mean(0).numpy() if len(parts) == len(scores) else None,
-            members.numpy(),
-        )
+        contributions = torch.stack(parts).mean(0).numpy() if len(parts) == len(scores) else None
+        return SlideGrade(members.mean(0).numpy(), attention.numpy(), contributions, members.numpy())
 
     def grade(self, probabilities: npt.NDArray[np.float64]) -> str:
         """Return the class that a slide is called.
@@ -246,11 +242,9 @@ def load_mil_model(name: str | Path, encoder: PatchModel | None = None) -> MilMo
     if encoder is not None and not encoder.num_features:
         raise ModelError(config.folder, "needs features, and a TorchScript patch model shows none", "Leave out --mil")
     if encoder is not None and config.encoder_sha256 not in (None, encoder.sha256):
-        raise ModelError(
-            config.folder,
-            f"was trained on the features of another patch model than {encoder.config.folder.name}",
-            "Use the patch model it names (encoder_sha256), or train a head for this one",
-        )
+        what = f"was trained on the features of another patch model than {encoder.config.folder.name}"
+        remedy = "Use the patch model it names (encoder_sha256), or train a head for this one"
+        raise ModelError(config.folder, what, remedy)
     state = load_weights(config)
     arguments = {**config.architecture_args, "num_classes": config.num_logits}
     try:
@@ -258,11 +252,8 @@ def load_mil_model(name: str | Path, encoder: PatchModel | None = None) -> MilMo
     except TypeError as error:
         raise ModelError(config.folder / "config.json", f"architecture_args do not fit: {error}") from error
     if encoder is not None and nets[0].in_features != encoder.num_features:
-        raise ModelError(
-            config.folder,
-            f"reads features of width {nets[0].in_features}, and {encoder.name} gives {encoder.num_features}",
-            "Use the patch model it was trained with, or train a head for this one",
-        )
+        what = f"reads features of width {nets[0].in_features}, and {encoder.name} gives {encoder.num_features}"
+        raise ModelError(config.folder, what, "Use the patch model it was trained with, or train a head for this one")
     # One file holds the whole ensemble, so that one hash identifies a grade's weights.
     fit_weights(nets[0] if config.members == 1 else torch.nn.ModuleList(nets), state, config)
     return MilModel(config, nets, weights_sha256(config))

@@ -81,15 +81,8 @@ def _geojson(truth: Truth, config: PhantomConfig) -> dict[str, Any]:
     for part, (name, color) in _CLASSES.items():
         for number, outline in enumerate(getattr(truth, part).geoms):
             rings = [shapely.get_coordinates(ring).round(2).tolist() for ring in (outline.exterior, *outline.interiors)]
-            features.append(
-                {
-                    "type": "Feature",
-                    "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{config}/{name}/{number}")),
-                    "geometry": {"type": "Polygon", "coordinates": rings},
-                    "properties": {
-                        "objectType": "annotation",
-                        "classification": {"name": name, "color": list(color)},
-                    },
-                }
-            )
+            identity = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{config}/{name}/{number}"))
+            geometry = {"type": "Polygon", "coordinates": rings}
+            properties = {"objectType": "annotation", "classification": {"name": name, "color": list(color)}}
+            features.append({"type": "Feature", "id": identity, "geometry": geometry, "properties": properties})
     return {"type": "FeatureCollection", "features": features}

@@ -137,9 +137,8 @@ def _read(path: Path) -> U8 | StainTransform:
     except StainError:
         raise
     except ValueError as error:
-        raise StainError(
-            path, f"is not an image that can be read ({error})", f"{remedy}; open a slide with open_slide first"
-        ) from error
+        remedy += "; open a slide with open_slide first"
+        raise StainError(path, f"is not an image that can be read ({error})", remedy) from error
     if mode != "RGB":
         raise StainError(path, f"is not an 8-bit RGB image but of mode {mode}", "Convert it to RGB")
     return rgb

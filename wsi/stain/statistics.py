@@ -95,12 +95,8 @@ class Stains:
         if not (max_amounts > 1e-3).all():
             raise Unmeasurable("one-colour")
         h, e = vectors.tolist()
-        return cls(
-            (tuple(h), tuple(e)),
-            tuple(max_amounts.tolist()),
-            n_px,
-            tuple(map(float, () if variances is None else variances)),
-        )
+        eigenvalues = () if variances is None else tuple(map(float, variances))
+        return cls((tuple(h), tuple(e)), tuple(max_amounts.tolist()), n_px, eigenvalues)
 
 
 @dataclass(frozen=True)

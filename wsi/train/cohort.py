@@ -104,9 +104,8 @@ def read_labels(
     slide = next((name for name in (case, f"{case}_id") if name in columns), None)
     wanted = ("time", "event") if time_bins else (label,)
     if slide is None or not set(wanted) <= set(columns):
-        raise TrainError(
-            path, f"has the columns {', '.join(columns) or '(none)'}", f"Needed: {case}, {', '.join(wanted)}"
-        )
+        what = f"has the columns {', '.join(columns) or '(none)'}"
+        raise TrainError(path, what, f"Needed: {case}, {', '.join(wanted)}")
     patient = next((name for name in _PATIENT if name in columns), slide)
     refuse_empty(path, rows, (slide, patient, *wanted), classes)
     ids = [row[slide] for _, row in rows]
@@ -218,14 +217,12 @@ def k_fold(cohort: Cohort, folds: int, seed: int) -> list[Split]:
         for j in rng.permutation(len(members)):
             part[members[j]] = len(part) % folds
     parts = [tuple(i for i, case in cohort.cases.items() if part[case.patient] == fold) for fold in range(folds)]
-    return [
-        Split(
-            tuple(i for j, ids in enumerate(parts) if j not in (fold, (fold + 1) % folds) for i in ids),
-            parts[(fold + 1) % folds],
-            parts[fold],
-        )
-        for fold in range(folds)
-    ]
+    splits = []
+    for test in range(folds):
+        validation = (test + 1) % folds
+        train = tuple(i for j, ids in enumerate(parts) if j not in (test, validation) for i in ids)
+        splits.append(Split(train, parts[validation], parts[test]))
+    return splits
 
 
 def read_splits(path: Path, known: Collection[str] = ()) -> list[Split]:
@@ -274,11 +271,8 @@ def check_split(cohort: Cohort, split: Split, name: str) -> None:
         for i in ids:
             patient = cohort.cases[i].patient
             if seen.setdefault(patient, part) != part:
-                raise TrainError(
-                    name,
-                    f"patient {patient} is in {seen[patient]} and in {part}",
-                    "Divide by patient: figures would lie",
-                )
+                what = f"patient {patient} is in {seen[patient]} and in {part}"
+                raise TrainError(name, what, "Divide by patient: figures would lie")
     for part in ("train", "validation"):
         if not parts[part]:
             raise TrainError(name, f"its {part} part is empty", "Early stopping looks at validation alone")
@@ -301,9 +295,8 @@ def _survival(path: Path, ids: list[str], patients: list[str], rows: Rows, bins:
     ends = np.asarray(bins, np.float64)
     refuse_alike(path, "patients", {patient for i, patient in zip(ids, patients, strict=True) if patient != i})
     if not (np.diff(ends) > 0).all() or not 0 < ends[0] <= ends[-1] < np.inf:
-        raise TrainError(
-            "time bins", f"{list(bins)} do not rise from above 0", "Give the ends of the intervals in order"
-        )
+        what = f"{list(bins)} do not rise from above 0"
+        raise TrainError("time bins", what, "Give the ends of the intervals in order")
     cases = {}
     for i, patient, (_, row) in zip(ids, patients, rows, strict=True):
         try:
@@ -311,9 +304,8 @@ def _survival(path: Path, ids: list[str], patients: list[str], rows: Rows, bins:
             if not 0 <= time < np.inf:
                 raise ValueError(time)
         except (ValueError, KeyError) as error:
-            raise TrainError(
-                path, f"slide {i}: time {row['time']!r}, event {row['event']!r}", "Time >= 0, event 0 or 1"
-            ) from error
+            what = f"slide {i}: time {row['time']!r}, event {row['event']!r}"
+            raise TrainError(path, what, "Time >= 0, event 0 or 1") from error
         cases[i] = Case(i, patient, int(np.searchsorted(ends, time)), time, event)
     if not any(case.event and case.label < len(ends) for case in cases.values()):
         what = f"no slide has an event until {ends[-1]:g}, the last of the time bins"

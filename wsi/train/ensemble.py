@@ -141,7 +141,7 @@ def train_mil(
         "weights_sha256": sha256,
     }
     _write_tables(out, cohort, rows, members)
-    card = _card(out, cohort, bags, splits, seeds, written, figures, stains_line(stains, unlike))
+    card = _card(out, cohort, bags, len(splits), written, figures, stains_line(stains, unlike))
     write_model(out, weights, written, figures, stains, card)
     return figures
 
@@ -180,18 +180,14 @@ def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[in
     classes). Without it, slides that are all classified correctly would drive every probability to 0 or 1.
     """
     n, classes = sum(len(split.validation) for split in splits), range(len(cohort.class_names))
-    said = [
-        (
-            member.head,
-            torch.from_numpy(np.stack([member.logits[i] for i in splits[k].validation])),
-            targets_of([cohort.cases[i] for i in splits[k].validation]),
-        )
-        for (k, _), member in members.items()
-    ]
+    predicted = []
+    for (k, _), member in members.items():
+        logits = torch.from_numpy(np.stack([member.logits[i] for i in splits[k].validation]))
+        predicted.append((member.head, logits, targets_of([cohort.cases[i] for i in splits[k].validation])))
 
     def loss_at(temperature: float) -> float:
         each = []
-        for head, z, targets in said:
+        for head, z, targets in predicted:
             loss = partial(replace(head, temperature=temperature).loss, z)
             more = [loss(targets._replace(label=torch.full_like(targets.label, c))) for c in classes]
             each.append((n * loss(targets) + sum(more)) / (n + len(more)))
@@ -209,8 +205,8 @@ def _predictions(
         own = [(replace(m.head, temperature=temperature), m.logits) for (fold, _), m in members.items() if fold == k]
         for part, ids in (("validation", split.validation), ("test", split.test)):
             for i in ids:
-                said = [head.probabilities(torch.from_numpy(logits[i])).numpy() for head, logits in own]
-                mean = np.mean(said, axis=0)
+                each = [head.probabilities(torch.from_numpy(logits[i])).numpy() for head, logits in own]
+                mean = np.mean(each, axis=0)
                 rows.append({"case": cohort.cases[i], "fold": k, "part": part, "probabilities": mean})
     return rows
 
@@ -267,33 +263,26 @@ def _measure(rows: list[dict[str, Any]], head: Head) -> dict[str, float | None]:
 def _write_tables(
     out: Path, cohort: Cohort, rows: list[dict[str, Any]], members: dict[tuple[int, int], Member]
 ) -> None:
+    names, table = cohort.class_names, []
     columns = ["slide", "patient", "fold", "part", *(["time", "event"] if cohort.time_bins else []), "label"]
-    table = []
     for row in rows:
         case: Case = row["case"]
         known = {"slide": case.slide_id, "patient": case.patient, "fold": row["fold"], "part": row["part"]}
         if cohort.time_bins:
             known |= {"time": case.time, "event": None if case.event is None else int(case.event)}
-        said = {f"prob_{name}": f"{p:.6g}" for name, p in zip(cohort.class_names, row["probabilities"], strict=True)}
-        table.append(known | {"label": cohort.class_names[case.label]} | said)
-    write_csv(out / "predictions.csv", [*columns, *(f"prob_{name}" for name in cohort.class_names)], table)
+        predicted = {f"prob_{name}": f"{p:.6g}" for name, p in zip(names, row["probabilities"], strict=True)}
+        table.append(known | {"label": names[case.label]} | predicted)
+    write_csv(out / "predictions.csv", [*columns, *(f"prob_{name}" for name in names)], table)
     write_log(out, [({"fold": k, "seed": s}, m.history, m.best_epoch) for (k, s), m in members.items()])
 
 
 def _card(
-    out: Path,
-    cohort: Cohort,
-    bags: Bags,
-    splits: Sequence[Split],
-    seeds: int,
-    config: dict[str, Any],
-    figures: dict[str, Any],
-    stained: str,
+    out: Path, cohort: Cohort, bags: Bags, n_splits: int, config: dict[str, Any], figures: dict[str, Any], stained: str
 ) -> str:
     rows = [
         f"| Task | a bag of tile features -> {', '.join(f'`{c}`' for c in cohort.class_names)} |",
         f"| Model | `{config['architecture']}`, head `{config['head']}`, "
-        f"{config['members']} members ({len(splits)} splits x {seeds} seeds) |",
+        f"{config['members']} members ({n_splits} splits x {config['members'] // n_splits} seeds) |",
         f"| Features | {bags.in_features} a tile, encoder `{bags.encoder or 'not named by the files'}` |",
         data_row(cohort, "slides"),
         f"| Chosen on validation | epoch, temperature {config['temperature']:g}, threshold {config['threshold']:g} |",

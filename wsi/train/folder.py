@@ -83,8 +83,8 @@ def card_of(
         found = figures[part]
         if found is not None:
             numbers = found.get("pooled", {key: v for key, v in found.items() if key not in (unit, "patients")})
-            said = ", ".join(f"{key} {'undefined' if v is None else f'{v:.3f}'}" for key, v in numbers.items())
-            shown.append(f"- {part}: {said} ({found[unit]} {unit}, {found['patients']} patients)")
+            values = ", ".join(f"{key} {'undefined' if v is None else f'{v:.3f}'}" for key, v in numbers.items())
+            shown.append(f"- {part}: {values} ({found[unit]} {unit}, {found['patients']} patients)")
     head = [f"# {out.resolve().name}", "", "**Research use only. Not a medical device; not validated for diagnosis.**"]
     limits = f"Write here what these {unit} do not represent: laboratories, scanners, patients."
     table = ["", "| | |", "|---|---|", *rows, ""]

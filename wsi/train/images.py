@@ -145,9 +145,8 @@ def read_folder(folder: Path, *, classes: Sequence[str] = (), patient_in: str | 
             images = sorted(path for path in of_class.rglob("*") if path.suffix.lower() in _SUFFIXES)
             images = [path for path in images if not path.name.startswith(".")]
             if not images:
-                raise TrainError(
-                    of_class, "is a class without images", f"Add some ({' '.join(_SUFFIXES)}), or remove it"
-                )
+                remedy = f"Add some ({' '.join(_SUFFIXES)}), or remove it"
+                raise TrainError(of_class, "is a class without images", remedy)
             for path in images:
                 name = path.relative_to(folder).as_posix()
                 rows.append((name, _patient(name, patient_in, path), of_class.name))
@@ -224,9 +223,8 @@ def read_stores(
                 rows.append((f"{slide_id}/{tile}", patients[slide_id] if patients else slide_id, name))
                 places[f"{slide_id}/{tile}"] = (store, tile)
     if not rows or first is None:
-        raise TrainError(
-            "annotations", "no outline covers half a tile of these slides", "Compare names and coordinates"
-        )
+        what = "no outline covers half a tile of these slides"
+        raise TrainError("annotations", what, "Compare names and coordinates")
     names = [*classes] or sorted({name for _, _, name in rows})
     names = names if rest is None else [rest, *(name for name in names if name != rest)]
     return Labelled(places, make_cohort(Path("annotations"), sorted(rows), names), None, first.grid.mpp)

@@ -127,12 +127,9 @@ class Bags:
             if not first:
                 first, self.in_features, self.encoder = slide_id, d, bag.encoder
             if (d, bag.encoder) != (self.in_features, self.encoder):
-                raise TrainError(
-                    path,
-                    f"features are {d} wide, of {bag.encoder or 'an unnamed encoder'}; those of {first} "
-                    f"{self.in_features}, of {self.encoder or 'an unnamed encoder'}",
-                    "One encoder for all slides: compute those of the others again",
-                )
+                what = f"features are {d} wide, of {bag.encoder or 'an unnamed encoder'}; those of {first} "
+                what += f"{self.in_features}, of {self.encoder or 'an unnamed encoder'}"
+                raise TrainError(path, what, "One encoder for all slides: compute those of the others again")
             self.stats[slide_id] = stats_of(bag.features)
             self.samples.setdefault(bag.boxes is not None, slide_id)
             self._keep(slide_id, bag.features, bag.boxes)

@@ -103,15 +103,12 @@ def train_patches(
     bind(out, identity)
     run = PatchTraining(cohort, patches, split, config, model)
     run.go(out / "state.safetensors", progress)
-    probabilities = {
-        part: run.probabilities(ids) for part, ids in (("validation", split.validation), ("test", split.test)) if ids
-    }
+    held_out = {"validation": split.validation, "test": split.test}
+    probabilities = {part: run.probabilities(ids) for part, ids in held_out.items() if ids}
     label = np.array([cohort.cases[i].label for i in split.validation])
     threshold = threshold_of(np.isin(cohort.class_names, positive), label, probabilities["validation"])
     weights, sha256 = packed(model.net.state_dict())
-    figures: dict[str, Any] = {
-        part: _figures(cohort, getattr(split, part), probabilities.get(part)) for part in ("validation", "test")
-    }
+    figures: dict[str, Any] = {part: _figures(cohort, ids, probabilities.get(part)) for part, ids in held_out.items()}
     stains, unlike = _stains(cohort, patches, split)
     figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256, "outside_stains": unlike}
     write_log(out, [({}, run.history, run.best_epoch)])
@@ -203,10 +200,10 @@ def _card(
     stained: str,
 ) -> str:
     origin = f"begun from `{config.start}`" if config.start else "random weights"
-    how = "features once, the classifier alone" if config.frozen else (
-        f"stain augmentation {config.stain:g}, {'turned and mirrored' if config.turn else 'not turned'}, "
-        f"JPEG {config.jpeg:g}"
-    )  # fmt: skip
+    turned = "turned and mirrored" if config.turn else "not turned"
+    how = f"stain augmentation {config.stain:g}, {turned}, JPEG {config.jpeg:g}"
+    if config.frozen:
+        how = "features once, the classifier alone"
     rows = [
         f"| Task | a patch of {written['patch_size_pixels']} px at {written['spacing_um_px']:g} microns per pixel -> "
         f"{', '.join(f'`{c}`' for c in cohort.class_names)} |",
