@@ -62,7 +62,7 @@ def test_stamps_own_files_count_in_microns(tmp_path: Path, side: float | None) -
         file["feats"], file["coords"] = np.ones((2, 3), np.float16), np.array([[0, 0], [256.0, 512.0]])
         file.attrs.update({"extractor": "uni", **({} if side is None else {"tile_size_um": side})})
     bag = read_bag(tmp_path / "a.h5")
-    assert bag.encoder == "uni" and bag.said.unit == "um"
+    assert bag.encoder == "uni" and bag.info.unit == "um"
     assert bag.boxes is None if side is None else bag.boxes.tolist()[1] == [256, 512, side, side]
 
 

@@ -35,7 +35,7 @@ _FILES = (".h5", ".pt", ".npy", ".h5ad")
 _DAMAGED = (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError, BadZipFile)
 
 
-class Said(NamedTuple):
+class BagInfo(NamedTuple):
     """Metadata of a bag's slide and tiles; None where the file does not give it.
 
     Attributes
@@ -71,16 +71,16 @@ class Bag(NamedTuple):
     features : float16 or float32 (n, d)
         n >= 1, finite.
     boxes : float64 (n, 4), optional
-        x, y, w, h in `said.unit`; None where the file has no coordinates.
+        x, y, w, h in `info.unit`; None where the file has no coordinates.
     encoder : str, optional
         Hash of the encoder's weights, or the encoder's name in a file of another program.
-    said : Said
+    info : BagInfo
     """
 
     features: npt.NDArray[Any]
     boxes: npt.NDArray[np.float64] | None
     encoder: str | None
-    said: Said = Said()
+    info: BagInfo = BagInfo()
 
 
 def find_bags(places: Iterable[str | Path]) -> dict[str, Path]:
@@ -194,7 +194,7 @@ def _read_store(path: Path, encoder: str | None) -> Bag:
     array, (name, sha256) = found.popitem()
     readable = ~store.get("unreadable") if not store.missing("unreadable") else slice(None)
     grid, slide = store.grid, store.attributes.get("slide", {})
-    said = Said(
+    info = BagInfo(
         tile=grid.tile,
         stride=grid.stride,
         tile_px=grid.tile_px,
@@ -202,7 +202,7 @@ def _read_store(path: Path, encoder: str | None) -> Bag:
         size=_pair(slide.get("size"), int),
         encoder_name=name,
     )
-    return Bag(store.get(array)[readable], grid.boxes()[readable], sha256 or None, said)
+    return Bag(store.get(array)[readable], grid.boxes()[readable], sha256 or None, info)
 
 
 def _read_h5(path: Path) -> Bag:
@@ -216,11 +216,11 @@ def _read_h5(path: Path) -> Bag:
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
         encoder = dataset.attrs.get("encoder")
         coords = file.get("coords")
-        boxes, said = _beside(path) if coords is None else _boxes(coords)
-        if boxes is not None and said.tile is None:
-            said = _beside(path)[1]
-            boxes[:, 2:] = said.tile or boxes[:, 2:]
-    return Bag(features, boxes, None if encoder in (None, "None") else str(encoder), said)
+        boxes, info = _beside(path) if coords is None else _boxes(coords)
+        if boxes is not None and info.tile is None:
+            info = _beside(path)[1]
+            boxes[:, 2:] = info.tile or boxes[:, 2:]
+    return Bag(features, boxes, None if encoder in (None, "None") else str(encoder), info)
 
 
 def _read_stamp(file: Any) -> Bag:
@@ -228,13 +228,13 @@ def _read_stamp(file: Any) -> Bag:
     corners, attributes = np.asarray(file["coords"], np.float64)[:, :2], dict(file.attrs)
     side = _number(attributes, "tile_size_um", float)
     boxes = None if side is None else np.concatenate([corners, np.full((len(corners), 2), side)], axis=1)
-    said = Said(tile_px=_number(attributes, "tile_size_px", int), unit="um")
+    info = BagInfo(tile_px=_number(attributes, "tile_size_px", int), unit="um")
     mpp = _mpp(attributes.get("wsi_slide_mpp"))
     if mpp is not None and boxes is not None and len(boxes):
         boxes /= np.tile(mpp, 2)
-        said = said._replace(mpp=mpp, tile=_pair(boxes[0, 2:], float), unit="px")
+        info = info._replace(mpp=mpp, tile=_pair(boxes[0, 2:], float), unit="px")
     encoder = str(attributes["extractor"]) if "extractor" in attributes else None
-    return Bag(np.asarray(file["feats"]), boxes, encoder, said)
+    return Bag(np.asarray(file["feats"]), boxes, encoder, info)
 
 
 def _read_npy(path: Path) -> Bag:
@@ -243,7 +243,7 @@ def _read_npy(path: Path) -> Bag:
     beside = path.parent.parent / "coords" / path.name
     coords = np.load(beside, allow_pickle=False).astype(np.float64) if beside.is_file() else None
     boxes = None if coords is None else np.concatenate([coords, np.ones_like(coords)], axis=1)
-    return Bag(features, boxes, None, Said(unit="lattice"))
+    return Bag(features, boxes, None, BagInfo(unit="lattice"))
 
 
 def _read_h5ad(path: Path) -> Bag:
@@ -259,44 +259,44 @@ def _read_h5ad(path: Path) -> Bag:
         if tile and "spatial" in file.get("obsm", {}):
             corners = np.asarray(file["obsm"]["spatial"], np.float64)[:, :2] - np.array(tile) / 2
             boxes = np.concatenate([corners, np.tile(tile, (len(corners), 1))], axis=1)
-    said = Said(
+    info = BagInfo(
         tile=tile,
         stride=_pair(kept.get("stride_level0_px"), float),
         tile_px=_number(kept, "tile_px", int),
         mpp=_mpp(kept.get("slide_mpp")),
         size=_pair(kept.get("slide_size_px"), int),
     )
-    return Bag(features, boxes, encoder.decode() if isinstance(encoder, bytes) else None, said)
+    return Bag(features, boxes, encoder.decode() if isinstance(encoder, bytes) else None, info)
 
 
-def _boxes(coords: Any) -> tuple[npt.NDArray[np.float64], Said]:
+def _boxes(coords: Any) -> tuple[npt.NDArray[np.float64], BagInfo]:
     """Top left corners (n, 2 or more) to boxes (n, 4); an unknown tile size is the least step between tiles."""
     attributes = dict(coords.attrs)
     corner = np.asarray(coords, np.float64).reshape(len(coords), -1)[:, :2]
-    side, said = _number(attributes, "patch_size_level0", float), Said()
+    side, info = _number(attributes, "patch_size_level0", float), BagInfo()
     if side is not None:  # TRIDENT
         size = _number(attributes, "level0_width", int), _number(attributes, "level0_height", int)
         px, overlap = _number(attributes, "patch_size", int), _number(attributes, "overlap", float)
         step = None if px is None or overlap is None else side * (px - overlap) / px
-        said = Said((side, side), step and (step, step), px, size=size if None not in size else None)
+        info = BagInfo((side, side), step and (step, step), px, size=size if None not in size else None)
     elif "patch_level" in attributes:  # CLAM: in pixels of that level
         down, size = _pair(attributes.get("downsample"), float), _pair(attributes.get("level_dim"), int)
         at_level_0 = not int(attributes["patch_level"])
         if down or at_level_0:
             side = float(attributes["patch_size"]) * (down[0] if down else 1.0)
-            said = Said((side, side), size=size if at_level_0 else None)
+            info = BagInfo((side, side), size=size if at_level_0 else None)
     if side is None:
         side = min((float(np.diff(u).min()) for u in (np.unique(c) for c in corner.T) if len(u) > 1), default=1.0)
-    return np.concatenate([corner, np.full((len(corner), 2), side)], axis=1), said
+    return np.concatenate([corner, np.full((len(corner), 2), side)], axis=1), info
 
 
-def _beside(path: Path) -> tuple[npt.NDArray[np.float64] | None, Said]:
+def _beside(path: Path) -> tuple[npt.NDArray[np.float64] | None, BagInfo]:
     """Read coordinates and metadata from CLAM's ``patches/`` file of the same slide."""
     import h5py
 
     file = path.parent.parent / "patches" / f"{path.stem}.h5"
     if not file.is_file():
-        return None, Said()
+        return None, BagInfo()
     with h5py.File(file, "r") as opened:
         return _boxes(opened["coords"])
 
@@ -324,8 +324,8 @@ def _read_pt(path: Path) -> Bag:
         value = value["features"]
     if not isinstance(value, torch.Tensor):
         raise TrainError(path, f"holds a {type(value).__name__}, not a tensor", "Is it a bag?")
-    boxes, said = _beside(path)
-    return Bag((value.float() if value.dtype == torch.bfloat16 else value).numpy(), boxes, None, said)
+    boxes, info = _beside(path)
+    return Bag((value.float() if value.dtype == torch.bfloat16 else value).numpy(), boxes, None, info)
 
 
 def write_pt(path: Path, features: npt.NDArray[np.float32]) -> None:
