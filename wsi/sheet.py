@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,30 +60,33 @@ def save_sheet(
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)
     y = _GAP
 
-    def add_row(words: str, tiles: list[int], captions: list[str], lit: list[npt.NDArray[np.floating]]) -> None:
+    def add_row(title: str, tiles: list[int], captions: list[str], cams: Any = None) -> None:
         nonlocal y
-        draw.text((_GAP, y), words, "black", large)
+        draw.text((_GAP, y), title, "black", large)
         for i, tile in enumerate(tiles):
             x = _GAP + i * (_SIDE + _GAP)
             picture = Image.fromarray(slide.read(grid.box(tile), (_SIDE, _SIDE), damage=[]))
-            sheet.paste(_lit(picture, lit[i]) if lit else picture, (x, y + _LABEL))
+            sheet.paste(picture if cams is None else _lit(picture, cams[i]), (x, y + _LABEL))
             draw.multiline_text((x, y + _LABEL + _SIDE + 2), captions[i], "#404040", small, spacing=1)
         y += row_h
 
     for name, values in evidence.items():
         order = np.argsort(-values, kind="stable")
-        for words, chosen in ((f"most: {name}", order[:columns]), (f"least: {name}", order[::-1][:columns])):
-            tiles, lit = chosen.tolist(), words.startswith("most")
-            boxes = [grid.box(tile) for tile in tiles]
-            captions = [f"{values[tile]:.3g}\n{box.x:.0f}, {box.y:.0f}" for tile, box in zip(tiles, boxes, strict=True)]
-            add_row(words, tiles, captions, [])
-            if look is not None and lit:
-                side = (grid.tile_px, grid.tile_px)
-                captions, cams = look(np.stack([slide.read(box, side, damage=[]) for box in boxes]))
-                add_row(f"most: {name}, where the tile model looked (Grad-CAM)", tiles, captions, list(cams))
+        most, least = order[:columns].tolist(), order[::-1][:columns].tolist()
+        add_row(f"most: {name}", most, _captions(grid, values, most))
+        if look is not None:
+            side = (grid.tile_px, grid.tile_px)
+            captions, cams = look(np.stack([slide.read(grid.box(tile), side, damage=[]) for tile in most]))
+            add_row(f"most: {name}, where the tile model looked (Grad-CAM)", most, captions, cams)
+        add_row(f"least: {name}", least, _captions(grid, values, least))
     draw.text((_GAP, y), "Research use only", "#606060", small)
     with replacing(path) as file:
         sheet.save(file, format="PNG")
+
+
+def _captions(grid: TileGrid, values: npt.NDArray[np.floating], tiles: list[int]) -> list[str]:
+    boxes = [grid.box(tile) for tile in tiles]
+    return [f"{values[tile]:.3g}\n{box.x:.0f}, {box.y:.0f}" for tile, box in zip(tiles, boxes, strict=True)]
 
 
 def _lit(picture: Image.Image, cam: npt.NDArray[np.floating]) -> Image.Image:

@@ -191,18 +191,8 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
             "weights_sha256": raw.get("weights_sha256"),
             "encoder_sha256": raw.get("encoder_sha256"),
         }
-        if task == "mil":
-            return ModelConfig(**common | _mil_of(raw, len(names)))
-        tile_px, mpp = int(raw["patch_size_pixels"]), float(raw["spacing_um_px"])
-        if tile_px < 1 or not (math.isfinite(mpp) and mpp > 0):
-            raise TypeError(f"patch_size_pixels is {tile_px} and spacing_um_px is {mpp:g}: both must be positive")
-        return ModelConfig(
-            **common,
-            tile_px=tile_px,
-            mpp=mpp,
-            context=_context_of(raw["context"], names, positive) if "context" in raw else None,
-            **_transform_of(raw["transform"]),
-        )
+        own = _mil_of(raw, len(names)) if task == "mil" else _patch_of(raw, names, positive)
+        return ModelConfig(**common | own)
     except KeyError as error:
         raise ModelError(path, f"lacks the key {error}", "See DESIGN.md, 'Model folders'") from error
     except (OSError, TypeError, ValueError) as error:
@@ -266,6 +256,15 @@ def _weights_of(config: ModelConfig) -> Path:
         if (config.folder / name).is_file():
             return config.folder / name
     raise ModelError(config.folder, "has no weights", f"Expected {_SAFE_WEIGHTS[0]}")
+
+
+def _patch_of(raw: dict[str, Any], names: tuple[str, ...], positive: tuple[str, ...]) -> dict[str, Any]:
+    """Read the keys that only a patch model has."""
+    tile_px, mpp = int(raw["patch_size_pixels"]), float(raw["spacing_um_px"])
+    if tile_px < 1 or not (math.isfinite(mpp) and mpp > 0):
+        raise TypeError(f"patch_size_pixels is {tile_px} and spacing_um_px is {mpp:g}: both must be positive")
+    context = _context_of(raw["context"], names, positive) if "context" in raw else None
+    return {"tile_px": tile_px, "mpp": mpp, "context": context} | _transform_of(raw["transform"])
 
 
 def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:

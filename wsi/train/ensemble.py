@@ -28,14 +28,14 @@ from wsi import __version__
 from wsi.errors import ModelError, TrainError
 from wsi.files import write_csv
 from wsi.nn.grade import feature_shift
-from wsi.nn.mil import Head
+from wsi.nn.mil import Head, MilNet
 from wsi.nn.uncertainty import conformal_threshold, fit_temperature, prediction_set
 from wsi.result import rounded
 from wsi.train.cohort import Case, Cohort, Split, check_split, write_splits
 from wsi.train.figures import threshold_of
 from wsi.train.folder import bind, card_of, data_row, packed, write_model
 from wsi.train.loop import as_dict, write_log
-from wsi.train.mil import Bags, Member, MilConfig, measure, targets_of, train_member, try_net
+from wsi.train.mil import Bags, BagStats, Member, MilConfig, measure, targets_of, train_member, try_net
 from wsi.train.stains import learn_stains, stains_line
 
 Progress = Callable[[str, int, int], None]
@@ -110,9 +110,6 @@ def train_mil(
     calibration = _calibrate(cohort, rows, positive, coverage)
     heads = [member.head for member in members.values()]
     nets = [member.net for member in members.values()]
-    means = (torch.from_numpy(bags.stats[i].sum / bags.stats[i].tiles)[None] for s in splits for i in s.train)
-    shift = max(feature_shift(nets[0], mean) for mean in means)
-    bag_tiles = [bags.stats[i].tiles for split in splits for i in split.train]
     tiles = {i: partial(bags.tiles, i) for i in cohort.cases}
     stains, unlike = learn_stains(tiles, {i: case.patient for i, case in cohort.cases.items()}, splits)
     weights, sha256 = packed((nets[0] if len(nets) == 1 else torch.nn.ModuleList(nets)).state_dict())
@@ -134,8 +131,7 @@ def train_mil(
         "temperature": temperature,
         **calibration,
         **({"baseline": [head.baseline for head in heads]} if config.head == "cox" else {}),
-        "largest_shift": float(f"{shift * (1 + 1e-5):.6g}"),  # rounded up: the farthest slide is within
-        "bag_tiles": [min(bag_tiles), max(bag_tiles)],
+        **_range_of([bags.stats[i] for split in splits for i in split.train], nets[0]),
         "encoder_sha256": bags.encoder if bags.encoder and len(bags.encoder) == 64 else None,
         "encoder": bags.encoder,
         "weights_sha256": sha256,
@@ -144,6 +140,14 @@ def train_mil(
     card = _card(out, cohort, bags, len(splits), written, figures, stains_line(stains, unlike))
     write_model(out, weights, written, figures, stains, card)
     return figures
+
+
+def _range_of(stats: list[BagStats], net: MilNet) -> dict[str, Any]:
+    """Return the range of the training bags' mean features and sizes, outside which the model abstains."""
+    shift = max(feature_shift(net, torch.from_numpy(bag.sum / bag.tiles)[None]) for bag in stats)
+    tiles = [bag.tiles for bag in stats]
+    largest = float(f"{shift * (1 + 1e-5):.6g}")  # rounded up: the farthest slide is within
+    return {"largest_shift": largest, "bag_tiles": [min(tiles), max(tiles)]}
 
 
 def _refuse_twins(cohort: Cohort, bags: Bags) -> None:

@@ -194,9 +194,10 @@ class Ppeg(nn.Module):
     def forward(self, x: Tokens, layout: Layout) -> Tokens:
         """Tokens (1 + t, width) to tokens, computed in strips of rows; grid cells without a tile are 0."""
         # All three as one convolution, with the smaller kernels centred in the largest.
-        seven, five, three = (conv.weight for conv in self._three())
+        layers: Any = self.convolutions
+        seven, five, three = (conv.weight for conv in layers)
         weight = seven + functional.pad(five, [1] * 4) + functional.pad(three, [2] * 4)
-        bias = torch.stack([conv.bias for conv in self._three() if conv.bias is not None]).sum(0)
+        bias = torch.stack([conv.bias for conv in layers]).sum(0)
         columns, width = int(layout.columns.max()) + 1, weight.shape[0]
         height = min(max(1, _TOKENS // columns), int(layout.rows[-1]) + 1)
 
@@ -225,9 +226,6 @@ class Ppeg(nn.Module):
             return torch.cat([*token, *(tiles for tiles in strips if tiles is not None)])
 
         return _as(x, placed)
-
-    def _three(self) -> list[nn.Conv2d]:
-        return [conv for conv in self.convolutions if isinstance(conv, nn.Conv2d)]
 
 
 class SelfAttention(nn.Module):
