@@ -36,7 +36,7 @@ def _import_torchvision() -> None:
 
 _import_torchvision()
 #: True where torchvision needed the repair above; in other programs `import timm` fails here.
-TORCHVISION_MENDED = bool(_kept_alive)
+TORCHVISION_REPAIRED = bool(_kept_alive)
 import timm  # noqa: E402
 import timm.layers  # noqa: E402
 

@@ -20,8 +20,8 @@ from wsi.result import called, rounded
 
 #: Abstain where a larger share of the tissue is unreadable: the decisive part may be missing.
 MOST_UNREADABLE = 0.1
-#: Abstain where a slide has over this many times the tiles of the largest training bag, or under the inverse of it
-#: times those of the smallest.
+#: Abstain where a slide has more tiles than this times the largest training bag, or the smallest one has more than this
+#: times the slide's.
 BAG_FACTOR = 2
 
 

@@ -111,12 +111,12 @@ def train_mil(
     heads = [member.head for member in members.values()]
     nets = [member.net for member in members.values()]
     tiles = {i: partial(bags.tiles, i) for i in cohort.cases}
-    stains, unlike = learn_stains(tiles, {i: case.patient for i, case in cohort.cases.items()}, splits)
+    stains, outside = learn_stains(tiles, {i: case.patient for i, case in cohort.cases.items()}, splits)
     weights, sha256 = packed((nets[0] if len(nets) == 1 else torch.nn.ModuleList(nets)).state_dict())
     figures = _figures(rows, heads[0], calibration, len(splits)) | {
         "epochs": {f"{k}-{seed}": member.best_epoch for (k, seed), member in members.items()},
         "weights_sha256": sha256,
-        "outside_stains": unlike,
+        "outside_stains": outside,
     }
     written = {
         "spec_version": "1.0",
@@ -137,7 +137,7 @@ def train_mil(
         "weights_sha256": sha256,
     }
     _write_tables(out, cohort, rows, members)
-    card = _card(out, cohort, bags, len(splits), written, figures, stains_line(stains, unlike))
+    card = _card(out, cohort, bags, len(splits), written, figures, stains_line(stains, outside))
     write_model(out, weights, written, figures, stains, card)
     return figures
 

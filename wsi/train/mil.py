@@ -207,7 +207,8 @@ def train_member(
         Called with the epochs done, and the maximum.
     """
     config.check()
-    head = Head(config.head, len(cohort.class_names), baseline=_flat(cohort) if config.head == "cox" else ())
+    baseline = _placeholder_baseline(cohort) if config.head == "cox" else ()
+    head = Head(config.head, len(cohort.class_names), baseline=baseline)
     run = _Run(cohort, bags, split, config, head, device)
     run.go(state, progress)
     net = run.net
@@ -313,7 +314,7 @@ def _baseline(net: MilNet, cohort: Cohort, bags: Any, split: Split, device: str)
     return tuple(breslow(risk, time, event, list(cohort.time_bins)))
 
 
-def _flat(cohort: Cohort) -> tuple[float, ...]:
+def _placeholder_baseline(cohort: Cohort) -> tuple[float, ...]:
     """Return a placeholder baseline for training, where only the order of risks matters."""
     n = len(cohort.class_names)
     return tuple(1 - i / n for i in range(1, n))

@@ -109,12 +109,12 @@ def train_patches(
     threshold = threshold_of(np.isin(cohort.class_names, positive), label, probabilities["validation"])
     weights, sha256 = packed(model.net.state_dict())
     figures: dict[str, Any] = {part: _figures(cohort, ids, probabilities.get(part)) for part, ids in held_out.items()}
-    stains, unlike = _stains(cohort, patches, split)
-    figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256, "outside_stains": unlike}
+    stains, outside = _stains(cohort, patches, split)
+    figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256, "outside_stains": outside}
     write_log(out, [({}, run.history, run.best_epoch)])
     _write_tables(out, cohort, split, probabilities)
     written = _config_json(model, threshold, positive, sha256)
-    card = _card(out, cohort, split, config, written, figures, stains_line(stains, unlike))
+    card = _card(out, cohort, split, config, written, figures, stains_line(stains, outside))
     write_model(out, weights, written, figures, stains, card)
     return figures
 
