@@ -142,7 +142,7 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
         mean, std = normalisation((recipe and recipe.mean) or facts["mean"], (recipe and recipe.std) or facts["std"])
     except ModelError:
         raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # AttributeError: not a JSON object
         what = f"is no encoder's config.json ({type(error).__name__}: {error})"
         raise ModelError(folder / "config.json", what, "Give a repository of timm, or of transformers' ViT") from error
     config = ModelConfig(
