@@ -240,5 +240,5 @@ class TestRefused:
     @pytest.mark.parametrize("text", ["[]", '"a"', "null", "{"])
     def test_a_config_that_is_no_json_object(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ModelError, match="is no encoder's config.json"):
+        with pytest.raises(ModelError, match=r"is no encoder's config\.json"):
             load_encoder(str(tmp_path))

@@ -278,10 +278,18 @@ def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
     if kind == "cox" and np.shape(baseline) != (members, num_classes - 1):
         raise TypeError(f"baseline is {np.shape(baseline)}, not {members} members by {num_classes - 1} ends")
     rows = tuple(tuple(map(float, row)) for row in baseline)
+    if not all(0 <= survival <= 1 for row in rows for survival in row):
+        raise TypeError("baseline holds numbers that are not from 0 to 1")
     head = Head(kind, num_classes, float(raw.get("temperature", 1.0)), rows)
-    threshold, shift = raw.get("conformal_threshold"), raw.get("largest_shift")
     if head.temperature <= 0 or members < 1:
         raise TypeError(f"temperature is {head.temperature} and members is {members}")
+    numbers: dict[str, float | None] = {"coverage": float(raw.get("coverage", 0.9))}
+    for name in ("conformal_threshold", "largest_shift"):
+        numbers[name] = None if raw.get(name) is None else float(raw[name])
+    for name, value in {"temperature": head.temperature, **numbers}.items():  # with NaN nothing would be abstained from
+        most = 1.0 if name in ("coverage", "conformal_threshold") else math.inf
+        if value is not None and not (math.isfinite(value) and 0 <= value <= most):
+            raise TypeError(f"{name} is {value:g}, not a finite number from 0 to {most:g}")
     bag_tiles = tuple(map(int, raw["bag_tiles"])) if raw.get("bag_tiles") is not None else None
     if bag_tiles is not None and not (len(bag_tiles) == 2 and 1 <= bag_tiles[0] <= bag_tiles[1]):
         raise TypeError(f"bag_tiles is {list(bag_tiles)}, not the fewest and the most tiles of a training bag")
@@ -289,10 +297,8 @@ def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
         "head": head,
         "num_logits": head.num_logits,
         "members": members,
-        "conformal_threshold": None if threshold is None else float(threshold),
-        "coverage": float(raw.get("coverage", 0.9)),
-        "largest_shift": None if shift is None else float(shift),
         "bag_tiles": bag_tiles,
+        **numbers,
     }
 
 
