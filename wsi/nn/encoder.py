@@ -121,16 +121,7 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
     >>> load_encoder("phantom").num_features
     256
     """
-    known, _, folder_given = name.partition("=")
-    addresses = {f"{HUB_PREFIX}{recipe.repository}".lower(): key for key, recipe in KNOWN.items()}
-    known = addresses.get(name.partition("@")[0].lower(), known)
-    recipe = KNOWN.get(known)
-    if recipe is None and folder_given:
-        raise ModelNotFound(f"encoder {known!r}", "is not known", f"Known: {', '.join(KNOWN)}")
-    if recipe is None:
-        folder = _find(name)
-    else:
-        folder = find_model(folder_given or (f"{HUB_PREFIX}{recipe.repository}" if name == known else name))
+    folder, recipe, shown = _find(name)
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "patch_size_pixels" in raw and recipe is None:
@@ -167,26 +158,35 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
     if fold:
         fold_norms(net)
     device = pick_device(device)
-    shown = known if recipe else folder.resolve().name if Path(name).is_dir() else name
     return PatchModel(
         config, net, name=shown, num_features=net.num_features, sha256=weights_sha256(config),
         device=device, precision=pick_precision(precision, device),
     )  # fmt: skip
 
 
-def _find(name: str) -> Path:
-    """Return the folder of an encoder that is not in ``KNOWN``."""
+def _find(name: str) -> tuple[Path, Recipe | None, str]:
+    """Return an encoder's folder, its recipe if it is in ``KNOWN``, and the name to show."""
+    known, _, folder_given = name.partition("=")
+    addresses = {f"{HUB_PREFIX}{recipe.repository}".lower(): key for key, recipe in KNOWN.items()}
+    known = addresses.get(name.partition("@")[0].lower(), known)
+    recipe = KNOWN.get(known)
+    if recipe is not None:
+        folder = find_model(folder_given or (f"{HUB_PREFIX}{recipe.repository}" if name == known else name))
+        return folder, recipe, known
+    if folder_given:
+        raise ModelNotFound(f"encoder {known!r}", "is not known", f"Known: {', '.join(KNOWN)}")
     try:
-        return find_model(name)
+        folder = find_model(name)
     except ModelNotFound:
         from wsi.nn.backbone import hub_of
 
         repository = hub_of(name)
         if repository is None:
-            known = ", ".join((*KNOWN, *known_models()))
-            remedy = f"Known: {known}; or a timm name, {HUB_PREFIX}OWNER/NAME, or a folder"
+            names = ", ".join((*KNOWN, *known_models()))
+            remedy = f"Known: {names}; or a timm name, {HUB_PREFIX}OWNER/NAME, or a folder"
             raise ModelNotFound(f"encoder {name!r}", "there is no such encoder", remedy) from None
-        return find_model(f"{HUB_PREFIX}{repository}")
+        folder = find_model(f"{HUB_PREFIX}{repository}")
+    return folder, None, folder.resolve().name if Path(name).is_dir() else name
 
 
 def _of_timm(raw: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
