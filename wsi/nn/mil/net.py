@@ -146,7 +146,7 @@ class MilNet(nn.Module):
             return of(features if rows is None else features[rows], *carried)
         blocks = _Blocks(of, features, rows, n, self.training)
         if not torch.is_grad_enabled():
-            return blocks.go(carried)
+            return blocks.run(carried)
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         parts: Parts = _Streamed.apply(blocks, len(carried), *carried, *weights)  # type: ignore[no-untyped-call]
         return parts
@@ -187,23 +187,21 @@ class _Blocks:
     ones of two blocks, would keep the allocator from reusing the large ones' memory.
     """
 
-    def __init__(
-        self, of: Callable[..., Parts], features: Tensor, rows: Tensor | None, n: int, by_chance: bool
-    ) -> None:
-        self._of, self._features, self._rows, self.by_chance = of, features, rows, by_chance
+    def __init__(self, of: Callable[..., Parts], features: Tensor, rows: Tensor | None, n: int, random: bool) -> None:
+        self._of, self._features, self._rows, self.random = of, features, rows, random
         self.spans = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-        self._chance: list[tuple[Tensor, Any]] = []
+        self._random_states: list[tuple[Tensor, Any]] = []
         self._device = features.device.type
         self._autocast = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
 
     def part(self, span: slice, carried: Parts) -> Parts:
         return self._of(self._features[span if self._rows is None else self._rows[span]], *carried)
 
-    def go(self, carried: Parts) -> Parts:
+    def run(self, carried: Parts) -> Parts:
         whole: list[Tensor] = []
         for i, span in enumerate(self.spans):
-            if self.by_chance:
-                self._chance.append((torch.get_rng_state(), get_device_states(self._features)))
+            if self.random:
+                self._random_states.append((torch.get_rng_state(), get_device_states(self._features)))
             parts = self.part(span, carried)
             if not whole:  # one row a block, or one row a tile
                 sizes = [len(self.spans) if len(x) == 1 else self.spans[-1].stop for x in parts]
@@ -212,12 +210,12 @@ class _Blocks:
                 into[self._place(into, i)] = x
         return tuple(whole)
 
-    def again(self, i: int, carried: Parts, gradients: Sequence[Tensor]) -> tuple[Parts, list[Tensor]]:
+    def recompute(self, i: int, carried: Parts, gradients: Sequence[Tensor]) -> tuple[Parts, list[Tensor]]:
         """Recompute block i with its graph; return it with its share of the gradients."""
         enabled, dtype = self._autocast
         with torch.enable_grad(), torch.autocast(self._device, dtype, enabled=enabled):
-            if self.by_chance:
-                cpu, (devices, states) = self._chance[i]
+            if self.random:
+                cpu, (devices, states) = self._random_states[i]
                 torch.set_rng_state(cpu)
                 set_device_states(devices, states)
             parts = self.part(self.spans[i], carried)
@@ -234,7 +232,7 @@ class _Streamed(torch.autograd.Function):
     def forward(ctx: Any, blocks: _Blocks, n_carried: int, *tensors: Tensor) -> Parts:
         ctx.blocks, ctx.n_carried = blocks, n_carried
         ctx.save_for_backward(*tensors)
-        whole = blocks.go(tensors[:n_carried])
+        whole = blocks.run(tensors[:n_carried])
         ctx.mark_non_differentiable(*(x for x in whole if not x.is_floating_point()))
         return whole
 
@@ -246,9 +244,9 @@ class _Streamed(torch.autograd.Function):
         leaves = [*carried, *tensors[ctx.n_carried :]]
         wanted = [i for i, x in enumerate(leaves) if x.requires_grad]
         totals: list[Tensor | None] = [None] * len(leaves)
-        with torch.random.fork_rng(enabled=blocks.by_chance):
+        with torch.random.fork_rng(enabled=blocks.random):
             for i in range(len(blocks.spans)):
-                parts, shares = blocks.again(i, carried, gradients)
+                parts, shares = blocks.recompute(i, carried, gradients)
                 those = [(x, share) for x, share in zip(parts, shares, strict=True) if x.requires_grad]
                 outputs, share = zip(*those, strict=True)
                 found = torch.autograd.grad(outputs, [leaves[j] for j in wanted], share, allow_unused=True)
