@@ -152,6 +152,10 @@ class TestRefused:
             file["features"], file["coords"] = np.zeros((3, 2), np.float32), np.zeros((2, 2))
         with pytest.raises(TrainError, match="3 features and 2 coordinates"):
             read_bag(tmp_path / "short.h5")
+        with h5py.File(tmp_path / "nan.h5", "w") as file:
+            file["features"], file["coords"] = np.zeros((3, 2), np.float32), np.array([[0, 0], [1, 0], [0, np.nan]])
+        with pytest.raises(TrainError, match="coordinates that are not finite"):
+            read_bag(tmp_path / "nan.h5")
 
     def test_bags_of_two_widths_or_encoders(self, tmp_path: Path) -> None:
         paths = find_bags([write_bags(tmp_path / "uni", {"a": 0}, layout="trident")])

@@ -124,6 +124,8 @@ def read_bag(path: Path, encoder: str | None = None) -> Bag:
         raise TrainError(path, f"{bad} of {len(features)} tiles have features that are not finite", "Compute it again")
     if bag.boxes is not None and len(bag.boxes) != len(features):
         raise TrainError(path, f"holds {len(features)} features and {len(bag.boxes)} coordinates", "Compute it again")
+    if bag.boxes is not None and not np.isfinite(bag.boxes).all():
+        raise TrainError(path, "has coordinates that are not finite", "Compute it again")
     return bag
 
 
