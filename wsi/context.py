@@ -1,11 +1,11 @@
-"""Tiles in context: what a tile's neighbours say of it, by how far away they are.
+"""Smoothing of tile probabilities: each tile is informed by its neighbours, according to their distance.
 
-Tumour comes in regions, and a patch model sees one patch. Its log-odds are taken for noisy measurements of a field over
-the slide, whose correlation falls off exponentially with distance; a tile's new log-odds are the field's expected value
-there, given all tiles of the slide. Where tiles lie dense that is a filter of one or two tiles; where few are known,
-those further away count too. In geostatistics this is simple kriging (Matheron 1963), elsewhere regression by a
-Gaussian process (Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, equation 2.25, with the
-kernel of equation 4.18).
+Tumour forms regions, but a patch model sees one patch. Its log-odds are treated as noisy measurements of a field over
+the slide whose correlation decreases exponentially with distance. A tile's new log-odds are the field's expected value
+there, given all tiles of the slide. Where tiles are dense this acts as a filter over one or two tiles; where they are
+sparse, farther ones count too. In geostatistics this is simple kriging (Matheron 1963), elsewhere Gaussian process
+regression (Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, equation 2.25, with the kernel of
+equation 4.18).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from wsi.nn.checkpoint import Context
 
 F64 = npt.NDArray[np.float64]
 
-#: Probabilities nearer to 0 or 1 say no more than these.
+#: Probabilities are clipped to this distance from 0 and 1.
 _LEAST = 1e-4
-#: Relative error at which the equations count as solved, far below float32, and steps that always suffice for it.
+#: Relative error of the solution, far below float32's, and a number of steps that always suffices.
 _TOLERANCE, _MAX_STEPS = 1e-8, 2_000
 
 
 def in_context(probabilities: npt.NDArray[np.float32], grid: TileGrid, context: Context) -> npt.NDArray[np.float32]:
-    """Let the tiles of a slide inform each other.
+    """Smooth the probabilities of a slide's tiles.
 
     Parameters
     ----------
@@ -42,10 +42,9 @@ def in_context(probabilities: npt.NDArray[np.float32], grid: TileGrid, context: 
     -------
     float32 (n, 2)
 
-    Notes
-    -----
-    Exact up to 1e-8, by conjugate gradients; a product with the matrix of correlations is a convolution on the lattice
-    (FFT). n log n for each of some 50 to 200 steps, in one thread, so that the same tiles give the same bytes.
+    Notes ----- Exact to 1e-8, by conjugate gradients. The product with the correlation matrix is a convolution on the
+    lattice (FFT). Each of some 50 to 200 steps costs n log n, in one thread, so that the same tiles give the same
+    bytes.
 
     Examples
     --------
@@ -84,7 +83,7 @@ def _expected(values: F64, grid: TileGrid, context: Context) -> F64:
         plane[rows, columns] = weights
         return np.asarray(fft.irfft2(fft.rfft2(plane, workers=1) * spectrum, padded, workers=1)[rows, columns])
 
-    # Conjugate gradients (Hestenes and Stiefel 1952); sums by NumPy, whose order no number of threads changes.
+    # Conjugate gradients (Hestenes and Stiefel 1952). NumPy's sums do not depend on the number of threads.
     weights, rest = np.zeros(len(values)), values.copy()
     direction, error = rest.copy(), (rest * rest).sum()
     enough = _TOLERANCE**2 * error

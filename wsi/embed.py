@@ -1,7 +1,7 @@
-"""Features of a slide's patches by any encoder, into the slide's patch store.
+"""Features of a slide's patches by any encoder, stored in the slide's patch store.
 
-They lie in an array of their own, ``features-<beginning of the hash of the encoder's weights>``, whose attributes say
-the rest. So several encoders' features live in one store, each is computed once, and none is taken for another's.
+They are in an array of their own, ``features-<start of the hash of the encoder's weights>``, whose attributes describe
+them. So one store holds features of several encoders, each computed once, and none is mistaken for another's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from wsi.stain.range import StainCheck, StainRange, sample_store
 from wsi.store import PatchStore, slide_of
 from wsi.tiling import stream
 
-#: How far the patches' field of view may lie from the encoder's own: scanners' "20x" lie this far apart.
+#: Accepted relative difference of the patches' field of view from the encoder's: scanners' "20x" differ as much.
 TOLERANCE = 0.1
 
 
@@ -37,25 +37,25 @@ def embed_slide(
     slide_path: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
-    """Compute the features of all patches of ``folder/store.zarr``, or go on where an earlier run was stopped.
+    """Compute the features of all patches of ``folder/store.zarr``, or resume an earlier run.
 
-    Patches are those that the store keeps; where it keeps none, they are cut from the slide again. Of a patch that
-    cannot be read the features are NaN, and `unreadable` marks it.
+    Patches come from the store, or are cut from the slide again where the store keeps none. The features of a patch
+    that cannot be read are NaN, and `unreadable` marks it.
 
     Parameters
     ----------
     folder : path
-        What ``tile_slide`` or ``score_slide`` wrote.
+        Written by ``tile_slide`` or ``score_slide``.
     encoder : PatchModel
-        As ``load_encoder`` gives it.
+        From ``load_encoder``.
     batch_size : int
-        Patches a forward pass; the last are filled up to a power of two.
+        Patches a forward pass; the last batch is padded to a power of two.
     threads : int
-        Reading and decoding at a time.
+        Patches read and decoded at a time.
     slide_path : str, optional
-        Where the slide is now; default: where it was.
+        Path of the slide, if it has moved.
     progress : callable
-        Called with the stage, and how much of it is done out of how much.
+        Called with the stage, the work done and the total.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def embed_slide(
     Raises
     ------
     ModelError
-        The encoder shows no features, was made for another resolution, or gave numbers that are not finite.
+        The encoder gives no features, was made for another resolution, or gave numbers that are not finite.
     StoreError, ConfigMismatch, SlideError
         One line each that says what to do.
 
@@ -90,7 +90,7 @@ def embed_slide(
         "patches": f"kept as {store.pixels}" if kept else "cut from the slide",
         "wsi_version": __version__,
     }
-    if name in store.arrays:  # in part, only the same may go on; whole, it stays, if it is of the same input
+    if name in store.arrays:  # partial: resume only with the same settings; complete: keep if of the same input
         there = store.about(name)
         free = ("encoder",) if store.missing(name) else ("encoder", "precision", "patches", "wsi_version")
         about |= {key: there[key] for key in free}
@@ -128,23 +128,22 @@ def grade_slide(folder: str | os.PathLike[str], mil: MilModel) -> dict[str, Any]
     Parameters
     ----------
     folder : path
-        What ``embed_slide`` was given.
+        As for ``embed_slide``.
     mil : MilModel
-        ``config.encoder_sha256`` says which features.
+        ``config.encoder_sha256`` selects the features.
 
     Returns
     -------
     dict
         grade, grade_threshold, positive_probability, prob_<class>, entropy, mutual_information, prediction_set,
-        abstain, stain_distance; None and `reason` of a slide without a readable tile, or whose stain cannot be
-        measured.
+        abstain, stain_distance; None and `reason` for a slide without a readable tile, or without a measurable stain.
 
     Raises
     ------
     ModelError
-        The head does not say which encoder it was trained on.
+        The head does not name the encoder it was trained on.
     StoreError
-        The store holds no features of it.
+        The store has no features of that encoder.
     """
     folder, sha256 = Path(folder), mil.config.encoder_sha256
     store = PatchStore.open(folder / "store.zarr")
@@ -189,7 +188,7 @@ def _fill(
     batch_size: int,
     report: Callable[[int], None],
 ) -> None:
-    """Embed batch after batch, and write shard after shard."""
+    """Embed the batches, and write each complete shard."""
     side, missing = store.grid.tile_px, list(missing)
     full = np.zeros((batch_size, side, side, 3), np.uint8)
     done = len(store) - sum(len(store.tiles(shard)) for shard in missing)
@@ -220,14 +219,12 @@ def _kept(store: PatchStore, missing: list[int], size: int) -> _Batches:
 
 
 def _check_view(store: PatchStore, encoder: PatchModel) -> None:
-    """Refuse an encoder without features, or patches that show much more or less than it was made for."""
+    """Refuse an encoder without features, or patches whose field of view differs much from the encoder's."""
     config, grid = encoder.config, store.grid
     if not encoder.num_features:
         raise ModelError(config.folder, "shows no features (TorchScript)", "Give another encoder")
     if config.mpp and abs(grid.tile_px * grid.mpp / (config.tile_px * config.mpp) - 1) > TOLERANCE:
-        raise ModelError(
-            encoder.name,
-            f"wants patches of {config.tile_px} px at {config.mpp:g} microns per pixel, and {store.path} has "
-            f"{grid.tile_px} px at {grid.mpp:g}",
-            f"Make others: wsi tile --mpp {config.mpp:g} --tile {config.tile_px} --pixels none",
-        )
+        what = f"wants patches of {config.tile_px} px at {config.mpp:g} microns per pixel, and {store.path} has "
+        what += f"{grid.tile_px} px at {grid.mpp:g}"
+        remedy = f"Make others: wsi tile --mpp {config.mpp:g} --tile {config.tile_px} --pixels none"
+        raise ModelError(encoder.name, what, remedy)

@@ -1,4 +1,4 @@
-"""What a run is made of: its configuration, and the models that do it. Loads no torch before ``EngineConfig.load``."""
+"""Configuration of a run, and its models. Does not import torch before ``EngineConfig.load``."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """What decides the numbers of a run; the same values on the same slide give the same bytes.
+    """What determines the numbers of a run: the same values on the same slide give the same bytes.
 
     Attributes
     ----------
     positive : tuple of str
-        Classes that the heatmap shows; empty for those the model names.
+        Classes that the heatmap shows; empty for the model's own.
     threshold : float, optional
         Probability from which a tile is positive; None for the model's own.
     stride_px : int, optional
-        Distance between tiles in pixels at the model's mpp; None for tiles side by side.
+        Distance between tiles in pixels at the model's mpp; None for adjacent tiles.
     min_tissue : float
-        Share of a tile's area that must be tissue for the tile to be scored; 0 scores every tile.
+        Least share of tissue in a tile that is scored; 0 scores every tile.
     pixels : str
-        How the patches are kept in the store: "none", "zstd", "jpeg" or "verbatim" (see ``PatchStore.create``).
+        Storage of the patches: "none", "zstd", "jpeg" or "verbatim" (see ``PatchStore.create``).
     reader, decode : str
         As for ``open_slide``.
     stain : str, optional
-        Stain normalisation of what the model sees: "macenko", "vahadane", "ruifrok" or "reinhard"; fitted once a slide.
+        Stain normalisation before the model: "macenko", "vahadane", "ruifrok" or "reinhard"; fitted once a slide.
     stain_target : str
         A name in ``wsi.stain.TARGETS``, an image file, or a saved transform.
     max_unreadable : float
-        Share of the tissue that may be undecodable: those tiles have no score; a slide with more fails.
+        Share of the tissue that may be undecodable. Such tiles have no score; a slide with more fails.
     tissue : TissueConfig
     context : bool
-        Let tiles inform each other where the model says how far (``wsi.context``); False leaves what it says of each.
+        Smooth over neighbouring tiles where the model has parameters for it (``wsi.context``).
     explain : bool
-        Show in explained.png where in the top tiles the patch model looked (Grad-CAM); without a MIL head, in the
-        tiles of the highest probability. Decides no number.
+        Show Grad-CAM of the top tiles in explained.png; without a MIL head, of the tiles of highest probability. Does
+        not affect numbers.
     """
 
     positive: tuple[str, ...] = ()
@@ -67,11 +67,11 @@ class ScoreConfig:
     explain: bool = False
 
     def context_of(self, model: ModelConfig) -> Context | None:
-        """Return how far the tiles of a slide inform each other in this run; None for not at all."""
+        """Return the smoothing parameters of this run; None for no smoothing."""
         return model.context if self.context else None
 
     def check(self, model: ModelConfig) -> None:
-        """Refuse what no slide could be scored with: an unknown class or reader, a stride that is not positive."""
+        """Refuse settings that no slide can be scored with, such as an unknown class or a stride below 1."""
         unknown = [name for name in self.positive if name not in model.class_names]
         if unknown:
             known = ", ".join(model.class_names)
@@ -98,7 +98,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class Engine:
-    """The models of a run and how hard they may work; nothing here decides a number (see ``score_tiles``)."""
+    """The models of a run and its resources, which do not affect the numbers (see ``score_tiles``)."""
 
     model: PatchModel
     mil: MilModel | None = None
@@ -107,14 +107,14 @@ class Engine:
 
     @cached_property
     def stain_range(self) -> StainRange | None:
-        """Stains of the slides that the MIL head was trained on, or else the patch model; None where neither says."""
+        """Stain range of the MIL head's training slides, or else of the patch model's; None where neither has one."""
         of_head = None if self.mil is None else StainRange.read(self.mil.config.folder)
         return of_head or StainRange.read(self.model.config.folder)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Which models, and how hard they may work: what ``load`` makes an ``Engine`` of, here or in another process.
+    """The models and resources of a run; ``load`` makes an ``Engine``, in this or another process.
 
     Attributes
     ----------
@@ -125,7 +125,7 @@ class EngineConfig:
     device : {"auto", "cpu", "cuda"}
     precision : {"auto", "float32", "bfloat16"}
     torchscript : bool
-        Allow TorchScript weights: they run code.
+        Allow TorchScript weights, which run code.
     batch_size : int
         Patches a forward pass.
     threads : int
@@ -147,10 +147,8 @@ class EngineConfig:
     def load(self) -> Engine:
         """Load the models.
 
-        Raises
-        ------
-        ModelError
-            There is no such model, it or its range of stains is damaged, or the head is of another one.
+        Raises ModelError where there is no such model, it or its stain range is damaged, or the head belongs to another
+        one.
         """
         from wsi.nn.grade import load_mil_model
         from wsi.nn.patch import load_patch_model
@@ -160,5 +158,5 @@ class EngineConfig:
         mil = str(inside) if self.mil is None and (inside / "config.json").is_file() else self.mil
         head = None if mil in (None, "none") else load_mil_model(str(mil), model)
         engine = Engine(model, head, batch_size=self.batch_size, threads=self.threads)
-        _ = engine.stain_range  # damaged, it is refused before a slide is begun
+        _ = engine.stain_range  # a damaged one is refused before the first slide
         return engine

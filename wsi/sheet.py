@@ -1,9 +1,10 @@
-"""A contact sheet: the tiles that spoke most for a class, and those that spoke most against it."""
+"""A contact sheet: the tiles with the most evidence for and against each class."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from wsi.grid import TileGrid
 from wsi.slide import Slide
 
 U8 = npt.NDArray[np.uint8]
-#: Patches as scanned, uint8 (b, px, px, 3), to a word on each and where the model looked: float (b, px, px), >= 0.
+#: From patches as scanned, uint8 (b, px, px, 3), to a caption and a Grad-CAM map of each, float (b, px, px), >= 0.
 Look = Callable[[U8], tuple[list[str], npt.NDArray[np.floating]]]
 
 _SIDE, _GAP, _CAPTION, _LABEL = 112, 8, 34, 22
@@ -31,21 +32,19 @@ def save_sheet(
 ) -> None:
     """Write a PNG with two rows of tiles for each kind of evidence: the highest values, and the lowest.
 
-    With `look`, a further row shows the highest tiles again under Grad-CAM, each on its own colour scale.
-
-    Tiles are as scanned. Under each stand its value and its top left corner in level-0 pixels. The same input gives
-    the same bytes.
+    Tiles are shown as scanned, with their value and their top left corner in level-0 pixels. With `look`, a further row
+    shows the highest tiles under Grad-CAM, each on its own colour scale. The same input gives the same bytes.
 
     Parameters
     ----------
     path : path
-        Written beside and renamed, so it is whole or not there.
+        Written to a temporary file and renamed, so that it is complete or absent.
     grid : TileGrid
         n >= 1 tiles.
     evidence : mapping of name to (n,)
-        A number a tile, as ``MilModel.evidence`` gives it; ties in the order of the tiles.
+        A number a tile, as from ``MilModel.evidence``; ties keep the order of the tiles.
     columns : int
-        Tiles in a row; fewer where there are fewer.
+        Maximum number of tiles in a row.
     look : callable, optional
         See ``Look``.
 
@@ -61,34 +60,37 @@ def save_sheet(
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)
     y = _GAP
 
-    def add_row(words: str, tiles: list[int], captions: list[str], lit: list[npt.NDArray[np.floating]]) -> None:
+    def add_row(title: str, tiles: list[int], captions: list[str], cams: Any = None) -> None:
         nonlocal y
-        draw.text((_GAP, y), words, "black", large)
+        draw.text((_GAP, y), title, "black", large)
         for i, tile in enumerate(tiles):
             x = _GAP + i * (_SIDE + _GAP)
             picture = Image.fromarray(slide.read(grid.box(tile), (_SIDE, _SIDE), damage=[]))
-            sheet.paste(_lit(picture, lit[i]) if lit else picture, (x, y + _LABEL))
+            sheet.paste(picture if cams is None else _lit(picture, cams[i]), (x, y + _LABEL))
             draw.multiline_text((x, y + _LABEL + _SIDE + 2), captions[i], "#404040", small, spacing=1)
         y += row_h
 
     for name, values in evidence.items():
         order = np.argsort(-values, kind="stable")
-        for words, chosen in ((f"most: {name}", order[:columns]), (f"least: {name}", order[::-1][:columns])):
-            tiles, lit = chosen.tolist(), words.startswith("most")
-            boxes = [grid.box(tile) for tile in tiles]
-            captions = [f"{values[tile]:.3g}\n{box.x:.0f}, {box.y:.0f}" for tile, box in zip(tiles, boxes, strict=True)]
-            add_row(words, tiles, captions, [])
-            if look is not None and lit:
-                side = (grid.tile_px, grid.tile_px)
-                said, cams = look(np.stack([slide.read(box, side, damage=[]) for box in boxes]))
-                add_row(f"most: {name}, where the tile model looked (Grad-CAM)", tiles, said, list(cams))
+        most, least = order[:columns].tolist(), order[::-1][:columns].tolist()
+        add_row(f"most: {name}", most, _captions(grid, values, most))
+        if look is not None:
+            side = (grid.tile_px, grid.tile_px)
+            captions, cams = look(np.stack([slide.read(grid.box(tile), side, damage=[]) for tile in most]))
+            add_row(f"most: {name}, where the tile model looked (Grad-CAM)", most, captions, cams)
+        add_row(f"least: {name}", least, _captions(grid, values, least))
     draw.text((_GAP, y), "Research use only", "#606060", small)
     with replacing(path) as file:
         sheet.save(file, format="PNG")
 
 
+def _captions(grid: TileGrid, values: npt.NDArray[np.floating], tiles: list[int]) -> list[str]:
+    boxes = [grid.box(tile) for tile in tiles]
+    return [f"{values[tile]:.3g}\n{box.x:.0f}, {box.y:.0f}" for tile, box in zip(tiles, boxes, strict=True)]
+
+
 def _lit(picture: Image.Image, cam: npt.NDArray[np.floating]) -> Image.Image:
-    """Lay a map of 0 and above over a tile: clear where it is 0, viridis elsewhere, half opaque at its highest."""
+    """Overlay a non-negative map on a tile in viridis: transparent at 0, 60 % opaque at its maximum."""
     from matplotlib import colormaps
 
     scaled = Image.fromarray((cam / max(float(cam.max()), 1e-30)).astype(np.float32)).resize(picture.size)

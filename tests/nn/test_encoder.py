@@ -236,3 +236,9 @@ class TestRefused:
     def test_folders_that_are_no_encoders(self, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
         with pytest.raises(ModelError, match=says):
             load_encoder(str(write_timm(tmp_path / "m", **changes)))
+
+    @pytest.mark.parametrize("text", ["[]", '"a"', "null", "{"])
+    def test_a_config_that_is_no_json_object(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=r"is no encoder's config\.json"):
+            load_encoder(str(tmp_path))

@@ -62,7 +62,7 @@ def test_stamps_own_files_count_in_microns(tmp_path: Path, side: float | None) -
         file["feats"], file["coords"] = np.ones((2, 3), np.float16), np.array([[0, 0], [256.0, 512.0]])
         file.attrs.update({"extractor": "uni", **({} if side is None else {"tile_size_um": side})})
     bag = read_bag(tmp_path / "a.h5")
-    assert bag.encoder == "uni" and bag.said.unit == "um"
+    assert bag.encoder == "uni" and bag.info.unit == "um"
     assert bag.boxes is None if side is None else bag.boxes.tolist()[1] == [256, 512, side, side]
 
 
@@ -152,6 +152,10 @@ class TestRefused:
             file["features"], file["coords"] = np.zeros((3, 2), np.float32), np.zeros((2, 2))
         with pytest.raises(TrainError, match="3 features and 2 coordinates"):
             read_bag(tmp_path / "short.h5")
+        with h5py.File(tmp_path / "nan.h5", "w") as file:
+            file["features"], file["coords"] = np.zeros((3, 2), np.float32), np.array([[0, 0], [1, 0], [0, np.nan]])
+        with pytest.raises(TrainError, match="coordinates that are not finite"):
+            read_bag(tmp_path / "nan.h5")
 
     def test_bags_of_two_widths_or_encoders(self, tmp_path: Path) -> None:
         paths = find_bags([write_bags(tmp_path / "uni", {"a": 0}, layout="trident")])

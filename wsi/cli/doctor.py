@@ -43,11 +43,11 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     except (ImportError, OSError) as error:
         problems.append(f"OpenSlide does not load ({error}): pip install openslide-bin")
     try:
-        from wsi.nn.backbone import TORCHVISION_MENDED
+        from wsi.nn.backbone import TORCHVISION_REPAIRED
 
         facts["torchvision fits torch"] = (
             "no: wsi mends it for itself, but a plain `import timm` fails; install builds that match"
-            if TORCHVISION_MENDED
+            if TORCHVISION_REPAIRED
             else "yes"
         )
     except Exception as error:  # noqa: BLE001  any failure of the import is reported

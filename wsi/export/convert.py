@@ -23,7 +23,7 @@ from wsi.export.bags import LAYOUTS, folder_name
 from wsi.export.pseudonym import pseudonym
 from wsi.export.table import TileTable
 from wsi.result import read_result
-from wsi.train.bags import SCORING_MODEL, Bag, Said, find_bags, read_bag
+from wsi.train.bags import SCORING_MODEL, Bag, BagInfo, find_bags, read_bag
 from wsi.units import Mpp
 
 Json = dict[str, Any]
@@ -248,7 +248,7 @@ def _table(name: str, path: Path, layout: str, given: Given) -> TileTable:
     bag = _read(path, given)
     if bag.boxes is None:
         raise TrainError(path, "has no coordinates", "CLAM keeps them in patches/ beside pt_files/: give that folder")
-    meta, boxes = bag.said, bag.boxes
+    meta, boxes = bag.info, bag.boxes
     mpp = _agreed(path, "microns a level-0 pixel", "--slide-mpp", meta.mpp, given.mpp and Mpp(given.mpp, given.mpp))
     tile, stride = (
         _agreed(path, f"level-0 pixels a {what}", f"--{what}-level0", known, side and (side, side))
@@ -291,10 +291,10 @@ def _read(path: Path, given: Given) -> Bag:
     if path.suffix == ".csv":
         boxes, _ = read_scores(path)
         tile = float(boxes[0, 2]), float(boxes[0, 3])
-        return Bag(np.zeros((len(boxes), 0), np.float32), boxes, None, Said(tile=tile))
+        return Bag(np.zeros((len(boxes), 0), np.float32), boxes, None, BagInfo(tile=tile))
     if path.is_dir():
         bag, scored = read_bag(path, given.encoder), read_result(path.parent)
-        name = bag.said.encoder_name
+        name = bag.info.encoder_name
         if name == SCORING_MODEL:
             name = str(scored.numbers["provenance"]["model"]) if scored else (bag.encoder or "")[:12]
         return bag._replace(encoder=Path(name or "").name or None)

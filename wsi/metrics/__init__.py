@@ -1,4 +1,4 @@
-"""Measures of how good scores are: arrays in, numbers out. What is undefined is None with a reason.
+"""Performance measures: arrays in, numbers out. Undefined values are None with a reason.
 
 ::
 

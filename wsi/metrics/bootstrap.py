@@ -1,4 +1,4 @@
-"""Intervals by drawing patients again."""
+"""Bootstrap intervals over patients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from wsi.metrics.estimate import Estimate
 
 Rows = npt.NDArray[np.intp]
 
-#: Fewer patients of a stratum give no interval. n patients can be drawn in C(2n - 1, n) ways: 3, 10 and 35 of two to
-#: four, of which a tail of 1 in 40 is no more than the most extreme; 126 of five.
+#: Least number of patients in a stratum. n patients can be drawn in C(2n - 1, n) ways. For two to four patients these
+#: are 3, 10 and 35, of which a tail of 1 in 40 is only the most extreme; for five they are 126.
 FEWEST = 5
 
 
@@ -26,31 +26,32 @@ def bootstrap(
     seed: int = 0,
     unit: str = "patients",
 ) -> Estimate:
-    """Return a statistic with the 95 % percentile interval of drawing patients with replacement (Efron 1979).
+    """Return a statistic with a 95 % percentile interval from drawing patients with replacement (Efron 1979).
 
-    A patient's rows stay together: slides of one patient, or tiles of one slide, are not independent.
+    A patient's rows are drawn together, since slides of one patient, or tiles of one slide, are not independent.
 
     Parameters
     ----------
     statistic : callable
-        Takes rows, intp (k,), and returns a number, or None where it is undefined.
+        Takes row indices, intp (k,), and returns a number, or None where it is undefined.
     patients : sequence (n,)
-        Whose each row is.
+        Patient of each row.
     strata : sequence (n,), optional
-        Each row's stratum, such as its label. Patients are drawn among those whose highest stratum is the same, so
-        that each draw holds as many of each. With fewer than five patients in one there is no interval.
+        Stratum of each row, such as its label. A patient's stratum is the highest of its rows. Patients are drawn
+        within strata, so that each draw holds as many of each. With fewer than five patients in a stratum there is no
+        interval.
     n_draws : int
         0 for no interval.
     seed : int
     unit : str
-        What `patients` are, for the method's name.
+        Word for `patients` in the method's name.
 
     Returns
     -------
     Estimate
-        n is the number of patients. Draws where the statistic is undefined are left out, and counted in `method`;
-        the interval is undefined where more than half are, or where all give one value: of a perfect score, say, the
-        draws know nothing of what could be worse.
+        n is the number of patients. Draws with an undefined statistic are left out, and counted in `method`. The
+        interval is undefined where these are more than half, or where all draws give one value: for a perfect score,
+        say, the draws contain no information on errors.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Whether probabilities are what they say: Brier, reliability, recalibration, net benefit."""
+"""Calibration of probabilities: Brier, reliability, recalibration, net benefit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import special
 
 from wsi.metrics.estimate import F64, Z95, Bools, Estimate, labels_and_scores, one_class
 
-#: Probabilities are held this far from 0 and 1 before their logit is taken.
+#: Least distance of a probability from 0 and 1 before its logit is taken.
 _CLIP = 1e-6
 
 
@@ -23,7 +23,7 @@ def _probabilities(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> tuple
 
 
 def brier(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> Estimate:
-    """Return the mean squared distance of probability and label (Brier 1950, two classes).
+    """Return the mean squared difference of probability and label (Brier 1950, two classes).
 
     Examples
     --------
@@ -35,7 +35,7 @@ def brier(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> Estimate:
 
 
 class ReliabilityBin(NamedTuple):
-    """Cases whose probability lies in (low, high]; the first bin holds 0 too."""
+    """Cases with a probability in (low, high]; the first bin includes 0."""
 
     low: float
     high: float
@@ -49,7 +49,7 @@ class ReliabilityBin(NamedTuple):
 def reliability(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, n_bins: int = 10, *, equal_mass: bool = False
 ) -> list[ReliabilityBin]:
-    """Return how often cases of each probability are positive.
+    """Return the observed frequency of positives in bins of probability.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def reliability(
         Probability of the positive class.
     n_bins : int
     equal_mass : bool
-        Bins of about as many cases each, instead of the same width; ties may leave fewer.
+        Bins with about the same number of cases instead of the same width; ties may give fewer bins.
 
     Examples
     --------
@@ -81,9 +81,9 @@ def reliability(
 def expected_calibration_error(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, n_bins: int = 10, *, equal_mass: bool = False
 ) -> Estimate:
-    """Return the mean gap between probability and frequency over the bins of ``reliability``.
+    """Return the mean difference between probability and frequency over the bins of ``reliability``.
 
-    Of few cases it is too high, by about ``sqrt(n_bins / n)``: read it beside intercept and slope.
+    With few cases it is biased upwards, by about ``sqrt(n_bins / n)``: report it with intercept and slope.
 
     Examples
     --------
@@ -109,7 +109,7 @@ class Recalibration:
 def recalibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> Recalibration:
     """Fit calibration intercept and slope by maximum likelihood (Cox 1958), with Wald intervals.
 
-    Probabilities of 0 and 1 are taken as 1e-6 from there.
+    Probabilities are clipped to 1e-6 from 0 and 1.
 
     Returns
     -------
@@ -140,7 +140,7 @@ def recalibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> Recali
         information = (design * (q * (1 - q))[:, None]).T @ design
         step = np.linalg.solve(information, design.T @ (truth - q))
         loss = _loss(truth, design @ beta)
-        while _loss(truth, design @ (beta + step)) > loss + 1e-12:  # Newton overshoots where the curve is flat
+        while _loss(truth, design @ (beta + step)) > loss + 1e-12:  # Newton overshoots on flat parts
             step /= 2
         beta = beta + step
         if np.abs(step).max() < 1e-10:
@@ -175,7 +175,7 @@ def net_benefit(labels: npt.ArrayLike, probabilities: npt.ArrayLike, thresholds:
     Raises
     ------
     ValueError
-        No cases, or thresholds of 0 or 1.
+        No cases, or a threshold outside that range.
 
     Examples
     --------

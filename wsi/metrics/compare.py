@@ -1,4 +1,4 @@
-"""Two readers of the same cases."""
+"""Comparison of two readers on the same cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wsi.metrics.roc import delong
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference, first less second, and the p-value of there being none (None where undefined)."""
+    """First minus second, with the p-value of no difference (None where undefined)."""
 
     estimate: Estimate
     p_value: float | None

@@ -1,4 +1,4 @@
-"""A measured number with its uncertainty, or the reason why there is none."""
+"""A measured number with its uncertainty, or the reason why it is undefined."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-#: Standard deviations to either end of a 95 % interval.
+#: Half width of a 95 % interval, in standard deviations.
 Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number; undefined is None with a reason, never 0 or NaN.
+    """A measured number; undefined is None with a reason, never 0 or NaN.
 
     Attributes
     ----------
@@ -25,9 +25,9 @@ class Estimate:
     low, high : float, optional
         Ends of the 95 % interval, where there is one.
     n : int
-        How many independent things it was measured on.
+        Number of independent cases.
     method : str
-        Where the interval comes from.
+        Method of the interval.
     reason : str
         Why the value or its interval is undefined.
 
@@ -60,7 +60,7 @@ class Estimate:
 
     @classmethod
     def undefined(cls, reason: str, n: int = 0) -> Estimate:
-        """Make one that has no value."""
+        """Return an estimate without a value."""
         return cls(None, n=n, reason=reason)
 
     def __str__(self) -> str:
@@ -70,17 +70,12 @@ class Estimate:
         return f"{self.value:.3f}{interval}"
 
     def json(self) -> dict[str, Any]:
-        """Return it as a dict that JSON can hold."""
+        """Return a dict that JSON can hold."""
         return {name: getattr(self, name) for name in ("value", "low", "high", "n", "method", "reason")}
 
 
 def labels_and_scores(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Bools, F64]:
-    """Check what most metrics take: n labels of 0 or 1 and n finite scores.
-
-    Raises
-    ------
-    ValueError
-        Other labels, scores that are not finite, or arrays that do not fit together.
+    """Convert n labels of 0 or 1 and n finite scores to arrays; ValueError for anything else.
 
     Examples
     --------
@@ -98,7 +93,7 @@ def labels_and_scores(labels: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[Boo
 
 
 def one_class(truth: Bools) -> str:
-    """Say why a comparison of two classes is undefined; empty where it is not."""
+    """Return why a comparison of two classes is undefined, or an empty string."""
     if not len(truth):
         return "no cases"
     return "" if 0 < truth.sum() < len(truth) else f"all cases are {'positive' if truth[0] else 'negative'}"

@@ -2,9 +2,9 @@
 
 Follows ``Python/Evaluation_FROC.py`` of the challenge's organisers (computationalpathologygroup/Camelyon16): lesions
 closer than 75 um are one, isolated tumour cells are neither hit nor false positive, and the score is the mean
-sensitivity at 1/4, 1/2, 1, 2, 4 and 8 false positives a slide. Like the script this keeps the confidence of a hit as
-float32 and that of a false positive as float64, so between two of 0.8 the hit comes first, and between two of 0.7 the
-false positive: write confidences that float32 holds exactly, as ``wsi evaluate`` does, and a tie is one.
+sensitivity at 1/4, 1/2, 1, 2, 4 and 8 false positives a slide. As in the script, confidences of hits are float32 and
+those of false positives float64. So of a hit and a false positive with confidence 0.8 the hit ranks first, and with
+0.7 the false positive. Confidences that float32 holds exactly, as ``wsi evaluate`` writes them, tie as expected.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from skimage import measure
 from wsi.metrics.bootstrap import bootstrap
 from wsi.metrics.estimate import F64, Estimate
 
-#: What the official script takes for granted of every slide: microns per level-0 pixel, and pixels a mask pixel.
+#: Microns per level-0 pixel, and level-0 pixels a mask pixel, that the official script assumes for every slide.
 OFFICIAL_MPP = 0.243
 OFFICIAL_DOWNSAMPLE = 32
-#: Lesions grow by half of this before they are counted: what is closer is one lesion.
+#: Lesions closer than this are one: each grows by half of it before they are counted.
 MERGE_UM = 75.0
-#: Lesions whose major axis is shorter, 200 um and the growth, are isolated tumour cells.
+#: Lesions with a shorter major axis (200 um, plus the growth) are isolated tumour cells.
 ITC_UM = 200.0 + MERGE_UM
 PER_SLIDE = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -38,9 +38,9 @@ class Lesions:
     Attributes
     ----------
     labels : int32 (rows, columns)
-        Which lesion each pixel of the grown mask belongs to, from 1; 0 for none.
+        Number of the lesion at each pixel of the grown mask, from 1; 0 for none.
     major_axis_um : float64 (n,)
-        Major axis of the ellipse with the lesion's second moments, grown mask.
+        Major axis of the ellipse with the second moments of the grown lesion.
     itc : bool (n,)
         Isolated tumour cells: too small to count.
     downsample : float
@@ -56,7 +56,7 @@ class Lesions:
     origin: tuple[int, int] = (0, 0)
 
     def at(self, x: npt.ArrayLike, y: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        """Return the lesion at level-0 points, int32 (n,); 0 for none, also outside."""
+        """Return the number of the lesion at level-0 points, int32 (n,); 0 for none, and outside the mask."""
         column, row = (
             np.floor(np.asarray(v, np.float64) / self.downsample).astype(np.int64) - start
             for v, start in zip((x, y), self.origin, strict=True)
@@ -73,22 +73,17 @@ def find_lesions(
 ) -> Lesions:
     """Grow, fill and number the lesions of a mask.
 
-    The same as thresholding the Euclidean distance to the mask at ``75 um / 2``, filling holes and labelling with
-    8 neighbours, but only where there is something.
+    Equivalent to thresholding the Euclidean distance to the mask at ``75 um / 2``, filling holes and labelling with
+    8 neighbours, but computed only around the lesions.
 
     Parameters
     ----------
     mask : bool (rows, columns)
-        True inside lesions.
+        True inside lesions. ValueError for another dtype: which value means tumour is decided where a mask is read.
     mpp : float
         Microns per level-0 pixel; the official script takes 0.243 for all slides.
     downsample : float
         Level-0 pixels a pixel of the mask.
-
-    Raises
-    ------
-    ValueError
-        A mask that is not boolean: whether 1 or 255 stands for tumour is settled where it is read.
 
     Examples
     --------
@@ -106,7 +101,7 @@ def find_lesions(
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         return Lesions(np.zeros((0, 0), np.int32), np.zeros(0), np.zeros(0, bool), downsample)
-    # A margin that the grown lesions do not fill keeps glass around them, as on the whole mask.
+    # The margin is wider than the growth, so that background surrounds the lesions as in the whole mask.
     margin = math.ceil(reach) + 1
     top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
     part = mask[top : rows[-1] + margin + 1, left : columns[-1] + margin + 1]
@@ -116,7 +111,7 @@ def find_lesions(
 
 
 def _grow(mask: npt.NDArray[np.bool_], reach: float) -> npt.NDArray[np.bool_]:
-    """Pixels nearer than `reach` to the mask: row by row, since a disc is a stack of lines."""
+    """Pixels nearer than `reach` to the mask, row by row: a disc is a stack of lines."""
     grown = np.zeros_like(mask)
     wide: dict[int, npt.NDArray[np.bool_]] = {}
     for dy in range(min(math.ceil(reach), len(mask))):
@@ -129,7 +124,7 @@ def _grow(mask: npt.NDArray[np.bool_], reach: float) -> npt.NDArray[np.bool_]:
 
 
 def _fill_holes(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Background that no path over edges joins with the border is a hole."""
+    """Fill the background that is not 4-connected to the border."""
     background, n = ndimage.label(~mask)
     open_ = np.zeros(n + 1, bool)
     for edge in (background[0], background[-1], background[:, 0], background[:, -1]):
@@ -142,19 +137,19 @@ def _fill_holes(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True, eq=False)
 class SlideHits:
-    """What a slide's detections met.
+    """The matches of a slide's detections.
 
     Attributes
     ----------
     has_lesions : bool
         Whether it is a tumour slide.
     false_positives : float64 (k,)
-        Confidences of detections that met no lesion.
+        Confidences of detections outside lesions.
     hits : float64 (n,)
-        Highest confidence that met each lesion, rounded to float32; 0 where none did, or where the lesion is isolated
-        tumour cells.
+        Highest confidence on each lesion, rounded to float32; 0 where none, or where the lesion is isolated tumour
+        cells.
     n_lesions : int
-        Lesions that count: `hits` less the isolated tumour cells.
+        Lesions that count: without isolated tumour cells.
     ignored : int
         Detections on isolated tumour cells.
     outside : int
@@ -188,7 +183,7 @@ def match(
     x, y : (k,)
         Level-0 pixels.
     size : (int, int), optional
-        Width and height of the slide in level-0 pixels; what lies outside is counted apart.
+        Width and height of the slide in level-0 pixels; detections outside are counted separately.
 
     Raises
     ------
@@ -230,7 +225,7 @@ class Froc:
     Attributes
     ----------
     per_slide, sensitivity : float64 (k,)
-        False positives a slide and sensitivity, threshold rising, ending at (0, 0).
+        False positives a slide and sensitivity, by rising threshold, ending at (0, 0).
     at : tuple of float
         Sensitivity at ``PER_SLIDE``; empty where undefined.
     score : Estimate
@@ -251,9 +246,9 @@ def froc(slides: Sequence[SlideHits], *, fp: str = "all", n_bootstrap: int = 0, 
     Parameters
     ----------
     slides : sequence of SlideHits
-        Every slide of the set, those without detections too: they count in the denominator.
-    fp : str
-        "all": false positives of all slides a slide (the organisers' script). "normal": those of normal slides a
+        All slides of the set, also those without detections: they count in the denominator.
+    fp : {"all", "normal"}
+        "all": false positives of all slides per slide (the organisers' script). "normal": those of normal slides per
         normal slide (Ehteshami Bejnordi et al., JAMA 2017).
     n_bootstrap : int
         Draws of slides with their lesions, for a 95 % percentile interval of the score; 0 for none.
@@ -286,7 +281,7 @@ def froc(slides: Sequence[SlideHits], *, fp: str = "all", n_bootstrap: int = 0, 
 
 
 def froc_statistic(slides: Sequence[SlideHits], *, fp: str = "all") -> Callable[[npt.NDArray[np.intp]], float | None]:
-    """Return the score as a function of rows of `slides`, which may repeat: what ``bootstrap`` asks for.
+    """Return the score as a function of row indices of `slides`, with repeats: an argument for ``bootstrap``.
 
     Examples
     --------
@@ -305,7 +300,7 @@ def froc_statistic(slides: Sequence[SlideHits], *, fp: str = "all") -> Callable[
 
 
 class _Pool:
-    """All confidences of all slides, ordered once, so that a curve of any mixture of slides is a sum."""
+    """All confidences of all slides, sorted once, so that the curve of a resample is a weighted sum."""
 
     def __init__(self, slides: Sequence[SlideHits], fp: str) -> None:
         counted = [slide if fp == "all" or not slide.has_lesions else None for slide in slides]
@@ -319,7 +314,7 @@ class _Pool:
         self._tp_from = np.searchsorted(self._tp, self._thresholds)
 
     def curve(self, times: npt.NDArray[np.int64]) -> tuple[F64, F64]:
-        """Points (false positives a slide, sensitivity) when each slide counts so many times; empty if undefined."""
+        """Points (false positives a slide, sensitivity) with each slide counted `times` times; empty if undefined."""
         n_slides, n_lesions = int(times @ self._n), int(times @ self._lesions)
         if not n_slides or not n_lesions:
             return np.zeros(0), np.zeros(0)
@@ -327,17 +322,17 @@ class _Pool:
         lowest = len(self._thresholds)
         for of, first in ((self._fp_of, self._fp_from), (self._tp_of, self._tp_from)):
             weight = times[of]
-            reached = np.concatenate([np.cumsum(weight[::-1])[::-1], [0]])  # how many from here on
+            reached = np.concatenate([np.cumsum(weight[::-1])[::-1], [0]])  # number from here on
             counts.append(reached[first])
             if weight.any():
                 lowest = min(lowest, int(np.searchsorted(first, np.argmax(weight > 0), side="right")) - 1)
-        # As the script does, the lowest confidence is no threshold: usually it is the 0 of the missed lesions.
+        # As in the script, the lowest confidence is no threshold: usually it is the 0 of the missed lesions.
         fps, hits = (np.append(count[lowest + 1 :], 0) for count in counts)
         return fps / n_slides, hits / n_lesions
 
 
 def _ordered(lists: Sequence[F64]) -> tuple[F64, npt.NDArray[np.int64]]:
-    """All values, rising, and which list each is from."""
+    """All values in rising order, and the list that each is from."""
     values = np.concatenate([np.zeros(0), *lists])
     of = np.repeat(np.arange(len(lists)), [len(part) for part in lists])
     order = np.argsort(values, kind="stable")

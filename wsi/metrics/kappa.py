@@ -11,17 +11,14 @@ from wsi.metrics.estimate import Estimate
 
 #: Stages of a patient, in the order of the official ``evaluate.py`` of CAMELYON17.
 PN_STAGES = ("pN0", "pN0(i+)", "pN1mi", "pN1", "pN2")
-#: What a lymph node slide holds, by the size of its largest metastasis.
+#: Stages of a lymph node slide, by the size of its largest metastasis.
 NODE_STAGES = ("negative", "itc", "micro", "macro")
 
 
 def confusion(truth: npt.ArrayLike, predicted: npt.ArrayLike, n_classes: int) -> npt.NDArray[np.int64]:
     """Count pairs of grades, int64 (n_classes, n_classes): rows are the truth.
 
-    Raises
-    ------
-    ValueError
-        Grades outside 0 to ``n_classes - 1``, or lists of different length.
+    Raises ValueError for grades outside 0 to ``n_classes - 1``, and for lists of different length.
 
     Examples
     --------
@@ -41,8 +38,8 @@ def confusion(truth: npt.ArrayLike, predicted: npt.ArrayLike, n_classes: int) ->
 def quadratic_kappa(truth: npt.ArrayLike, predicted: npt.ArrayLike, n_classes: int) -> Estimate:
     """Return Cohen's kappa with quadratic weights.
 
-    ``1 - sum(w O) / sum(w E)`` with ``w = (i - j)^2``, O the counts and E those expected of the margins
-    (Cohen 1968); what the official ``evaluate.py`` of CAMELYON17 and PANDA's metric compute.
+    ``1 - sum(w O) / sum(w E)`` with ``w = (i - j)^2``, O the counts and E those expected from the margins
+    (Cohen 1968); as computed by the official ``evaluate.py`` of CAMELYON17 and by PANDA's metric.
 
     Parameters
     ----------
@@ -53,7 +50,7 @@ def quadratic_kappa(truth: npt.ArrayLike, predicted: npt.ArrayLike, n_classes: i
     Returns
     -------
     Estimate
-        Undefined where all grades, true and predicted, are the same one.
+        Undefined where all grades, true and predicted, are the same.
 
     Examples
     --------
@@ -75,19 +72,14 @@ def quadratic_kappa(truth: npt.ArrayLike, predicted: npt.ArrayLike, n_classes: i
 
 
 def node_stage(major_axis_mm: float, n_cells: int | None = None) -> str:
-    """Name a slide's stage by its largest metastasis (AJCC; the rules of CAMELYON17).
+    """Return a slide's stage by its largest metastasis (AJCC; the rules of CAMELYON17).
 
     Parameters
     ----------
     major_axis_mm : float
-        Longest diameter; 0 where there is no metastasis.
+        Longest diameter; 0 for no metastasis. ValueError where it is negative or not finite.
     n_cells : int, optional
         Tumour cells in it: more than 200 are a micrometastasis even below 0.2 mm.
-
-    Raises
-    ------
-    ValueError
-        A size that is negative or not finite.
 
     Examples
     --------
@@ -106,10 +98,7 @@ def node_stage(major_axis_mm: float, n_cells: int | None = None) -> str:
 def patient_stage(nodes: Sequence[str]) -> str:
     """Return a patient's pN stage from the stages of the lymph node slides (the rules of CAMELYON17).
 
-    Raises
-    ------
-    ValueError
-        No node, or one with another name than those of ``NODE_STAGES``.
+    Raises ValueError for no node, or for a name that is not in ``NODE_STAGES``.
 
     Examples
     --------
@@ -130,10 +119,7 @@ def patient_stage(nodes: Sequence[str]) -> str:
 def isup_grade(gleason: str) -> int:
     """Return the ISUP grade group, 0 to 5, of a Gleason score as PANDA writes it.
 
-    Raises
-    ------
-    ValueError
-        Not a score of two patterns, ``0+0`` or ``negative``.
+    Raises ValueError for anything but a score of two patterns, ``0+0`` or ``negative``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""How well two areas agree: Dice, IoU, Hausdorff distance."""
+"""Overlap of two masks: Dice, IoU, Hausdorff distance."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from wsi.metrics.estimate import Bools, Estimate
 
 def _pair(truth: npt.NDArray[np.bool_], found: npt.NDArray[np.bool_]) -> tuple[Bools, Bools]:
     if truth.dtype != bool or found.dtype != bool or truth.shape != found.shape:
-        raise ValueError(
-            f"masks must be bool of one shape, got {truth.dtype} {truth.shape}, {found.dtype} {found.shape}"
-        )
+        got = f"{truth.dtype} {truth.shape}, {found.dtype} {found.shape}"
+        raise ValueError(f"masks must be bool of one shape, got {got}")
     return truth, found
 
 
@@ -53,7 +52,7 @@ def hausdorff(
 ) -> Estimate:
     """Return the Hausdorff distance of the outlines, the larger of both directions.
 
-    An outline is the pixels of a mask that touch what is not in it, or the border, over an edge.
+    An outline is the pixels of a mask with a side on the background or on the border.
 
     Parameters
     ----------
@@ -61,7 +60,7 @@ def hausdorff(
     pixel : (float, float)
         Height and width of a pixel, such as in microns: the unit of the result.
     percentile : float
-        100 for the largest distance; 95 leaves out the farthest twentieth of each outline.
+        100 for the largest distance; 95 ignores the farthest twentieth of each outline.
 
     Returns
     -------
@@ -78,7 +77,7 @@ def hausdorff(
     a, b = _pair(truth, found)
     if not (a.any() and b.any()):
         return Estimate.undefined("a mask is empty", 1)
-    # Outlines hold few points: far fewer distances than one for every pixel.
+    # Outlines have few points, which needs far fewer distances than all pixels.
     outlines = [np.argwhere(mask & ~ndimage.binary_erosion(mask)) * pixel for mask in (a, b)]
     far = [np.percentile(cKDTree(to).query(of)[0], percentile) for of, to in (outlines, outlines[::-1])]
     return Estimate(float(max(far)), n=1)

@@ -23,12 +23,7 @@ class RocCurve(NamedTuple):
 
 
 def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> RocCurve:
-    """Return all points of the ROC curve, one a distinct score.
-
-    Raises
-    ------
-    ValueError
-        Only one class, or what ``labels_and_scores`` refuses.
+    """Return all points of the ROC curve, one for each distinct score; ValueError for a single class.
 
     Examples
     --------
@@ -48,7 +43,7 @@ def roc_curve(labels: npt.ArrayLike, scores: npt.ArrayLike) -> RocCurve:
 
 
 def _counts(truth: Bools, values: F64) -> tuple[F64, F64, F64]:
-    """Negatives and positives that reach each distinct score, scores falling."""
+    """Negatives and positives that reach each distinct score, in falling order of scores."""
     thresholds, of = np.unique(-values, return_inverse=True)
     positive = np.bincount(of, weights=truth, minlength=len(thresholds))
     negative = np.bincount(of, weights=~truth, minlength=len(thresholds))
@@ -61,7 +56,7 @@ def delong(labels: npt.ArrayLike, *scores: npt.ArrayLike) -> tuple[F64, F64]:
     Parameters
     ----------
     labels : (n,)
-        0 or 1.
+        0 or 1. ValueError for a single class.
     scores : one or more (n,)
         Of the same cases.
 
@@ -71,11 +66,6 @@ def delong(labels: npt.ArrayLike, *scores: npt.ArrayLike) -> tuple[F64, F64]:
         Ties count half.
     covariance : float64 (k, k)
         NaN where a class has a single case.
-
-    Raises
-    ------
-    ValueError
-        Only one class, or what ``labels_and_scores`` refuses.
 
     Examples
     --------
@@ -102,7 +92,7 @@ def delong(labels: npt.ArrayLike, *scores: npt.ArrayLike) -> tuple[F64, F64]:
 def auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
     """Return the area under the ROC curve with DeLong's interval.
 
-    The interval is symmetric in the logit, so it stays within 0 and 1, where the plain one does not.
+    The interval is symmetric in the logit, and so stays within 0 and 1, unlike the plain one.
 
     Examples
     --------
@@ -125,7 +115,7 @@ def auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
 
 
 def auprc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
-    """Return average precision, ``sum (R_n - R_(n-1)) P_n``; a score that says nothing reaches the prevalence.
+    """Return average precision, ``sum (R_n - R_(n-1)) P_n``; an uninformative score reaches the prevalence.
 
     Examples
     --------
@@ -142,13 +132,12 @@ def auprc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> Estimate:
 def threshold_at(labels: npt.ArrayLike, scores: npt.ArrayLike, specificity: float) -> float | None:
     """Return the threshold of highest sensitivity among those that keep `specificity`.
 
-    Choose it on validation cases: on the test cases it is optimistic.
+    Choose it on validation cases: chosen on the test cases it is optimistic.
 
     Returns
     -------
     float, optional
-        A case is positive where its score reaches it; infinite where every finite one has too many false positives;
-        None where there is one class only.
+        Infinite where every finite threshold has too many false positives; None for a single class.
 
     Examples
     --------
@@ -160,14 +149,14 @@ def threshold_at(labels: npt.ArrayLike, scores: npt.ArrayLike, specificity: floa
         return None
     curve = roc_curve(truth, values)
     kept = curve.false_positive_rate <= 1 - specificity + 1e-12
-    # The highest of equals: the first point on a flat part.
+    # argmax takes the first point, which has the highest threshold, of equals.
     best = int(np.argmax(np.where(kept, curve.true_positive_rate, -1)))
     return float(curve.thresholds[best])
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What a threshold does; intervals are Wilson's, and undefined where nobody is in the denominator."""
+    """Performance at a threshold; intervals are Wilson's, and undefined for an empty denominator."""
 
     threshold: float
     sensitivity: Estimate

@@ -1,4 +1,4 @@
-"""The only door to timm."""
+"""Networks of timm. No other module imports timm."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ _kept_alive: list[Any] = []
 def _import_torchvision() -> None:
     """Import torchvision even where its compiled part does not fit this torch.
 
-    timm imports torchvision unconditionally. A CUDA build of torchvision beside a CPU-only torch
-    cannot load its C++ library, and then fails to register the shape function of an operator that
-    nobody defined. Defining the two schemas it asks for is enough: none of their kernels is used here.
-    Where the builds match, the first import succeeds and nothing is done.
+    timm always imports torchvision. A CUDA build of torchvision beside a CPU-only torch cannot load its C++ library,
+    and then fails to register the shape function of an operator that is not defined. Defining the two operators'
+    schemas is enough, since their kernels are not used here. Where the builds match, the first import succeeds.
     """
     try:
         importlib.import_module("torchvision")
@@ -29,30 +28,30 @@ def _import_torchvision() -> None:
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept_alive.append(library)  # its operators vanish with it
+        _kept_alive.append(library)  # the operators live as long as it does
         for name in [m for m in sys.modules if m == "torchvision" or m.startswith("torchvision.")]:
             del sys.modules[name]
         importlib.import_module("torchvision")
 
 
 _import_torchvision()
-#: torchvision did not load as it is: any other program's `import timm` fails here.
-TORCHVISION_MENDED = bool(_kept_alive)
+#: True where torchvision needed the repair above; in other programs `import timm` fails here.
+TORCHVISION_REPAIRED = bool(_kept_alive)
 import timm  # noqa: E402
 import timm.layers  # noqa: E402
 
 
 class _Halves(torch.nn.Module):
-    """A network in the two halves that a patch model needs, here of timm's `net`."""
+    """A network in two parts, ``maps`` and ``pool``, as a patch model needs it; here for timm's `net`."""
 
     net: Any
 
     def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Normalised images (b, 3, h, w) to what is pooled: of a convolutional network maps (b, d, h', w')."""
+        """Normalised images (b, 3, h, w) to the input of ``pool``; for convolutional networks maps (b, d, h', w')."""
         return (_channels_second(self.net, self.net.forward_features(x)),)
 
     def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What ``maps`` gives to features (b, d)."""
+        """Output of ``maps`` to features (b, d)."""
         raise NotImplementedError
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,7 +60,7 @@ class _Halves(torch.nn.Module):
 
 
 class TimmNet(_Halves):
-    """A timm network with classes.
+    """A timm network with a classifier.
 
     Examples
     --------
@@ -95,18 +94,20 @@ class TimmNet(_Halves):
 
 
 class TimmEncoder(_Halves):
-    """A timm network without classes, whose features are what its authors use.
+    """A timm network without a classifier, pooled as its authors do.
 
     Parameters
     ----------
     name : str
-        Of timm's.
+        A timm name.
     tile_px : int
-        Side of its input.
+        Side of the input.
     pool : {"own", "token", "token+mean"}
         See ``wsi.nn.encoder.Recipe``.
+    norm_eps : float, optional
+        Epsilon of all layer norms.
     arguments
-        Of timm's constructor; layers may be given by name, and ``norm_eps`` is that of all layer norms.
+        Of timm's constructor; layers may be given by name.
 
     Examples
     --------
@@ -136,13 +137,12 @@ class TimmEncoder(_Halves):
         with torch.inference_mode():
             features = self.embed(torch.zeros(1, 3, tile_px, tile_px))
         if features.ndim != 2:
-            raise ModelError(
-                f"architecture {name!r}", f"gives {tuple(features.shape[1:])} numbers a tile, not a row of them"
-            )
+            what = f"gives {tuple(features.shape[1:])} numbers a tile, not a row of them"
+            raise ModelError(f"architecture {name!r}", what)
         self.num_features = features.shape[1]
 
     def pool(self, maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        # (b, class and register tokens and patches, width), or whatever the network's own head takes
+        # (b, tokens, width), class and register tokens first; for pool "own" any shape that the head takes
         tokens = _as_its_own(self.net, maps[0])
         if self.pooling == "own":
             features: torch.Tensor = self.net.forward_head(tokens)
@@ -152,17 +152,17 @@ class TimmEncoder(_Halves):
         return torch.cat([tokens[:, 0], tokens[:, self.net.num_prefix_tokens :].mean(1)], 1)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
-        """Give no logits (b, 0)."""
+        """Return no logits (b, 0)."""
         return features[:, :0]
 
 
 class EncoderNet(_Halves):
-    """An encoder with a linear classifier on its features: what is trained from one of ``wsi embed``'s encoders.
+    """An encoder with a trainable linear classifier: fine-tuning or linear probing of an encoder of ``wsi embed``.
 
     Parameters
     ----------
     encoder : str
-        A name of timm's; the other arguments are ``TimmEncoder``'s.
+        A timm name; the other arguments are those of ``TimmEncoder``.
 
     Examples
     --------
@@ -190,7 +190,7 @@ class EncoderNet(_Halves):
 
 
 def _channels_second(net: Any, found: torch.Tensor) -> torch.Tensor:
-    """Maps as (b, d, h, w), also of networks that keep them as (b, h, w, d), such as Swin."""
+    """Maps as (b, d, h, w), also of networks such as Swin that keep them as (b, h, w, d)."""
     return found.permute(0, 3, 1, 2) if found.ndim == 4 and getattr(net, "output_fmt", "") == "NHWC" else found
 
 
@@ -200,7 +200,7 @@ def _as_its_own(net: Any, maps: torch.Tensor) -> torch.Tensor:
 
 
 def hub_of(name: str) -> str | None:
-    """Return the hub's repository of a timm name's pretrained weights, such as ``timm/resnet50.a1_in1k``."""
+    """Return the hub repository of a timm name's pretrained weights, such as ``timm/resnet50.a1_in1k``."""
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return None if config is None else config.hf_hub_id and config.hf_hub_id.rstrip("/")
 

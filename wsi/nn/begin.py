@@ -1,4 +1,4 @@
-"""Patch models that are to be trained: fresh, or with the weights of a model or an encoder."""
+"""Patch models at the start of training: with random weights, or with those of a model or an encoder."""
 
 from __future__ import annotations
 
@@ -28,14 +28,11 @@ def fresh_model(
     device: str = "cpu",
     precision: str = "float32",
 ) -> PatchModel:
-    """Make a patch model with random weights, drawn from torch's generator: "wsi-p4m", or a name of timm's.
+    """Make a patch model with random weights from torch's generator.
 
-    `arguments` are its constructor's, `tile_px` and `mpp` the patches', `mean` and `std` normalise its input.
-
-    Raises
-    ------
-    ModelError
-        No such architecture, arguments that it does not take, or patches of a size that it does not take.
+    `architecture` is "wsi-p4m" or a timm name, and `arguments` are its constructor's. `tile_px` and `mpp` describe the
+    patches; `mean` and `std` normalise the input. Raises ModelError for an unknown architecture, or arguments or a
+    patch size that it does not take.
 
     Examples
     --------
@@ -43,7 +40,7 @@ def fresh_model(
     >>> model.num_features
     4
     """
-    if architecture == "wsi-p4m":  # it undoes the normalisation
+    if architecture == "wsi-p4m":  # it undoes the normalisation inside
         arguments = {"mean": list(mean), "std": list(std), **arguments}
     config = ModelConfig(
         Path(architecture), "patch", architecture, tuple(class_names), len(class_names), dict(arguments),
@@ -61,10 +58,10 @@ def model_from(
     device: str = "cpu",
     precision: str = "float32",
 ) -> PatchModel:
-    """Make a patch model with the weights of another, or of an encoder.
+    """Make a patch model with the weights of a model or an encoder.
 
-    `start` is what ``load_encoder`` takes, and ``sha256`` that of its weights. Its classifier is kept where the classes
-    are the same, and else fresh. Patches of another size are resized to its own.
+    `start` is a name as for ``load_encoder``; the model's ``sha256`` is that of its weights. The classifier is kept
+    where the classes are the same, and random otherwise. Patches of another size are resized to the model's own.
 
     Examples
     --------
@@ -93,7 +90,7 @@ def model_from(
 
 
 def classifier_of(net: Any, num_features: int) -> set[str]:
-    """Return the names of the weights that only ``classify`` reads."""
+    """Return the names of the weights that ``classify`` uses."""
     net.eval()
     weights = dict(net.named_parameters())
     device = next(iter(weights.values())).device
@@ -103,7 +100,7 @@ def classifier_of(net: Any, num_features: int) -> set[str]:
 
 
 def _ready(config: ModelConfig, net: Any, device: str, precision: str, sha256: str = "") -> PatchModel:
-    """Return the model, if patches of its size pass."""
+    """Return the model after a test pass with a patch of its size."""
     model = PatchModel(
         config, net, name=config.folder.name, num_features=int(net.num_features), sha256=sha256, device=device,
         precision=precision,
@@ -111,8 +108,7 @@ def _ready(config: ModelConfig, net: Any, device: str, precision: str, sha256: s
     try:
         model(np.zeros((1, config.tile_px, config.tile_px, 3), np.uint8))
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            config.architecture, f"does not take patches of {config.tile_px} px ({str(error).splitlines()[0]})",
-            "Give it another size with --set img_size=..., or take another architecture",
-        ) from error  # fmt: skip
+        what = f"does not take patches of {config.tile_px} px ({str(error).splitlines()[0]})"
+        remedy = "Give it another size with --set img_size=..., or take another architecture"
+        raise ModelError(config.architecture, what, remedy) from error
     return model

@@ -1,4 +1,4 @@
-"""Model folders: where they are, what their config.json says, and their weights, never unpickled by default.
+"""Model folders: finding them, their config.json, and their weights, which are never unpickled by default.
 
 A model is a folder::
 
@@ -37,20 +37,20 @@ _TRANSFORMS = ("Resize", "ToTensor", "Normalize")
 
 @dataclass(frozen=True)
 class Context:
-    """How far tiles inform each other, see ``wsi.context``.
+    """Parameters of the smoothing over neighbouring tiles, see ``wsi.context``.
 
     Attributes
     ----------
     column : int
-        Of the class whose log-odds are meant; there are two classes.
+        The class, of two, whose log-odds are smoothed.
     range_um : float
         Distance at which the correlation has fallen to 1 / e.
     nugget : float
-        Variance of what is said of one tile alone, over the variance of the field.
+        Noise variance of a single tile's log-odds, relative to the variance of the field.
     mean : float
-        Log-odds where nothing is known.
+        Prior mean of the log-odds.
     slope, intercept : float
-        What makes probabilities of the expected log-odds (Platt 1999): these err on the side of the mean.
+        Recalibration of the expected log-odds, which are biased towards the mean (Platt 1999).
     """
 
     column: int
@@ -63,7 +63,7 @@ class Context:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model folder's config.json says.
+    """The content of a model folder's config.json.
 
     Attributes
     ----------
@@ -75,17 +75,17 @@ class ModelConfig:
         Keyword arguments of the network's constructor.
     class_names : tuple of str
     num_logits : int
-        Outputs of the network: one a class, or 1 for two classes told apart by a sigmoid.
+        Outputs of the network: one a class, or 1 for two classes with a sigmoid.
     positive_classes : tuple of str
-        Classes that the heatmap shows and regions are drawn for; empty where the folder does not say.
+        Classes shown in the heatmap and outlined as regions; empty where config.json names none.
     threshold : float
-        Probability from which a tile, or a slide, counts as positive.
+        Probability from which a tile, or a slide, is positive.
     tile_px, mpp : int, float
-        The patches the model was trained on (patch models; 0 for a MIL head).
+        Size and resolution of the training patches (patch models; 0 for a MIL head).
     resize_px : int, optional
         Side to which patches are resized before the network.
     context : Context, optional
-        Patch models: how far a slide's tiles inform each other.
+        Patch models: smoothing over neighbouring tiles.
     mean, std : tuple of float
         Normalisation of the 0..1 RGB input.
     weights_sha256 : str, optional
@@ -93,15 +93,15 @@ class ModelConfig:
     encoder_sha256 : str, optional
         MIL heads: the patch model whose features the head was trained on.
     head : Head
-        MIL heads: how logits are read, with the temperature.
+        MIL heads: interpretation of the logits, with the temperature.
     members : int
         MIL heads: networks in the ensemble.
     conformal_threshold, coverage : float, optional
         MIL heads: least probability of a class in the prediction set, and the set's coverage.
     largest_shift : float, optional
-        MIL heads: how far from the mean the farthest training slide lay (``grade.feature_shift``).
+        MIL heads: largest ``grade.feature_shift`` of a training slide.
     bag_tiles : (int, int), optional
-        MIL heads: tiles of the smallest and of the largest bag that the head was trained on.
+        MIL heads: number of tiles of the smallest and the largest training bag.
     """
 
     folder: Path
@@ -129,23 +129,20 @@ class ModelConfig:
 
 
 def model_folders() -> tuple[Path, ...]:
-    """Where models are looked up by name: inside the installed package, then beside it in a checkout."""
+    """Return where models are looked up by name: in the installed package, then beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return tuple(folder for folder in (package / "models", package.parent / "models") if folder.is_dir())
 
 
 def known_models() -> list[str]:
-    """Return the names of the models that ship with the package."""
+    """Return the names of the packaged models."""
     return sorted({config.parent.name for folder in model_folders() for config in folder.glob("*/config.json")})
 
 
 def find_model(name: str) -> Path:
     """Return the folder of a model given by name, by path, or as ``hf-hub:owner/name[@revision]``.
 
-    Raises
-    ------
-    ModelNotFound
-        The known names are listed.
+    Raises ModelNotFound, which lists the known names.
     """
     if name.startswith(HUB_PREFIX):
         return _from_hub(name)
@@ -157,19 +154,12 @@ def find_model(name: str) -> Path:
         return path
     if path.is_dir():
         raise ModelError(path, "has no config.json", "A model is a folder with config.json and weights.safetensors")
-    raise ModelNotFound(
-        f"model {name!r}", "there is no such model", f"Known: {', '.join(known_models())}; or give a folder"
-    )
+    remedy = f"Known: {', '.join(known_models())}; or give a folder"
+    raise ModelNotFound(f"model {name!r}", "there is no such model", remedy)
 
 
 def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
-    """Read and check a model folder's config.json.
-
-    Raises
-    ------
-    ModelError
-        A key that is missing or of the wrong kind is named.
-    """
+    """Read and check a model folder's config.json; ModelError names a key that is missing or wrong."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -181,7 +171,7 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
         names = tuple(str(name) for name in raw["class_names"])
         if int(raw["num_classes"]) != len(names) or len(set(names)) != len(names):
             raise TypeError(f"num_classes is {raw['num_classes']} and class_names are {list(names)}")
-        if len(names) == 1:  # one logit, a sigmoid: shown as two classes, so that probabilities sum to 1
+        if len(names) == 1:  # one logit with a sigmoid: two classes, so that probabilities sum to 1
             names = (f"not {names[0]}", names[0])
         positive = tuple(str(name) for name in raw.get("positive_classes", ()))
         if not set(positive) <= set(names):
@@ -201,18 +191,8 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
             "weights_sha256": raw.get("weights_sha256"),
             "encoder_sha256": raw.get("encoder_sha256"),
         }
-        if task == "mil":
-            return ModelConfig(**common | _mil_of(raw, len(names)))
-        tile_px, mpp = int(raw["patch_size_pixels"]), float(raw["spacing_um_px"])
-        if tile_px < 1 or not (math.isfinite(mpp) and mpp > 0):
-            raise TypeError(f"patch_size_pixels is {tile_px} and spacing_um_px is {mpp:g}: both must be positive")
-        return ModelConfig(
-            **common,
-            tile_px=tile_px,
-            mpp=mpp,
-            context=_context_of(raw["context"], names, positive) if "context" in raw else None,
-            **_transform_of(raw["transform"]),
-        )
+        own = _mil_of(raw, len(names)) if task == "mil" else _patch_of(raw, names, positive)
+        return ModelConfig(**common | own)
     except KeyError as error:
         raise ModelError(path, f"lacks the key {error}", "See DESIGN.md, 'Model folders'") from error
     except (OSError, TypeError, ValueError) as error:
@@ -220,12 +200,9 @@ def read_config(folder: Path, task: Literal["patch", "mil"]) -> ModelConfig:
 
 
 def load_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Load a folder's weights as a state dict; safetensors first, else ``torch.load(weights_only=True)``.
+    """Load a folder's weights as a state dict: safetensors first, else ``torch.load(weights_only=True)``.
 
-    Raises
-    ------
-    ModelError
-        No weights, damaged weights, or a file that would have to be unpickled.
+    Raises ModelError where there are no weights, or they are damaged or would have to be unpickled.
     """
     path = _weights_of(config)
     if path.name == TORCHSCRIPT:
@@ -244,20 +221,14 @@ def load_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict):
         raise ModelError(path, "holds no weights by name", "Save the network's state_dict()")
-    parallel = all(str(key).startswith("module.") for key in state)  # of torch's DataParallel
+    parallel = all(str(key).startswith("module.") for key in state)  # saved by DataParallel
     return {str(key).removeprefix("module.") if parallel else key: value for key, value in state.items()}
 
 
 def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: ModelConfig) -> None:
-    """Put `state` into `net`, every key and shape matching.
-
-    Raises
-    ------
-    ModelError
-        The folder's configuration disagrees with its weights; what differs is named.
-    """
+    """Load `state` into `net`; ModelError names the keys and shapes that do not match."""
     expected = net.state_dict()
-    # Classifier shapes tell most: a model of two classes whose weights have nine.
+    # Shapes first: the commonest mistake is another number of classes.
     wrong = [
         f"{key} is {tuple(state[key].shape)} in the weights and {tuple(expected[key].shape)} by the configuration"
         for key in expected
@@ -267,11 +238,8 @@ def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: Mo
     wrong += [f"{key} is not part of {config.architecture}" for key in state if key not in expected]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ModelError(
-            config.folder,
-            f"its weights disagree with its config.json: {'; '.join(wrong[:3])}{more}",
-            "Check architecture, architecture_args and num_classes",
-        )
+        what = f"its weights disagree with its config.json: {'; '.join(wrong[:3])}{more}"
+        raise ModelError(config.folder, what, "Check architecture, architecture_args and num_classes")
     bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if bad:
         raise ModelError(config.folder, f"its weights are not finite: {', '.join(bad[:3])}", "Fetch the model again")
@@ -279,7 +247,7 @@ def fit_weights(net: torch.nn.Module, state: dict[str, torch.Tensor], config: Mo
 
 
 def weights_sha256(config: ModelConfig) -> str:
-    """Return the SHA-256 of the weights that ``load_weights`` (or TorchScript) would take."""
+    """Return the SHA-256 of the weights file that ``load_weights`` (or TorchScript) would read."""
     return sha256_of(_weights_of(config))
 
 
@@ -290,8 +258,17 @@ def _weights_of(config: ModelConfig) -> Path:
     raise ModelError(config.folder, "has no weights", f"Expected {_SAFE_WEIGHTS[0]}")
 
 
+def _patch_of(raw: dict[str, Any], names: tuple[str, ...], positive: tuple[str, ...]) -> dict[str, Any]:
+    """Read the keys that only a patch model has."""
+    tile_px, mpp = int(raw["patch_size_pixels"]), float(raw["spacing_um_px"])
+    if tile_px < 1 or not (math.isfinite(mpp) and mpp > 0):
+        raise TypeError(f"patch_size_pixels is {tile_px} and spacing_um_px is {mpp:g}: both must be positive")
+    context = _context_of(raw["context"], names, positive) if "context" in raw else None
+    return {"tile_px": tile_px, "mpp": mpp, "context": context} | _transform_of(raw["transform"])
+
+
 def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
-    """Read what only a MIL head's configuration has."""
+    """Read the keys that only a MIL head has."""
     kind = raw.get("head", "softmax")
     members, baseline = int(raw.get("members", 1)), raw.get("baseline", ())
     if kind not in KINDS:
@@ -301,10 +278,18 @@ def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
     if kind == "cox" and np.shape(baseline) != (members, num_classes - 1):
         raise TypeError(f"baseline is {np.shape(baseline)}, not {members} members by {num_classes - 1} ends")
     rows = tuple(tuple(map(float, row)) for row in baseline)
+    if not all(0 <= survival <= 1 for row in rows for survival in row):
+        raise TypeError("baseline holds numbers that are not from 0 to 1")
     head = Head(kind, num_classes, float(raw.get("temperature", 1.0)), rows)
-    threshold, shift = raw.get("conformal_threshold"), raw.get("largest_shift")
     if head.temperature <= 0 or members < 1:
         raise TypeError(f"temperature is {head.temperature} and members is {members}")
+    numbers: dict[str, float | None] = {"coverage": float(raw.get("coverage", 0.9))}
+    for name in ("conformal_threshold", "largest_shift"):
+        numbers[name] = None if raw.get(name) is None else float(raw[name])
+    for name, value in {"temperature": head.temperature, **numbers}.items():  # with NaN nothing would be abstained from
+        most = 1.0 if name in ("coverage", "conformal_threshold") else math.inf
+        if value is not None and not (math.isfinite(value) and 0 <= value <= most):
+            raise TypeError(f"{name} is {value:g}, not a finite number from 0 to {most:g}")
     bag_tiles = tuple(map(int, raw["bag_tiles"])) if raw.get("bag_tiles") is not None else None
     if bag_tiles is not None and not (len(bag_tiles) == 2 and 1 <= bag_tiles[0] <= bag_tiles[1]):
         raise TypeError(f"bag_tiles is {list(bag_tiles)}, not the fewest and the most tiles of a training bag")
@@ -312,19 +297,17 @@ def _mil_of(raw: dict[str, Any], num_classes: int) -> dict[str, Any]:
         "head": head,
         "num_logits": head.num_logits,
         "members": members,
-        "conformal_threshold": None if threshold is None else float(threshold),
-        "coverage": float(raw.get("coverage", 0.9)),
-        "largest_shift": None if shift is None else float(shift),
         "bag_tiles": bag_tiles,
+        **numbers,
     }
 
 
 def _context_of(raw: dict[str, Any], names: tuple[str, ...], positive: tuple[str, ...]) -> Context:
-    """Read how far tiles inform each other."""
+    """Read and check the key "context"."""
     if len(names) != 2 or len(positive) != 1:
         raise TypeError(f"context needs two classes, one of them positive, not {list(names)} and {list(positive)}")
     unknown = set(raw) - {"range_um", "nugget", "mean", "slope", "intercept"}
-    if unknown:  # a slope that is misspelt would be 1
+    if unknown:  # a misspelt "slope" would silently be 1
         raise TypeError(f"context has {', '.join(sorted(unknown))}, which nobody reads")
     values = {name: float(raw[name]) for name in ("range_um", "nugget", "mean")}
     values |= {name: float(raw[name]) for name in ("slope", "intercept") if name in raw}
@@ -335,7 +318,7 @@ def _context_of(raw: dict[str, Any], names: tuple[str, ...], positive: tuple[str
 
 
 def _transform_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Read WSInfer's transform list: an optional Resize, ToTensor, Normalize."""
+    """Read WSInfer's list of transforms: optional Resize, ToTensor, Normalize."""
     found: dict[str, Any] = {}
     for step in steps:
         name, arguments = step["name"], step.get("arguments") or {}
@@ -353,7 +336,7 @@ def _transform_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of RGB in 0..1, or raise ValueError: those of 0..255 make all pictures alike.
+    """Return mean and std of RGB in 0..1; ValueError for other values, such as those for 0..255.
 
     Examples
     --------
@@ -381,17 +364,13 @@ def _from_hub(name: str) -> Path:
     try:
         folder = fetch("config.json", "stain.json", "preprocessor_config.json", "*.safetensors", TORCHSCRIPT, "mil/*")
         if not any((folder / weights).is_file() for weights in (*_SAFE_WEIGHTS, TORCHSCRIPT)):
-            folder = fetch("pytorch_model.bin")  # often the same weights again, gigabytes
+            folder = fetch("pytorch_model.bin")  # fetched only if needed: often a copy of the weights
         return folder
     except GatedRepoError as error:
-        raise ModelError(
-            name,
-            "is gated: its authors give it to those who ask, and this machine is not logged in as one of them",
-            f"Ask at https://huggingface.co/{repository}, then run `hf auth login` (or set HF_TOKEN)",
-        ) from error
+        what = "is gated: its authors give it to those who ask, and this machine is not logged in as one of them"
+        remedy = f"Ask at https://huggingface.co/{repository}, then run `hf auth login` (or set HF_TOKEN)"
+        raise ModelError(name, what, remedy) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            name,
-            f"cannot be fetched ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})",
-            "Check the name and the network (for a gated model `hf auth login`), or give a folder with its files",
-        ) from error
+        what = f"cannot be fetched ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})"
+        remedy = "Check the name and the network (for a gated model `hf auth login`), or give a folder with its files"
+        raise ModelError(name, what, remedy) from error

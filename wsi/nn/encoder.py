@@ -1,12 +1,13 @@
 """Encoders: networks without classes that turn patches into features, from the hub, a folder or timm.
 
-An encoder is a ``PatchModel`` of no class: ``encoder(patches).features``. Its folder is a hub's repository, or a copy::
+An encoder is a ``PatchModel`` without classes: ``encoder(patches).features``. Its folder is a hub repository or a
+copy of one::
 
     config.json           timm's ("architecture", "pretrained_cfg", "model_args") or transformers' ("model_type": vit,
                           dinov2; then preprocessor_config.json too); or one of our model folders
     model.safetensors     or pytorch_model.bin (tensors only)
 
-``KNOWN`` says of published encoders what their files do not: microns per pixel, layers, and which tokens are kept.
+``KNOWN`` adds what the files of published encoders do not contain: microns per pixel, layers, and pooling.
 """
 
 from __future__ import annotations
@@ -38,22 +39,22 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a published encoder is to be used.
+    """How a published encoder is used.
 
     Attributes
     ----------
     repository : str
         On the Hugging Face hub.
     source : str
-        Where this was read.
+        Reference for these values.
     pool : {"own", "token", "token+mean"}
-        "own": what the network itself gives; the class token; or that beside the mean of the patches' tokens.
+        Features: the network's own pooling; the class token; or the class token with the mean of the patch tokens.
     arguments : dict
-        Of the network's constructor, over those of its config.json; layers by their names.
+        Of the network's constructor, overriding config.json; layers by their names.
     mpp, tile_px : float, int
         Of the patches.
     mean, std : tuple of float, optional
-        Of its normalisation; None for those in its config.json.
+        Normalisation; None for that in config.json.
     """
 
     repository: str
@@ -69,8 +70,8 @@ class Recipe:
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
 _LARGE = {"init_values": 1e-5, "dynamic_img_size": True}
 
-#: Published encoders by name; all were trained on H&E at "20x". Patches of 224 px show what the cards' own transforms
-#: (scaled to 256 and cut to 224, GigaPath) show.
+#: Published encoders by name; all were trained on H&E at "20x". Patches of 224 px have the field of view of the model
+#: cards' own transforms (for GigaPath: scaled to 256, cropped to 224).
 KNOWN = {
     "uni": Recipe("MahmoodLab/UNI", "its model card; Chen et al., Nature Medicine 2024", arguments=_LARGE),
     "uni2-h": Recipe(
@@ -100,16 +101,16 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
     Parameters
     ----------
     name : str
-        A name in ``KNOWN``, or ``NAME=FOLDER`` for its files in a folder (fetched on another machine, say); a patch
-        model of ours by name or folder; ``hf-hub:OWNER/NAME``; a folder in the hub's form; or a name of timm's.
+        A name in ``KNOWN``, or ``NAME=FOLDER`` with its files in a folder (for machines without network); a patch model
+        of ours by name or folder; ``hf-hub:OWNER/NAME``; a folder in the hub's format; or a timm name.
     device, precision, fold
         As for ``load_patch_model``.
 
     Returns
     -------
     PatchModel
-        Of no class, if its folder says none; ``sha256`` is that of its weights file. ``config.mpp`` is 0 where nobody
-        says for which resolution it was made.
+        Without classes, unless its folder has some. ``sha256`` is that of the weights file. ``config.mpp`` is 0 where
+        the training resolution is unknown.
 
     Raises
     ------
@@ -120,16 +121,7 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
     >>> load_encoder("phantom").num_features
     256
     """
-    known, _, folder_given = name.partition("=")
-    addresses = {f"{HUB_PREFIX}{recipe.repository}".lower(): key for key, recipe in KNOWN.items()}
-    known = addresses.get(name.partition("@")[0].lower(), known)
-    recipe = KNOWN.get(known)
-    if recipe is None and folder_given:
-        raise ModelNotFound(f"encoder {known!r}", "is not known", f"Known: {', '.join(KNOWN)}")
-    if recipe is None:
-        folder = _find(name)
-    else:
-        folder = find_model(folder_given or (f"{HUB_PREFIX}{recipe.repository}" if name == known else name))
+    folder, recipe, shown = _find(name)
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "patch_size_pixels" in raw and recipe is None:
@@ -141,7 +133,7 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
         mean, std = normalisation((recipe and recipe.mean) or facts["mean"], (recipe and recipe.std) or facts["std"])
     except ModelError:
         raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # AttributeError: not a JSON object
         what = f"is no encoder's config.json ({type(error).__name__}: {error})"
         raise ModelError(folder / "config.json", what, "Give a repository of timm, or of transformers' ViT") from error
     config = ModelConfig(
@@ -160,37 +152,46 @@ def load_encoder(name: str, *, device: str = "auto", precision: str = "auto", fo
     if "model_type" in raw:
         state = timm_names(state)
     own = net.net.state_dict()
-    # What classifies is left out, and nothing else: fit_weights refuses other names.
+    # Drop only the classifier's weights: fit_weights refuses other unknown names.
     state = {key: value for key, value in state.items() if key in own or not key.startswith(net.classifier_names)}
     fit_weights(net.net, state, config)
     device = pick_device(device)
     precision = pick_precision(precision, device)
     if fold:
         for_inference(net, device, precision)
-    shown = known if recipe else folder.resolve().name if Path(name).is_dir() else name
     return PatchModel(
         config, net, name=shown, num_features=net.num_features, sha256=weights_sha256(config),
         device=device, precision=precision,
     )  # fmt: skip
 
 
-def _find(name: str) -> Path:
-    """Return the folder of an encoder that is not known by name."""
+def _find(name: str) -> tuple[Path, Recipe | None, str]:
+    """Return an encoder's folder, its recipe if it is in ``KNOWN``, and the name to show."""
+    known, _, folder_given = name.partition("=")
+    addresses = {f"{HUB_PREFIX}{recipe.repository}".lower(): key for key, recipe in KNOWN.items()}
+    known = addresses.get(name.partition("@")[0].lower(), known)
+    recipe = KNOWN.get(known)
+    if recipe is not None:
+        folder = find_model(folder_given or (f"{HUB_PREFIX}{recipe.repository}" if name == known else name))
+        return folder, recipe, known
+    if folder_given:
+        raise ModelNotFound(f"encoder {known!r}", "is not known", f"Known: {', '.join(KNOWN)}")
     try:
-        return find_model(name)
+        folder = find_model(name)
     except ModelNotFound:
         from wsi.nn.backbone import hub_of
 
         repository = hub_of(name)
         if repository is None:
-            known = ", ".join((*KNOWN, *known_models()))
-            remedy = f"Known: {known}; or a timm name, {HUB_PREFIX}OWNER/NAME, or a folder"
+            names = ", ".join((*KNOWN, *known_models()))
+            remedy = f"Known: {names}; or a timm name, {HUB_PREFIX}OWNER/NAME, or a folder"
             raise ModelNotFound(f"encoder {name!r}", "there is no such encoder", remedy) from None
-        return find_model(f"{HUB_PREFIX}{repository}")
+        folder = find_model(f"{HUB_PREFIX}{repository}")
+    return folder, None, folder.resolve().name if Path(name).is_dir() else name
 
 
 def _of_timm(raw: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Read timm's config.json: architecture, arguments, and what it says of its input."""
+    """Read timm's config.json: architecture, arguments, and the description of the input."""
     arguments = dict(raw.get("model_args") or {})
     arguments.pop("num_classes", None)
     if raw.get("global_pool") is not None:
@@ -216,7 +217,7 @@ def _of_transformers(raw: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
-    """Read mean and std, which transformers keeps in a file of their own: ViTs have others than DINOv2's."""
+    """Read mean and std from transformers' separate file; those of ViTs differ from DINOv2's."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise ModelError(path, "is not there, and says how input is normalised", "Copy it from beside the config.json")
@@ -245,7 +246,7 @@ _NAMES = (
 def timm_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the weights of transformers' ``ViTModel`` or ``Dinov2Model`` to timm's, and join query, key and value.
 
-    Weights that features do not pass through (pooler, mask token) are left out.
+    Weights that do not affect the features (pooler, mask token) are dropped.
     """
     found: dict[str, torch.Tensor] = {}
     for key, value in state.items():

@@ -1,4 +1,4 @@
-"""Where in a patch a convolutional model looked: Grad-CAM."""
+"""Grad-CAM: which places in a patch a convolutional model's class score depends on."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from wsi.nn.patch import PatchModel
 
 
 def grad_cam(model: PatchModel, rgb: npt.NDArray[np.uint8], targets: Sequence[str]) -> npt.NDArray[np.float32]:
-    """Return how much each place of patches spoke for a class.
+    """Return the Grad-CAM map of a class for each patch.
 
-    ``L = ReLU(sum_k a_k A_k)`` over the last maps ``A_k``, with ``a_k`` the mean over positions of the gradient of the
-    class's logit with respect to ``A_k`` (equations 1 and 2 of the source); enlarged to the patch bilinearly. Members
-    of an ensemble are maps side by side. Of two classes told apart by one logit, that of the first is its negative.
+    ``L = ReLU(sum_k a_k A_k)`` over the last maps ``A_k``, where ``a_k`` is the gradient of the class's logit with
+    respect to ``A_k``, averaged over positions (equations 1 and 2 of the source); enlarged to the patch bilinearly. The
+    maps of an ensemble's members are summed. Of two classes with a single logit, the first one's logit is its negative.
 
     Parameters
     ----------
     rgb : uint8 (b, tile_px, tile_px, 3)
     targets : sequence of str (b,)
-        Of each patch, one of the model's classes.
+        One of the model's classes for each patch.
 
     Returns
     -------
     float32 (b, tile_px, tile_px)
-        0 and above, in logits; comparable within a patch alone.
+        0 or more, in logits; comparable only within a patch.
 
     Raises
     ------
@@ -71,12 +71,6 @@ def grad_cam(model: PatchModel, rgb: npt.NDArray[np.uint8], targets: Sequence[st
 
 
 def check_maps(model: PatchModel) -> None:
-    """Refuse a model that Grad-CAM cannot look into.
-
-    Raises
-    ------
-    ModelError
-        It is not convolutional.
-    """
+    """Raise ModelError for a model that is not convolutional."""
     side = model.config.tile_px
     grad_cam(model, np.zeros((1, side, side, 3), np.uint8), model.config.class_names[:1])

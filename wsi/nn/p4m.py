@@ -1,15 +1,15 @@
-"""A small convolutional network that cannot tell a patch from its quarter turns and mirror images.
+"""A small convolutional network that is invariant to quarter turns and mirror images of a patch.
 
-Tissue has no up and no handedness. A group convolution (Cohen & Welling, "Group Equivariant Convolutional
+Tissue has no preferred orientation. A group convolution (Cohen & Welling, "Group Equivariant Convolutional
 Networks", ICML 2016, arXiv:1602.07576) builds that into the layers: each filter is applied in all eight
 orientations of the dihedral group D4 (the point group of p4m), and from the second layer on it also sees the
 eight orientations of its input. Veeling et al., "Rotation Equivariant CNNs for Digital Pathology", MICCAI
 2018 (arXiv:1806.03962) showed on lymph node patches that this helps most where training patients are few.
 
 Layout: a map on the group is a tensor ``(b, 8 * c, h, w)``, orientation-major: channel ``g * c + i`` is map
-``i`` in orientation ``g``. To ``conv2d`` it is an ordinary image, so channels_last and bf16 autocast work as
-for any network. Turning the input turns the maps and permutes their eight orientations; averaging over
-orientations and positions gives features that do not change at all.
+``i`` in orientation ``g``. For ``conv2d`` it is an ordinary image, so channels_last and bf16 autocast work as
+usual. Rotating the input rotates the maps and permutes their eight orientations; the mean over orientations
+and positions does not change.
 """
 
 import itertools
@@ -37,22 +37,14 @@ def dihedral_group() -> Tensor:
 
 
 def turned_filter_index(side: int, in_orientations: int) -> Tensor:
-    """Where each tap of a turned filter stands in the filter it was turned from.
+    """Return the source index of each tap of a rotated or mirrored filter.
 
-    Parameters
-    ----------
-    side : int
-        Height and width of the filter.
-    in_orientations : {1, 8}
-        1 where the filter reads an image (the lifting layer), 8 where it reads maps on the group.
-
-    Returns
-    -------
-    int64 (8, in_orientations * side * side)
-        ``flat_filter[index[g]]`` is the filter acted on by element ``g``: ``f(g^-1 h, g^-1 y)``.
+    `side` is the filter's height and width. `in_orientations` is 1 for a filter that reads an image (the lifting
+    layer), and 8 for one that reads maps on the group. The result is int64 (8, in_orientations * side * side):
+    ``flat_filter[index[g]]`` is the filter transformed by element ``g``, ``f(g^-1 h, g^-1 y)``.
     """
     group = dihedral_group()
-    # Centred coordinates in half pixels, so that even sides have a centre too.
+    # Coordinates relative to the centre, in half pixels: even sides have a centre between pixels.
     axis = 2 * torch.arange(side) - (side - 1)
     taps = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).flatten(1)  # (2, side * side)
     rows = []
@@ -71,7 +63,7 @@ def turned_filter_index(side: int, in_orientations: int) -> Tensor:
 class P4MConv(nn.Module):
     """Group convolution over p4m, ``(b, in_orientations * c_in, h, w)`` -> ``(b, 8 * c_out, h', w')``.
 
-    One filter is learnt a map and turned into its eight orientations at each call, which is why it has an
+    One filter is learnt for each map, and transformed into its eight orientations at each call. So the layer has an
     eighth of the weights of a plain convolution of the same width (Cohen & Welling 2016, section 7).
     """
 
@@ -88,7 +80,7 @@ class P4MConv(nn.Module):
         self.register_buffer("index", turned_filter_index(side, in_orientations), persistent=False)
 
     def filters(self) -> Tensor:
-        """Return the filters in all orientations, as conv2d takes them: (8 * c_out, 8 * c_in, side, side)."""
+        """Return the filters in all orientations, in conv2d's layout: (8 * c_out, 8 * c_in, side, side)."""
         c_out, c_in, _ = self.weight.shape
         turned = self.weight[:, :, self.index.flatten()]
         turned = turned.view(c_out, c_in, ORIENTATIONS, -1, self.side, self.side)
@@ -104,18 +96,18 @@ class P4MConv(nn.Module):
 
 
 class P4MNorm(nn.BatchNorm2d):
-    """Batch normalisation with one mean and variance a map, shared by its eight orientations."""
+    """Batch normalisation with one mean and variance for the eight orientations of a map."""
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape
-        # In memory a channels_last map is (b, h, w, 8, c): read as an image w * 8 wide, nothing is copied.
+        # A channels_last map lies in memory as (b, h, w, 8, c). Viewed as an image w * 8 wide, it is not copied.
         x = x.permute(0, 2, 3, 1).reshape(b, h, w * ORIENTATIONS, self.num_features).permute(0, 3, 1, 2)
         x = super().forward(x)
         return x.permute(0, 2, 3, 1).reshape(b, h, w, ORIENTATIONS * self.num_features).permute(0, 3, 1, 2)
 
 
 def conv_norm(conv: P4MConv, norm: P4MNorm, x: Tensor) -> Tensor:
-    """Return ``norm(conv(x))``; at inference the normalisation goes into the filters, and a pass is saved."""
+    """Return ``norm(conv(x))``; at inference the normalisation is folded into the filters, which saves a pass."""
     if norm.training:
         normed: Tensor = norm(conv(x))
         return normed
@@ -147,7 +139,7 @@ class P4MBlock(nn.Module):
 
 
 class P4MTrunk(nn.Module):
-    """One network up to its features: ``(b, 6, h, w)`` -> ``(b, head)``, blind to D4.
+    """One member network up to its features: ``(b, 6, h, w)`` -> ``(b, head)``, invariant to D4.
 
     The features are the means of the last maps over positions and orientations.
     """
@@ -167,7 +159,7 @@ class P4MTrunk(nn.Module):
 
     def maps(self, x: Tensor) -> Tensor:
         """Return the last maps, (b, 8 * head, h', w')."""
-        # No padding here: 50 -> 48, which the three poolings divide evenly, so that none cuts a border off.
+        # No padding here: 50 -> 48, which the three poolings divide evenly.
         x = functional.relu(conv_norm(self.stem, self.stem_norm, x))  # (b, 8 * stem, 48, 48)
         for i, stage in enumerate(self.stages):
             x = functional.max_pool2d(x, 2) if i == 0 else functional.avg_pool2d(x, 2)
@@ -181,18 +173,18 @@ class P4MTrunk(nn.Module):
 
 
 class P4MNet(nn.Module):
-    """A patch classifier whose answer is the same for all eight orientations of the patch.
+    """A patch classifier with the same output for all eight orientations of the patch.
 
-    Several members of one shape, trained apart, can live in one network: its features are those of all
-    members side by side, and its logits the mean of theirs.
+    It may hold several separately trained members of one shape. Its features are then those of all members side by
+    side, and its logits the mean of theirs.
 
     Parameters
     ----------
     num_classes : int
         Number of classes ``k``.
     widths, depths : sequence of int
-        Maps and residual blocks of each stage; a stage works at half the resolution of the one before it.
-        A map has eight orientations, so a width of 24 costs what 192 plain channels cost.
+        Maps and residual blocks of each stage; each stage works at half the resolution of the one before.
+        A map has eight orientations, so a width of 24 costs as much as 192 plain channels.
     stem, head : int
         Maps of the first layer (at full resolution) and of the last.
     members : int
@@ -200,7 +192,7 @@ class P4MNet(nn.Module):
     dropout : float
         Probability of dropping a feature, in training only.
     mean, std : sequence of 3 floats
-        The normalisation of the input, undone inside to compute optical densities.
+        Normalisation of the input, undone inside to compute optical densities.
 
     Attributes
     ----------
@@ -209,8 +201,8 @@ class P4MNet(nn.Module):
 
     Notes
     -----
-    Invariant to rounding where the poolings divide the maps evenly, as they do for 50 x 50 px patches:
-    ``(side - 2) % 2**stages == 0``. For other sizes they drop the odd row, and it holds only nearly.
+    Invariant up to rounding where the poolings divide the maps evenly, as for 50 x 50 px patches:
+    ``(side - 2) % 2**stages == 0``. For other sizes they drop the odd row, and the invariance is approximate.
 
     Examples
     --------
@@ -247,7 +239,7 @@ class P4MNet(nn.Module):
     def maps(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return each member's last maps of normalised patches: float (b, 3, h, w) -> (b, 8 * head, h', w')."""
         x = x.float()
-        # Beer-Lambert: optical density is linear in the amount of stain, which colour is not.
+        # Beer-Lambert: optical density, unlike colour, is linear in the amount of stain.
         density = -torch.log((x * self.std + self.mean).clamp(min=1 / 255))
         x = torch.cat([x, density], 1).contiguous(memory_format=torch.channels_last)  # (b, 6, h, w)
         return tuple(cast("P4MTrunk", trunk).maps(x) for trunk in self.trunks)

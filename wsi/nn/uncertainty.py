@@ -1,6 +1,6 @@
-"""How sure a grade is: what ensembles disagree on, temperature, conformal sets, and when to abstain.
+"""Uncertainty of a grade: ensemble disagreement, temperature scaling and conformal prediction sets.
 
-NumPy alone; probabilities in, numbers out.
+Uses NumPy only: probabilities in, numbers out.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ Array = npt.NDArray[Any]
 
 
 class Uncertainty(NamedTuple):
-    """Of one grade, in nats.
+    """Uncertainty of one grade, in nats.
 
     Attributes
     ----------
     entropy : float
-        Of the ensemble's mean probabilities: all that is not known.
+        Entropy of the ensemble's mean probabilities: total uncertainty.
     mutual_information : float, optional
-        Entropy less the members' mean entropy: what the members disagree on. None with a single member.
+        That entropy minus the members' mean entropy: the disagreement of the members. None for a single member.
     """
 
     entropy: float
@@ -51,10 +51,7 @@ def uncertainty(members: Array) -> Uncertainty:
 def fit_temperature(loss_at: Callable[[float], float]) -> float:
     """Return the temperature in 0.05 to 20 with the least validation loss.
 
-    Parameters
-    ----------
-    loss_at : callable
-        Temperature to mean negative log likelihood of slides that were not trained on.
+    `loss_at` maps a temperature to the mean negative log likelihood of slides not trained on.
 
     References
     ----------
@@ -72,19 +69,10 @@ def fit_temperature(loss_at: Callable[[float], float]) -> float:
 
 
 def conformal_threshold(true_class: Array, coverage: float) -> float | None:
-    """Return the least probability a class may have to stay in a prediction set of the asked coverage.
+    """Return the least probability with which a class belongs to a prediction set of the given coverage.
 
-    Parameters
-    ----------
-    true_class : (n,)
-        Probability of the true class of slides that were not trained on, one a patient.
-    coverage : float
-        Share of sets that are to hold the true class, in 0..1.
-
-    Returns
-    -------
-    float, optional
-        None where n is too small for that coverage: ``ceil((n + 1) coverage) > n``.
+    `true_class` (n,) is the probability of the true class of slides not trained on, one a patient; `coverage`, in 0..1,
+    is the share of sets that should contain it. None where n is too small: ``ceil((n + 1) coverage) > n``.
 
     References
     ----------
@@ -101,7 +89,7 @@ def conformal_threshold(true_class: Array, coverage: float) -> float | None:
 
 
 def prediction_set(probabilities: Array, threshold: float) -> list[int]:
-    """Return the classes whose probability reaches the threshold; it may be empty."""
+    """Return the classes whose probability reaches the threshold; possibly none."""
     return [int(i) for i in np.flatnonzero(probabilities >= threshold - 1e-12)]
 
 

@@ -1,9 +1,9 @@
-"""Phantoms: synthetic H&E slides of any size, whose tumours are known to the pixel.
+"""Phantoms: synthetic H&E slides of any size with exactly known tumour outlines.
 
-Smooth fields say what lies where (glass, stroma, fat, tumour) and periodic textures how it looks there; both
-give concentrations of haematoxylin and eosin, and light is absorbed as Beer and Lambert say:
-``RGB = glass * exp(-concentrations @ stains)``. Every tile is drawn by itself, so memory does not grow with
-the number of tiles. Nothing here resembles a patient: phantoms try and test the engine, and prove no more.
+Smooth fields define where glass, stroma, fat and tumour lie, and periodic textures their appearance. Both give
+concentrations of haematoxylin and eosin, from which the colours follow by the Beer-Lambert law:
+``RGB = glass * exp(-concentrations @ stains)``. Tiles are drawn independently, so that memory does not grow with
+their number. Phantoms test the engine, and are no evidence for performance on patients' slides.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ _CLASSES = {"tissue": ("Tissue", (150, 200, 150)), "tumours": ("Tumor", (200, 0,
 
 
 def write_phantom(path: str | Path, config: PhantomConfig | None = None) -> Truth:
-    """Write a phantom slide, and its truth as ``<stem>.truth.geojson`` beside it.
+    """Write a phantom slide, and its outlines as ``<stem>.truth.geojson`` beside it.
 
     The slide is an Aperio-like tiled pyramid: JPEG 4:2:0 with shared tables, levels 1, 4, 16, and 64 beyond
     32,768 px, each the area average of the one before. The same configuration gives the same bytes. Memory grows
-    by about 300 bytes a pixel of width and not with height.
+    by about 300 bytes a pixel of width, and not with height.
 
     Parameters
     ----------
     path : path
-        Such as ``phantom.svs``; replaced, whole, if it is there.
+        Such as ``phantom.svs``; an existing file is replaced.
     config : PhantomConfig, optional
         Default: 8,192 x 8,192 px at 0.5 mpp with three tumours.
 
     Returns
     -------
     Truth
-        Outlines in level-0 pixels; the GeoJSON holds the same.
+        Outlines in level-0 pixels, as in the GeoJSON.
 
     Raises
     ------
     ValueError
-        The tumours asked for find no room.
+        There is no room for the tumours.
     OutputError
         `path` cannot be written.
 
@@ -70,26 +70,19 @@ def write_phantom(path: str | Path, config: PhantomConfig | None = None) -> Trut
         with replacing(path.with_name(f"{path.stem}.truth.geojson")) as file:
             file.write(json.dumps(_geojson(scene.truth, config), separators=(",", ":")).encode())
     except OSError as error:
-        # Named by the path asked for: the error's own may be a temporary one.
+        # Name the requested path: the error's own may be a temporary one.
         raise OutputError.of(OSError(error.errno, error.strerror), path) from error
     return scene.truth
 
 
 def _geojson(truth: Truth, config: PhantomConfig) -> dict[str, Any]:
-    """Describe the truth as QuPath imports it: a feature an outline, in level-0 pixels."""
+    """Return the outlines as QuPath imports them: one feature each, in level-0 pixels."""
     features = []
     for part, (name, color) in _CLASSES.items():
         for number, outline in enumerate(getattr(truth, part).geoms):
             rings = [shapely.get_coordinates(ring).round(2).tolist() for ring in (outline.exterior, *outline.interiors)]
-            features.append(
-                {
-                    "type": "Feature",
-                    "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{config}/{name}/{number}")),
-                    "geometry": {"type": "Polygon", "coordinates": rings},
-                    "properties": {
-                        "objectType": "annotation",
-                        "classification": {"name": name, "color": list(color)},
-                    },
-                }
-            )
+            identity = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{config}/{name}/{number}"))
+            geometry = {"type": "Polygon", "coordinates": rings}
+            properties = {"objectType": "annotation", "classification": {"name": name, "color": list(color)}}
+            features.append({"type": "Feature", "id": identity, "geometry": geometry, "properties": properties})
     return {"type": "FeatureCollection", "features": features}

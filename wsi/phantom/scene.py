@@ -1,4 +1,4 @@
-"""What a phantom shows, and where: tissue, tumours and pen strokes as outlines, and the pixels of any tile."""
+"""The scene of a phantom: outlines of tissue, tumours and pen strokes, and the pixels of any tile."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ U8 = npt.NDArray[np.uint8]
 _STAINS = np.array([[0.61, 0.70, 0.36], [0.20, 0.81, 0.55]])
 _INKS = {"green": (1.9, 0.35, 1.2), "blue": (2.0, 1.2, 0.25), "black": (2.3, 2.3, 2.1)}  # likewise
 _CODES_PER_UNIT = 100  # concentrations 0 to 2.55 as uint8
-_COARSE_PX = 16  # fields are evaluated every so many pixels and drawn out linearly between
+_COARSE_PX = 16  # spacing of the nodes of smooth fields, which are interpolated linearly
 
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """What to draw.
+    """Settings of a phantom.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class PhantomConfig:
     Raises
     ------
     ValueError
-        One of them is out of range.
+        A value is out of range.
     """
 
     size: tuple[int, int] = (8192, 8192)
@@ -80,7 +80,7 @@ class PhantomConfig:
 
 
 class Truth(NamedTuple):
-    """What was drawn where, in level-0 pixels (pixel (0, 0) spans [0, 1) x [0, 1)), rounded to 1/100 pixel."""
+    """Outlines in level-0 pixels (pixel (0, 0) spans [0, 1) x [0, 1)), rounded to 1/100 pixel."""
 
     tumours: shapely.MultiPolygon
     """As many parts as tumours were asked for, each inside `tissue`."""
@@ -112,16 +112,16 @@ class _Blob:
         return np.asarray(self.centre + self.axes * self.radius(angle)[:, None] * circle)
 
     def depth(self, x: F64, y: F64) -> F64:
-        """Return about how many pixels each point lies inside the outline; negative outside."""
+        """Return the approximate distance of each point from the outline in pixels; negative outside."""
         u, v = (x - self.centre[0]) / self.axes[0], (y - self.centre[1]) / self.axes[1]
         return np.asarray((self.radius(np.arctan2(v, u)) - np.hypot(u, v)) * min(self.axes))
 
 
 class Scene:
-    """All that is known of a phantom before its pixels."""
+    """Everything about a phantom that does not depend on the tile."""
 
     def __init__(self, config: PhantomConfig) -> None:
-        # One generator a purpose: a change to one part leaves the draws of the others as they are.
+        # One generator a purpose: a change to one part does not change the others' random numbers.
         layout, weather, texture, stain = (np.random.default_rng((config.seed, purpose)) for purpose in range(4))
         self._mpp = config.mpp
         self._pieces = _lay_tissue(layout, config.size)
@@ -130,7 +130,7 @@ class Scene:
         self._strokes = _draw_strokes(layout, config, self._pieces) if config.pen else []
         pen = [line.buffer(radius) for _, line, radius in self._strokes]
         self.truth = Truth(*(_rounded(parts) for parts in (tumours, tissue, pen)))
-        # Noise that never repeats, a node every 100 um: fat lobules, density of cells, direction of fibres.
+        # Aperiodic noise with a node every 100 um: fat lobules, density of cells, direction of fibres.
         self._node_px = 100 / config.mpp
         nodes = (int(side / self._node_px) + 8 for side in reversed(config.size))
         noise = ndimage.gaussian_filter(weather.standard_normal((3, *nodes), np.float32), (0, 1.5, 1.5))
@@ -139,12 +139,12 @@ class Scene:
         stains = _STAINS * (1 + stain.normal(0, 0.06, (2, 3))) * np.exp(stain.normal(0, 0.1, (2, 1)))
         glass = np.array([243, 242, 244]) + stain.normal(0, 2, 3).clip(-6, 6)
         codes = np.arange(256)[:, None] / _CODES_PER_UNIT
-        h, e = np.exp(-codes * stains[0]), np.exp(-codes * stains[1])  # (256, 3) each: the light let through
-        self._colours = np.rint(glass * h[:, None] * e).astype(np.uint8).reshape(-1, 3)  # of each pair of codes
+        h, e = np.exp(-codes * stains[0]), np.exp(-codes * stains[1])  # (256, 3) each: transmitted light
+        self._colours = np.rint(glass * h[:, None] * e).astype(np.uint8).reshape(-1, 3)  # for each pair of codes
         self.glass: U8 = self._colours[0]
 
     def paint(self, left: int, top: int, side: int) -> U8 | None:
-        """Return a tile, uint8 (side, side, 3); None where it is all glass."""
+        """Return a tile, uint8 (side, side, 3); None if it is all glass."""
         x = left + np.arange(0, side + 1, _COARSE_PX, dtype=float)[None, :]
         y = top + np.arange(0, side + 1, _COARSE_PX, dtype=float)[:, None]
         depth = _deepest(self._pieces, x, y)
@@ -168,7 +168,7 @@ class Scene:
 
         at = np.broadcast_arrays(y / self._node_px + 2, x / self._node_px + 2)
         lobule, density, direction = (ndimage.map_coordinates(plane, at, order=1) for plane in self._weather)
-        # Stroma: fibres that part into clefts where they are thinnest, and the nuclei ranked below the local density.
+        # Stroma: fibres with clefts where they are thinnest, and the nuclei ranked below the local density.
         across, along, grain = texture("stroma")
         fibre = along + _ramp(_draw_out(direction), 0.8) * (across - along)
         e = (0.46 + 0.15 * fibre + _draw_out(0.05 * density)) * _ramp(fibre + 1.2, 0.5)
@@ -192,7 +192,7 @@ class Scene:
 
 
 def _lay_tissue(rng: np.random.Generator, size: tuple[int, int]) -> list[_Blob]:
-    """Cut the slide in three cells, and put one piece in each."""
+    """Divide the slide into three cells with one piece of tissue each."""
     a, b = rng.uniform(0.5, 0.6), rng.uniform(0.42, 0.58)
     cells = np.array([(0, 0, a, 1), (a, 0, 1 - a, b), (a, b, 1 - a, 1 - b)])  # x, y, w, h
     if rng.random() < 0.5:
@@ -208,7 +208,7 @@ def _lay_tissue(rng: np.random.Generator, size: tuple[int, int]) -> list[_Blob]:
 def _lay_tumours(
     rng: np.random.Generator, config: PhantomConfig, tissue: list[shapely.Polygon]
 ) -> tuple[list[_Blob], list[shapely.Polygon]]:
-    """Put tumours into the tissue, apart from each other, each try a little smaller; first those of given length."""
+    """Place tumours in the tissue, apart from each other: first those of given length, then shrinking trials."""
     blobs: list[_Blob] = []
     outlines: list[shapely.Polygon] = []
     for length in sorted(config.tumour_um, reverse=True):
@@ -237,7 +237,7 @@ def _lay_tumour_of(
     tissue: list[shapely.Polygon],
     others: list[shapely.Polygon],
 ) -> tuple[_Blob, shapely.Polygon]:
-    """Put one tumour of `length` pixels wholly into the tissue, 150 um and more from others."""
+    """Place one tumour of `length` pixels inside the tissue, at least 150 um from others."""
     for _ in range(2000):
         short = length * rng.uniform(0.7, 0.95)
         axes = np.array((length, short) if rng.random() < 0.5 else (short, length)) / 2
@@ -253,7 +253,7 @@ def _lay_tumour_of(
 def _draw_strokes(
     rng: np.random.Generator, config: PhantomConfig, pieces: list[_Blob]
 ) -> list[tuple[str, shapely.LineString, float]]:
-    """Draw one pen stroke a piece, along it or over it: ink, centre line, half width in pixels."""
+    """Draw one pen stroke a piece, along or across it: ink, centre line, half width in pixels."""
     strokes = []
     for ink, piece, reach, part in zip(_INKS, pieces, (1.02, 0.6, 0.95), (0.3, 0.2, 0.1), strict=True):
         turn = rng.integers(720) + np.arange(int(720 * part))
@@ -268,7 +268,7 @@ def _rounded(parts: list[shapely.Polygon]) -> shapely.MultiPolygon:
 
 
 def _deepest(blobs: list[_Blob], x: F64, y: F64) -> F64:
-    """Depth inside the union of blobs, float64 (rows, columns); very negative far from all."""
+    """Depth inside the union of blobs, float64 (rows, columns); very negative far outside."""
     depth = np.full((y.size, x.size), -1e6)
     for blob in blobs:
         nearest = np.clip(blob.centre, (x[0, 0], y[0, 0]), (x[0, -1], y[-1, 0]))
@@ -278,7 +278,7 @@ def _deepest(blobs: list[_Blob], x: F64, y: F64) -> F64:
 
 
 def _draw_out(nodes: npt.NDArray[np.floating]) -> F32:
-    """Draw (m + 1, n + 1) nodes out linearly to the pixel centres between them, float32 (16 m, 16 n)."""
+    """Interpolate (m + 1, n + 1) nodes linearly at the pixel centres between them, float32 (16 m, 16 n)."""
     t = ((np.arange(_COARSE_PX) + 0.5) / _COARSE_PX).astype(np.float32)
     g = nodes.astype(np.float32)
     g = (g[:-1, None] + (g[1:] - g[:-1])[:, None] * t[:, None]).reshape(-1, g.shape[1])

@@ -1,4 +1,4 @@
-"""The file of a phantom: an Aperio-like pyramid, written a row of tiles at a time."""
+"""The file of a phantom: an Aperio-like pyramid, written by rows of tiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAKER = "Aperio Image Library (wsi phantom)"  # readers recognise the first wor
 
 
 class _Encoder:
-    """JPEG tiles without the tables, which all of them share."""
+    """Encodes JPEG tiles without the tables, which they share."""
 
     def __init__(self, glass: U8, side: int, quality: int) -> None:
         self._quality = quality
@@ -33,7 +33,7 @@ class _Encoder:
         self._glass = self._frame + jpeg[at:]
 
     def encode(self, tile: U8 | None) -> bytes:
-        """Encode a tile, uint8 (side, side, 3); None is one of glass."""
+        """Encode a tile, uint8 (side, side, 3), or None for one of glass."""
         if tile is None:
             return self._glass
         jpeg = self._jpeg(tile)
@@ -46,25 +46,25 @@ class _Encoder:
 
 
 class _Level:
-    """A level above the first: a row of its tiles fills from below, is encoded, spooled, and averaged on."""
+    """A level above the first. Its row of tiles is filled from below, encoded, spooled, and averaged upwards."""
 
     def __init__(self, sizes: list[tuple[int, int]], glass: U8, encoder: _Encoder, side: int, spool: IO[bytes]) -> None:
         self.size = sizes[0]
         self.above = _Level(sizes[1:], glass, encoder, side, spool) if len(sizes) > 1 else None
-        self.rows: list[U8] = []  # pixels, kept of the coarsest level alone
+        self.rows: list[U8] = []  # pixels, for the coarsest level only
         self._glass, self._encoder, self._side, self._spool = glass, encoder, side, spool
-        self._spans: list[tuple[int, int]] = []  # where each tile lies in the spool
+        self._spans: list[tuple[int, int]] = []  # start and length of each tile in the spool
         self._row = np.tile(glass, (side, -(-self.size[0] // side) * side, 1))
 
     def put(self, column: int, row: int, tile: U8) -> None:
-        """Take the average of a tile of the level below."""
+        """Store the average of a tile of the level below."""
         quarter = self._side // _STEP
         x, y = column * quarter, row % _STEP * quarter
         edges = np.arange(quarter + 1, dtype=np.int64) * (_STEP << native.FIXED_POINT_BITS)
         native.area_average(tile, edges, edges, self._row[y : y + quarter, x : x + quarter])
 
     def end_row(self, row: int, *, last: bool) -> None:
-        """Go on once the level below has no more tiles for this level's row."""
+        """Finish this level's row once the level below has completed its tiles."""
         if row % _STEP < _STEP - 1 and not last:
             return
         for column, left in enumerate(range(0, self._row.shape[1], self._side)):
@@ -103,7 +103,7 @@ def write_svs(path: Path, spool: IO[bytes], scene: Scene, config: PhantomConfig)
                 tile = scene.paint(column * side, row * side, side)
                 if tile is not None:
                     level.put(column, row, tile)
-                if column == columns - 1:  # before the last yield, after which nobody comes back
+                if column == columns - 1:  # before the last yield, which may not be resumed
                     level.end_row(row, last=row == rows - 1)
                 yield encoder.encode(tile)
 
@@ -112,13 +112,13 @@ def write_svs(path: Path, spool: IO[bytes], scene: Scene, config: PhantomConfig)
     options: dict[str, Any] = {"photometric": "rgb", "compression": "jpeg", "subsampling": (2, 2), "metadata": None}
     options |= {"software": False, "resolution": (1e4 / config.mpp,) * 2, "resolutionunit": "centimeter"}
     tiled = options | {"dtype": np.uint8, "tile": (side, side), "jpegtables": encoder.tables}
-    # Below 10^9 pixels no JPEG comes near the 4 GiB of a classic TIFF.
+    # Up to 10^9 pixels the JPEG tiles stay far below the 4 GiB of a classic TIFF.
     with tifffile.TiffWriter(path, bigtiff=config.size[0] * config.size[1] > 1e9) as tiff:
         tiff.write(tiles(), shape=(*config.size[::-1], 3), description=f"{_MAKER}\r\n{full} {notes}", **tiled)
         levels = [level]
         while levels[-1].above:
             levels.append(levels[-1].above)
-        # Aperio's second page is a thumbnail in strips, and readers take the second page for one.
+        # Aperio's second page is a thumbnail in strips, and readers expect it there.
         w, h = levels[-1].size
         every = -(-max(w, h) // 1024)
         thumbnail = np.concatenate(levels[-1].rows)[:h:every, :w:every]

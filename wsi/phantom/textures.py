@@ -1,4 +1,4 @@
-"""How tissue looks close by: textures that repeat."""
+"""Periodic textures of tissue."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy.spatial import KDTree
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
-#: Textures repeat after so many pixels: coprime, so that no two repeat together, of small factors for the FFT.
+#: Periods of the textures in pixels: coprime, so that no two repeat together, and with small factors for the FFT.
 PERIODS = {"stroma": 1125, "fat": 1024, "cells": 1331, "tumour": 1183}
 
 
@@ -45,7 +45,7 @@ def _noise(rng: np.random.Generator, period: int, sigma: tuple[float, float]) ->
 
 
 def _scatter(rng: np.random.Generator, period: int, spacing: float) -> F64:
-    """Points (n, 2) about `spacing` pixels apart on a torus: a shaken hexagonal lattice."""
+    """Points (n, 2) about `spacing` pixels apart on a torus: a jittered hexagonal lattice."""
     n = max(2, round(period / spacing))
     row, column = np.divmod(np.arange(n * n), n)
     lattice = np.stack([column + 0.5 * (row % 2), row], 1) + rng.uniform(-0.4, 0.4, (n * n, 2))
@@ -62,7 +62,7 @@ def _nuclei(
     stretch: float,
     amount: float,
 ) -> list[F32]:
-    """Draw nuclei (lengths in microns): their haematoxylin, and at each pixel the rank, 0 to 1, of its nucleus."""
+    """Draw nuclei (lengths in microns): their haematoxylin, and for each pixel the rank, 0 to 1, of its nucleus."""
     stain, ranks = np.zeros((period, period), np.float32), np.ones((period, period), np.float32)
     for x, y in _scatter(rng, period, spacing / mpp):
         r, long, turn = rng.uniform(*radius) / mpp, rng.uniform(1, stretch), rng.uniform(0, np.pi)
@@ -80,9 +80,9 @@ def _nuclei(
 
 def _foam(rng: np.random.Generator, period: int, *, spacing: float, wall: float) -> F32:
     """Thin walls between rounded cells, float32 (period, period): 1 on a wall, 0 in a vacuole."""
-    half = np.arange(0, period + 2, 2)  # at every other pixel: the walls are smooth
+    half = np.arange(0, period + 2, 2)  # every other pixel suffices for smooth walls
     tree = KDTree(_scatter(rng, period, spacing), boxsize=period)
     d, _ = tree.query(np.stack(np.meshgrid(half % period, half % period), -1), k=3)
     d2, d3 = d[..., 1] - d[..., 0], d[..., 2] - d[..., 0]
-    walls = np.clip(1.5 - d2 * d3 / (d2 + d3 + 1e-6) / wall, 0, 1)  # corners, where three cells meet, fill up
+    walls = np.clip(1.5 - d2 * d3 / (d2 + d3 + 1e-6) / wall, 0, 1)  # thicker where three cells meet
     return np.asarray(ndimage.map_coordinates(walls, np.mgrid[:period, :period] / 2, order=1), np.float32)

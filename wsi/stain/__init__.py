@@ -7,22 +7,22 @@ method    what is measured                               what is changed
 ========= ============================================== ===============================================
 macenko   extreme directions of tissue in the plane of   both stains' colours and amounts
           its two largest principal components
-vahadane  sparse non-negative factors, seeded from       both stains' colours and amounts
+vahadane  sparse non-negative factors, started from      both stains' colours and amounts
           macenko and without randomness
 ruifrok   amounts of two fixed stains                    the amounts alone
 reinhard  mean and spread of tissue in CIELAB            each channel's mean and spread
 ========= ============================================== ===============================================
 
-Where we differ from the published programs by design (``FitConfig(published=True, io=240)`` goes back to them, with 255
-for Vahadane):
+Deliberate differences from the published programs (``FitConfig(published=True, io=240)`` undoes them, with 255 for
+Vahadane):
 
 =================== ========================================= ========================================
 what                published                                 here
 =================== ========================================= ========================================
 glass               ``OD = -ln((I + 1) / 240)``, negative on  ``OD = max(0, -ln((I + 1) / 256))``, and
-                    glass, which takes on a cast              ``256 exp(-OD) - 1`` back: white is white
+                    glass, which takes on a colour cast       ``256 exp(-OD) - 1`` back: white is white
 what is no stain    dropped: all colours fall into a plane    kept as a third, unscaled component, so
-                                                              ink and pigment stay what they are
+                                                              ink and pigment are preserved
 amounts             99th percentile over all pixels           over tissue pixels
 Vahadane            amounts sparse and not negative           by least squares, which is one 3x3 map
 Reinhard            statistics and change of all pixels       of tissue; the change fades out to white

@@ -1,4 +1,4 @@
-"""Stain augmentation for training: amounts of the stains are shaken in optical density."""
+"""Stain augmentation for training: random changes to the amounts of the stains, in optical density."""
 
 from __future__ import annotations
 
@@ -22,21 +22,19 @@ _RUIFROK = Stains((HAEMATOXYLIN, EOSIN), (1.0, 1.0))
 
 @dataclass(frozen=True)
 class StainAugment:
-    """Changes each tile's stains by random factors; glass stays white.
+    """Multiplies each tile's stains by random factors; glass stays white.
 
     Attributes
     ----------
     strength : float
-        Amounts of both stains, and of what is neither, are each multiplied by a number from 1 - strength to
-        1 + strength.
+        The amounts of each stain, and of the rest, are multiplied by independent factors from 1 - strength to 1 +
+        strength.
     stains : Stains
-        Whose amounts; default Ruifrok's haematoxylin and eosin. Only the vectors count.
+        Vectors of the stains, default Ruifrok's haematoxylin and eosin. Their amounts are not used.
 
-    References
-    ----------
-    D. Tellez et al., "Whole-slide mitosis detection in H&E breast histology using PHH3 as a reference to train
-    distilled stain-invariant convolutional networks", IEEE Trans Med Imaging 37 (2018) 2126. Theirs also adds to the
-    amounts, which stains the glass: left out.
+    References ---------- D. Tellez et al., "Whole-slide mitosis detection in H&E breast histology using PHH3 as a
+    reference to train distilled stain-invariant convolutional networks", IEEE Trans Med Imaging 37 (2018) 2126. Their
+    additive change of the amounts is left out, since it stains the glass.
 
     Examples
     --------
@@ -58,18 +56,18 @@ class StainAugment:
             raise StainError("stains", "are too much alike to be shaken one by one")
 
     def __call__(self, rgb: U8, *, seed: int, first: int = 0, out: U8 | None = None) -> U8:
-        """Shake a batch.
+        """Augment a batch.
 
         Parameters
         ----------
         rgb : uint8 (n, h, w, 3)
             C-contiguous.
         seed : int
-            Tile i gets what (seed, first + i) gives it, whatever the batch: fresh numbers need a new seed or `first`.
+            Tile i depends only on (seed, first + i), and not on the batch: new factors need a new `seed` or `first`.
         first : int
             Number of the first tile.
         out : uint8 (n, h, w, 3), optional
-            C-contiguous, apart from `rgb`; written in place, and returned.
+            C-contiguous, not overlapping `rgb`; written in place, and returned.
 
         Returns
         -------
@@ -78,7 +76,7 @@ class StainAugment:
         Raises
         ------
         StainError
-            Of another dtype or shape, empty, or strided.
+            Another dtype or shape, empty, or strided.
         """
         checked(rgb)
         out = np.empty(rgb.shape, np.uint8) if out is None else out
@@ -95,6 +93,6 @@ class StainAugment:
         return 1 + self.strength * np.random.default_rng([seed, number]).uniform(-1, 1, 3)
 
     def _matrices(self, factors: npt.NDArray[np.float64]) -> F64:
-        """Make the maps in optical density (n, 3, 3) that multiply amounts by `factors` (n, 3)."""
+        """Return the maps in optical density (n, 3, 3) that multiply amounts by `factors` (n, 3)."""
         columns = with_residual(self.stains).T
         return (columns * factors[:, None, :]) @ np.linalg.inv(columns)

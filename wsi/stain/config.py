@@ -1,4 +1,4 @@
-"""How stains are measured."""
+"""The settings of a fit."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class FitConfig:
     Attributes
     ----------
     io : float
-        Intensity of glass plus one: what optical density 0 is. With the default, white stays white.
+        Intensity of glass plus one, which has optical density 0. With the default, white stays white.
     published : bool
-        Do as the published programs do, cast on glass included; see the table in ``wsi.stain``. Macenko's `io` is 240,
-        Vahadane's 255.
+        Follow the published programs, including the cast on glass; see the table in ``wsi.stain``. Macenko's `io` is
+        240, Vahadane's 255.
     alpha : float
-        Percentile at which Macenko's extreme directions are taken, from either end.
+        Percentile, from either end, of Macenko's extreme directions.
     beta : float
         A pixel is tissue where every channel's optical density is at least this.
     sparsity : float
@@ -28,9 +28,9 @@ class FitConfig:
     mpp : float
         Microns per pixel at which a slide is sampled; never finer than the slide is.
     tile_px : int
-        Side of the tiles sampled, in pixels at `mpp`.
+        Side of the sampled tiles, in pixels at `mpp`.
     n_tiles : int
-        How many of them at most, evenly spaced over the tissue.
+        Maximum number of sampled tiles, evenly spaced over the tissue.
 
     References
     ----------

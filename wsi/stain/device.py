@@ -1,4 +1,4 @@
-"""Transforms where the tiles are: on a GPU, device arrays of any library that speaks DLPack, queued on its stream."""
+"""Stain transforms on a GPU: device arrays of any library with DLPack, queued on its stream."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ Upload = Callable[[npt.NDArray[Any]], Any]
 
 
 class DeviceStain:
-    """A transform whose tables lie on a GPU; otherwise as ``StainTransform``, bit for bit.
+    """A transform with its tables on a GPU; its results equal those of ``StainTransform`` bit for bit.
 
-    Nothing waits for the device: arrays must stay alive until the stream has come to them.
+    Calls do not wait for the device: arrays must stay alive until the stream has reached them.
 
     Parameters
     ----------
     transform : StainTransform
     upload : callable
-        Puts a NumPy array on the current device, such as ``lambda a: torch.from_numpy(a).cuda()`` or ``cupy.asarray``.
+        Copies a NumPy array to the current device, such as ``lambda a: torch.from_numpy(a).cuda()`` or
+        ``cupy.asarray``.
     stream : callable
         Returns the stream to queue on, as a number: ``lambda: torch.cuda.current_stream().cuda_stream``, or
         ``lambda: cupy.cuda.get_current_stream().ptr``; default the default stream.
@@ -53,14 +54,14 @@ class DeviceStain:
         self._levels: dict[Any, Any] = {}
 
     def apply(self, rgb: Any, out: Any) -> Any:
-        """Queue ``StainTransform.apply``: uint8 (..., 3) device arrays, C-contiguous, not overlapping."""
+        """Queue ``StainTransform.apply`` on device arrays uint8 (..., 3), C-contiguous, not overlapping."""
         self._map(rgb, *self._arguments, out, self._stream())
         return out
 
     def tensor(
         self, rgb: Any, mean: tuple[float, ...], std: tuple[float, ...], out: Any, *, dtype: str = "float32"
     ) -> Any:
-        """Queue ``StainTransform.tensor``: uint8 (n, h, w, 3) to (n, 3, h, w) of `dtype`, of either layout."""
+        """Queue ``StainTransform.tensor``: uint8 (n, h, w, 3) to (n, 3, h, w) of `dtype`, in either layout."""
         key = (tuple(mean), tuple(std), dtype)
         if key not in self._levels:
             self._levels[key] = self._upload(native.levels(*key).copy())
@@ -88,12 +89,12 @@ def place(
     Returns
     -------
     StainTransform or DeviceStain
-        Its ``device`` says where ``apply`` and ``tensor`` want their arrays: "cpu" (NumPy) or "cuda".
+        Its ``device`` is "cpu" (``apply`` and ``tensor`` take NumPy arrays) or "cuda".
 
     Raises
     ------
     StainError
-        CUDA was asked for by name and is not there, or no such device.
+        CUDA was asked for by name and is not available, or there is no such device.
 
     Examples
     --------

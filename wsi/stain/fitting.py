@@ -1,4 +1,4 @@
-"""From pixels or a slide, and a target, to a transform."""
+"""Fitting of a transform, from pixels or a slide and a target."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ def fit(
     tissue: TissueMask | None = None,
     fallback: StainTransform | None = None,
 ) -> StainTransform:
-    """Measure a slide's colours and return what maps them to a target's.
+    """Measure a slide's colours and return the transform to a target's.
 
-    Fit once a slide, on pixels of all of it: a tile poor in nuclei, fitted alone, is given haematoxylin that it does
-    not have.
+    Fit once a slide, on pixels from all of it. A tile with few nuclei, fitted alone, would get haematoxylin that it
+    does not have.
 
     Parameters
     ----------
     method : {"macenko", "vahadane", "ruifrok", "reinhard"}
     source : Slide, or uint8 (..., 3)
-        A slide is sampled evenly over its tissue; of an array all pixels are pooled.
+        A slide is sampled evenly over its tissue; all pixels of an array are pooled.
     target : str, path, uint8 (..., 3), Slide or StainTransform
-        A name in ``TARGETS``, an image file, a transform saved as ``.json``, pixels, a slide, or the target of
-        another transform.
+        A name in ``TARGETS``, an image file, a transform saved as ``.json``, pixels, a slide, or a transform, whose
+        target is taken.
     config : FitConfig, optional
     tissue : TissueMask, optional
-        Of `source` where that is a slide: saves looking for it again.
+        Of a slide `source`, where it is already known.
     fallback : StainTransform, optional
-        Returned, marked, where `source` cannot be measured, such as the slide's when a tile is fitted; default the
-        identity.
+        Returned, and marked, where `source` cannot be measured: the slide's transform, for example, when a tile is
+        fitted. Default: the identity.
 
     Returns
     -------
     StainTransform
-        ``fallback`` says why it is not what was asked for, if it is not.
+        ``fallback`` is the reason where it is not a fit of `source`.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def _measured(
 def _wanted(
     method: str, target: str | os.PathLike[str] | U8 | Slide | StainTransform, config: FitConfig
 ) -> Stains | LabStatistics:
-    """Find the target's statistics for a method."""
+    """Return the target's statistics for a method."""
     if isinstance(target, str) and target in TARGETS:
         named = TARGETS[target]
         return _for_method(method, named.lab if method == "reinhard" else named.stains, target)
@@ -137,9 +137,8 @@ def _read(path: Path) -> U8 | StainTransform:
     except StainError:
         raise
     except ValueError as error:
-        raise StainError(
-            path, f"is not an image that can be read ({error})", f"{remedy}; open a slide with open_slide first"
-        ) from error
+        remedy += "; open a slide with open_slide first"
+        raise StainError(path, f"is not an image that can be read ({error})", remedy) from error
     if mode != "RGB":
         raise StainError(path, f"is not an 8-bit RGB image but of mode {mode}", "Convert it to RGB")
     return rgb

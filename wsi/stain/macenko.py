@@ -1,4 +1,4 @@
-"""Macenko: the two stains are the extreme directions of tissue in the plane of its largest variation.
+"""Macenko: the two stains are the extreme directions of tissue in the plane of its two largest principal components.
 
 M. Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009, 1107-1110.
 """
@@ -12,33 +12,22 @@ from wsi.stain.config import FitConfig
 from wsi.stain.pixels import density_of, tissue_density
 from wsi.stain.statistics import F64, MIN_VARIANCE_RATIO, Stains, Unmeasurable
 
-#: The percentile of a stain's amounts that is its full strength.
+#: Percentile of a stain's amounts that defines its full strength.
 FULL_STRENGTH = 99.0
 
 
 def measure(rgb: U8, config: FitConfig) -> Stains:
-    """Measure two stains by Macenko's method.
+    """Measure two stains, haematoxylin (with more red absorption) first, as unit vectors.
+
+    Angles are measured in the plane of the first and second eigenvector, from the second one, which is turned towards
+    tissue. So they do not wrap around, whatever the signs of the eigenvectors. Raises Unmeasurable, see
+    ``wsi.stain.FALLBACKS``.
 
     Parameters
     ----------
     rgb : uint8 (..., 3)
         Any number of images; all pixels are pooled.
     config : FitConfig
-
-    Returns
-    -------
-    Stains
-        Unit vectors, the one with more red absorption (haematoxylin) first.
-
-    Raises
-    ------
-    Unmeasurable
-        See ``wsi.stain.FALLBACKS``.
-
-    Notes
-    -----
-    Directions are angles in the plane of the second and first eigenvector, measured from the second, which points
-    towards tissue: they do not wrap, whatever the signs of the eigenvectors.
 
     Examples
     --------
@@ -54,15 +43,13 @@ def measure(rgb: U8, config: FitConfig) -> Stains:
 
 
 def directions(density: F64, alpha: float) -> tuple[F64, F64]:
-    """Find the extreme directions of optical densities (3, n): unit vectors (2, 3), and the variances (3,)."""
+    """Return the extreme directions of optical densities (3, n) as unit vectors (2, 3), and the variances (3,)."""
     variances, axes = np.linalg.eigh(np.cov(density))
     if not variances[1] > MIN_VARIANCE_RATIO * variances[2]:
         raise Unmeasurable("one-colour")
     plane = axes[:, 1:]
     second, first = plane.T @ density
-    if (
-        second.mean() < 0
-    ):  # towards tissue, all of which lies within a quarter turn of its mean: away from where angles wrap
+    if second.mean() < 0:  # towards tissue, which lies within a quarter turn of its mean: angles do not wrap
         plane, second = plane * [-1, 1], -second
     angles = np.percentile(np.arctan2(first, second), (alpha, 100 - alpha))
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ plane.T
@@ -75,7 +62,7 @@ def haematoxylin_first(vectors: F64) -> F64:
 
 
 def full_strength(vectors: F64, density: F64, rgb: U8, config: FitConfig) -> F64:
-    """99th percentile of each stain's amount, float64 (2,): over tissue; over all pixels in the published programs."""
+    """99th percentile of each stain's amount, float64 (2,), over tissue; over all pixels if ``config.published``."""
     if config.published:
         density = density_of(rgb, config)
     return np.percentile(np.linalg.pinv(vectors.T) @ density, FULL_STRENGTH, axis=1)

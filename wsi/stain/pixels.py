@@ -1,4 +1,4 @@
-"""Which pixels are looked at: of images, and of a whole slide."""
+"""Selection of the pixels that are measured, from images and from a whole slide."""
 
 from __future__ import annotations
 
@@ -15,19 +15,14 @@ from wsi.stain.config import FitConfig
 from wsi.stain.statistics import F64, MIN_FRACTION, MIN_PIXELS, Unmeasurable
 from wsi.tissue import TissueMask, find_tissue
 
-#: Pixels that statistics are taken of: more cost time and move the fourth digit.
+#: Maximum number of pixels measured: more take time and change only the fourth digit.
 MAX_PIXELS = 1_000_000
-#: Threads that read a slide's sample; the bytes do not depend on it.
+#: Threads that read a slide's sample; the result does not depend on their number.
 READERS = 4
 
 
 def checked(rgb: Any, where: str = "rgb") -> U8:
-    """Return `rgb` where it is 8-bit RGB and not empty. The dtype decides, never the values.
-
-    Raises
-    ------
-    StainError
-        Not uint8, grey, four channels, or no pixel.
+    """Return `rgb` if it is uint8 (..., 3) and not empty; else raise StainError. Only the dtype counts, not the values.
 
     Examples
     --------
@@ -49,21 +44,13 @@ def checked(rgb: Any, where: str = "rgb") -> U8:
 
 
 def sample_slide(slide: Slide, config: FitConfig, tissue: TissueMask | None = None) -> U8:
-    """Read tiles evenly spaced over the tissue of a slide.
+    """Read tiles evenly spaced over a slide's tissue, uint8 (n, tile_px, tile_px, 3).
 
-    Deterministic: of all tiles that are at least half tissue (else of those with any), in reading order, every k-th.
-
-    Returns
-    -------
-    uint8 (n, tile_px, tile_px, 3)
-
-    Raises
-    ------
-    Unmeasurable
-        No tissue.
+    Deterministic: every k-th, in reading order, of all tiles that are at least half tissue (else of those with any).
+    Raises Unmeasurable where there is no tissue.
     """
     tissue = tissue or find_tissue(slide)
-    # A hair less than fits, so that rounding never makes a tile larger than the slide.
+    # Slightly less than the slide, so that rounding never makes a tile larger than it.
     sides_um = [side * mpp * (1 - 1e-9) for side, mpp in zip(slide.size, slide.mpp, strict=True)]
     mpp = min(max(config.mpp, *slide.mpp), *sides_um)
     tile_px = max(1, min(config.tile_px, *(int(side / mpp) for side in sides_um)))
@@ -77,7 +64,7 @@ def sample_slide(slide: Slide, config: FitConfig, tissue: TissueMask | None = No
 
 
 def evenly(n: int, at_most: int) -> npt.NDArray[np.int64]:
-    """Which of n tiles to look at, so that they lie evenly among all.
+    """Return the indices of at most `at_most` of n items, evenly spaced.
 
     Examples
     --------
@@ -88,7 +75,7 @@ def evenly(n: int, at_most: int) -> npt.NDArray[np.int64]:
 
 
 def read_tiles(slide: Slide, grid: TileGrid, rows: npt.NDArray[np.int64]) -> U8:
-    """Read some tiles of a grid, uint8 (m, tile_px, tile_px, 3), by threads; what is damaged is white."""
+    """Read tiles of a grid in parallel, uint8 (m, tile_px, tile_px, 3); damaged areas are white."""
     side = grid.tile_px
     tiles = np.empty((len(rows), side, side, 3), np.uint8)
 
@@ -102,12 +89,9 @@ def read_tiles(slide: Slide, grid: TileGrid, rows: npt.NDArray[np.int64]) -> U8:
 
 
 def tissue_pixels(rgb: U8, brightest: int) -> U8:
-    """Return the pixels of which no channel is brighter, every k-th where they are more than needed.
+    """Return the pixels without a channel above `brightest`, thinned to ``MAX_PIXELS``.
 
-    Raises
-    ------
-    Unmeasurable
-        Fewer than ``MIN_PIXELS``, or than ``MIN_FRACTION`` of all.
+    Raises Unmeasurable for fewer than ``MIN_PIXELS``, or a smaller share than ``MIN_FRACTION``.
 
     Examples
     --------
@@ -128,12 +112,12 @@ def tissue_pixels(rgb: U8, brightest: int) -> U8:
 
 
 def thinned(values: npt.NDArray[Any], at_most: int) -> npt.NDArray[Any]:
-    """Every k-th of `values`, k the smallest that leaves `at_most`."""
+    """Return every k-th of `values`, with the smallest k that leaves at most `at_most`."""
     return values[:: max(1, -(-len(values) // at_most))]
 
 
 def density_table(io: float, *, clamp: bool) -> F64:
-    """Optical density of each byte, float64 (256,): ``-ln((I + 1) / io)``, not below 0 where clamped.
+    """Optical density of each byte, float64 (256,): ``-ln((I + 1) / io)``; negative values are 0 if `clamp`.
 
     Examples
     --------
@@ -145,14 +129,9 @@ def density_table(io: float, *, clamp: bool) -> F64:
 
 
 def tissue_density(rgb: U8, config: FitConfig) -> F64:
-    """Optical density of tissue, float64 (3, n): contiguous channels, which NumPy is fast on.
+    """Optical density of tissue pixels, float64 (3, n); each channel is contiguous, which is fast in NumPy.
 
-    Tissue is where every channel's density is at least beta.
-
-    Raises
-    ------
-    Unmeasurable
-        Too little tissue.
+    Tissue is where every channel's density is at least beta. Raises Unmeasurable for too little tissue.
     """
     brightest = int(np.count_nonzero(density_table(config.io, clamp=False) >= config.beta)) - 1
     return density_of(tissue_pixels(rgb, brightest), config)

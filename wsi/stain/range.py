@@ -1,17 +1,17 @@
-"""The range of stain that a model was trained on, and whether a slide lies outside it.
+"""The stain range of a model's training slides, and whether a slide lies outside it.
 
-A slide's stain is a point: the directions of haematoxylin and eosin in optical density and their full strengths, by
-Macenko's method on tiles as the model sees them. Two slides are apart by the root of the sum of four squares: the
-angles between their two stains, in degrees, and ten times the binary logarithm of the two ratios of strength, so that
-twice as strong counts as 10 degrees. The metric is fixed, not fitted.
+A slide's stain is a point: the directions of haematoxylin and eosin in optical density and their full strengths,
+measured by Macenko's method on tiles as the model sees them. The distance of two slides is the root of the sum of four
+squares: the angles between their two stains, in degrees, and ten times the binary logarithm of the two ratios of
+strength, so that twice the strength counts as 10 degrees. This metric is fixed, not fitted.
 
-A slide lies outside where it is farther from the nearest training slide than `limit`. Of n training patients each has
-the distance of its slide that fits worst to the nearest slide of another patient; `limit` is the ``ceil((n + 1) c)``-th
-smallest of these, c being the coverage. Then of new patients from where the training patients came from at most a share
-``1 - c`` is expected outside, whatever the distribution. Proof: of n + 1 exchangeable patients, each measured to the
-nearest slide of all others, the new one has any rank with equal probability, and so is with probability c or more at
-most the ``ceil((n + 1) c)``-th smallest of the others; without the new patient's slides these can only be larger.
-This says nothing of how many slides from elsewhere are found.
+A slide is outside if it is farther than `limit` from the nearest training slide. Each of n training patients has a
+score: the largest, over the patient's slides, of the distance to the nearest slide of another patient. `limit` is the
+``ceil((n + 1) c)``-th smallest score, where c is the coverage. Then at most a share ``1 - c`` of new patients from the
+same population is expected outside, for any distribution. Proof: among n + 1 exchangeable patients, scored against each
+other, every rank of the new one is equally likely. So with probability c or more its score is at most the
+``ceil((n + 1) c)``-th smallest of the others' scores. Without the new patient's slides these can only grow. The
+argument says nothing of how many slides from elsewhere are detected.
 
 References
 ----------
@@ -46,23 +46,23 @@ from wsi.store import PatchStore, slide_of
 
 FILE = "stain.json"
 COVERAGE = 0.95
-#: What twice the strength counts as.
+#: Distance of twice the strength.
 DOUBLING_DEG = 10.0
-#: Tiles that a slide's stain is measured on, at most.
+#: Maximum number of tiles on which a slide's stain is measured.
 N_TILES = 64
 
 Point = tuple[float, ...]
 
 
 class StainCheck(NamedTuple):
-    """How a slide's stain lies to the training slides'.
+    """Result of comparing a slide's stain with the training slides'.
 
     Attributes
     ----------
     distance : float, optional
         To the nearest training slide, in degrees.
     outside : str, optional
-        Why the model should not be trusted on this slide; None where nothing speaks against it.
+        Why the model should not be trusted on this slide; None for no objection.
     undefined : str, optional
         Why there is no distance.
     """
@@ -81,11 +81,11 @@ class StainRange:
     slides : tuple of 8 floats each
         Unit vector of haematoxylin (3), of eosin (3), and both strengths.
     patients : int
-        Whose slides they are.
+        Number of patients.
     limit : float, optional
-        Distance in degrees beyond which a slide is outside; None where it could not be told.
+        Distance in degrees beyond which a slide is outside; None if unknown.
     coverage : float
-        Least share of new patients, from where the training patients came from, that are inside.
+        Expected least share of new patients, from the same population, that are inside.
     reason : str, optional
         Why there is no limit.
 
@@ -107,7 +107,7 @@ class StainRange:
 
     @classmethod
     def of(cls, points: Sequence[Point], patients: Sequence[Any], coverage: float = COVERAGE) -> StainRange:
-        """Find the limit of points, one a slide, of `patients`; see the top of this file."""
+        """Compute the limit from one point a slide and the slides' patients; see the module's docstring."""
         table = np.array(points, np.float64).reshape(-1, 8)
         owner = np.unique(np.array(patients, str), return_inverse=True)[1]
         n = int(owner.max()) + 1 if len(owner) else 0
@@ -120,7 +120,7 @@ class StainRange:
         return cls(tuple(points), n, rounded(np.sort(alone)[rank - 1]), coverage)
 
     def check(self, seen: Point | U8) -> StainCheck:
-        """Say whether a slide lies outside, by its point or by pixels of it, uint8 (..., 3)."""
+        """Check a slide, given as a point or as some of its pixels, uint8 (..., 3)."""
         if self.limit is None:
             return StainCheck(undefined=f"no range of training stains: {self.reason}")
         try:
@@ -142,26 +142,23 @@ class StainRange:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as a model folder's stain.json holds it: a line a slide."""
+        """Return the content of stain.json, with one string a slide."""
         return asdict(self) | {"slides": [" ".join(f"{value:g}" for value in row) for row in self.slides]}
 
     @property
     def sha256(self) -> str:
-        """Of its content."""
+        """Hash of the content."""
         return hashlib.sha256(json.dumps(self.as_json()).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write it into a model folder."""
+        """Write stain.json into a model folder."""
         write_json(folder / FILE, self.as_json())
 
     @classmethod
     def read(cls, folder: Path) -> StainRange | None:
-        """Read it from a model folder, of a head without its own (``mil/``) from its model's; None where there is none.
+        """Read stain.json from a model folder; None if there is none, ModelError where it is damaged.
 
-        Raises
-        ------
-        ModelError
-            It is damaged.
+        A head without one of its own (``mil/``) uses its model's.
         """
         path = folder / FILE
         if not path.is_file():
@@ -172,11 +169,8 @@ class StainRange:
             limit, patients, coverage = raw["limit"], int(raw["patients"]), float(raw["coverage"])
             if limit is not None:
                 limit, table = float(limit), np.array(rows, np.float64).reshape(-1, 8)
-                sizes = [
-                    *np.linalg.norm(table[:, :3], axis=1),
-                    *np.linalg.norm(table[:, 3:6], axis=1),
-                    *table[:, 6:].flat,
-                ]
+                lengths = np.linalg.norm(table[:, :6].reshape(-1, 2, 3), axis=2)
+                sizes = [*lengths.flat, *table[:, 6:].flat]
                 if not rows or not np.isfinite(table).all() or not limit >= 0 or min(sizes) <= 0:
                     raise ValueError("rows of eight numbers, no vector or strength 0, and a limit are needed")
             return cls(rows, patients, limit, coverage, raw["reason"])
@@ -185,39 +179,30 @@ class StainRange:
 
 
 def measure(rgb: U8) -> Stains:
-    """Measure the stains of pooled pixels, uint8 (..., 3).
-
-    Raises
-    ------
-    Unmeasurable
-        See ``wsi.stain.FALLBACKS``.
-    """
+    """Measure the stains of pooled pixels, uint8 (..., 3); raises Unmeasurable, see ``wsi.stain.FALLBACKS``."""
     return macenko.measure(rgb, FitConfig())
 
 
 def point_of(stains: Stains) -> Point:
-    """Stains as a range holds them, to five decimals."""
+    """Return stains as the point that a range stores, to five decimals."""
     vectors = np.array(stains.vectors)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return tuple(np.round([*vectors.ravel(), *stains.max_amounts], 5).tolist())
 
 
 def sample_tiles(slide: Slide, grid: TileGrid, stain: StainTransform | None = None) -> U8:
-    """Read tiles that lie evenly among a grid's, as a model sees them: uint8 (m, tile_px, tile_px, 3)."""
+    """Read tiles evenly spaced over a grid, as a model sees them: uint8 (m, tile_px, tile_px, 3)."""
     tiles = read_tiles(slide, grid, evenly(len(grid), N_TILES))
     return tiles if stain is None or not len(tiles) else stain.apply(tiles)
 
 
 def sample_store(store: PatchStore) -> U8:
-    """Do the same for a store, from the pixels that it keeps or from its slide.
+    """Return such tiles of a store, from its own pixels or from its slide.
 
-    Raises
-    ------
-    StoreError, SlideError
-        It keeps none, and its slide is not where it was.
+    Raises StoreError or SlideError where it keeps no pixels and the slide cannot be found.
     """
-    said = store.attributes.get("stain")
-    stain = None if said is None else StainTransform.from_json(json.dumps(said))
+    used = store.attributes.get("stain")
+    stain = None if used is None else StainTransform.from_json(json.dumps(used))
     if store.pixels == "none":
         with slide_of(store) as slide:
             return sample_tiles(slide, store.grid, stain)
@@ -226,7 +211,7 @@ def sample_store(store: PatchStore) -> U8:
 
 
 def _angles(a: F64, b: F64) -> F64:
-    """Degrees between vectors (m, 3) and (n, 3); by the chord, which is exact for small angles too."""
+    """Angles in degrees between vectors (m, 3) and (n, 3), from the chord, which is accurate for small angles too."""
     a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
     chord = np.linalg.norm(a[:, None] - b[None], axis=2)
     return np.asarray(np.degrees(2 * np.arcsin(np.minimum(chord / 2, 1))))

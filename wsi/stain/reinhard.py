@@ -1,7 +1,7 @@
-"""Reinhard: tissue gets the target's mean and spread in each channel of CIELAB.
+"""Reinhard: give tissue the target's mean and spread in each channel of CIELAB.
 
-E. Reinhard et al., "Color transfer between images", IEEE Comput Graph Appl 21 (2001) 34-41; in CIELAB, as pathology
-uses it, instead of their l-alpha-beta. CIELAB: CIE 15:2004, from sRGB (IEC 61966-2-1) under D65.
+E. Reinhard et al., "Color transfer between images", IEEE Comput Graph Appl 21 (2001) 34-41; in CIELAB, as usual in
+pathology, instead of their l-alpha-beta. CIELAB: CIE 15:2004, from sRGB (IEC 61966-2-1) under D65.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ TO_XYZ = np.array(
 )
 TO_XYZ /= TO_XYZ.sum(axis=1, keepdims=True)
 
-#: Tissue is darker than this; from here to white the change fades out.
+#: Tissue is darker than `TISSUE_L`; from there to white the change fades out.
 TISSUE_L, WHITE_L = 80.0, 100.0
 
-#: Pixels looked at, glass included.
+#: Maximum number of pixels measured, glass included.
 MAX_PIXELS = 500_000
 
 _FLAT = 1e-6
 
 
 def measure(rgb: U8, config: FitConfig) -> LabStatistics:
-    """Measure mean and deviation of CIELAB over tissue; parameters as in ``wsi.stain.macenko.measure``.
+    """Measure mean and standard deviation of CIELAB over tissue; parameters as in ``wsi.stain.macenko.measure``.
 
-    Tissue is what is darker than L = 80; the published programs take all pixels.
+    Tissue has L below 80; the published programs use all pixels.
 
     Examples
     --------
@@ -56,7 +56,7 @@ def measure(rgb: U8, config: FitConfig) -> LabStatistics:
 
 
 def lab_channels(rgb: U8) -> F64:
-    """Convert sRGB pixels, uint8 (n, 3), to CIELAB under D65, float64 (3, n): contiguous, which NumPy is fast on.
+    """Convert sRGB pixels, uint8 (n, 3), to CIELAB under D65, float64 (3, n) with contiguous channels.
 
     Examples
     --------
@@ -69,19 +69,16 @@ def lab_channels(rgb: U8) -> F64:
 
 
 def linear_light(srgb: F64) -> F64:
-    """Light of an sRGB value, both 0 to 1."""
+    """Linear light of an sRGB value, both 0 to 1."""
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
 def lab_tables(
     source: LabStatistics, target: LabStatistics, *, published: bool
 ) -> tuple[npt.NDArray[np.float32], U8, npt.NDArray[np.float32]]:
-    """Make what ``native.lab_map`` needs: light of each byte, byte of each step of light, and the map.
+    """Make the arguments of ``native.lab_map``: light of each byte, byte of each step of light, and the map.
 
-    Raises
-    ------
-    Unmeasurable
-        The target varies too much more than the source.
+    Raises Unmeasurable where the target varies too much more than the source.
     """
     scale = np.array(target.std) / source.std
     if scale.max() > MAX_GAIN:

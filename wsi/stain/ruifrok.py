@@ -1,4 +1,4 @@
-"""Ruifrok and Johnston: two stains of known colour; only their amounts are measured.
+"""Ruifrok and Johnston: two stains of fixed colour; only their amounts are measured.
 
 A. C. Ruifrok and D. A. Johnston, "Quantification of histochemical staining by color deconvolution", Anal Quant Cytol
 Histol 23 (2001) 291-299.
@@ -16,7 +16,7 @@ from wsi.stain.macenko import full_strength
 from wsi.stain.pixels import tissue_density
 from wsi.stain.statistics import Stains, Vector
 
-#: Optical density of red, green and blue; not of unit length, as everybody uses them.
+#: Optical density of red, green and blue; not of unit length, as is customary.
 HAEMATOXYLIN: Vector = (0.65, 0.70, 0.29)
 EOSIN: Vector = (0.07, 0.99, 0.11)
 
@@ -38,7 +38,7 @@ def measure(rgb: U8, config: FitConfig) -> Stains:
 
 
 def in_fixed_stains(target: Stains) -> Stains:
-    """Express a target measured with stains of its own: each one's full strength, as the fixed stains see it.
+    """Express a target in the fixed stains: each of its stains' full strength, projected on the fixed one.
 
     Examples
     --------

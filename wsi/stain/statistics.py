@@ -1,4 +1,4 @@
-"""What is measured of a slide's colour, and what keeps it from being measured."""
+"""The measured statistics of a slide's colour, and the reasons why a slide cannot be measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wsi.errors import StainError
 F64 = npt.NDArray[np.float64]
 Vector = tuple[float, float, float]
 
-#: Why a fit fell back, and what that means.
+#: Reasons why a fit fell back, and their meaning.
 FALLBACKS = {
     "blank": "no pixel is tissue",
     "few-pixels": "less than 500 pixels, or 1 %, are tissue",
@@ -23,18 +23,18 @@ FALLBACKS = {
     "gain": "the target is so unlike that a difference between pixels would grow more than 4.8 times",
 }
 
-#: Fewer tissue pixels, or a smaller part of all, measure nothing.
+#: Least number, and least share of all pixels, of tissue pixels that can be measured.
 MIN_PIXELS, MIN_FRACTION = 500, 0.01
-#: The second variance over the first, below which tissue has one colour.
+#: Ratio of the second variance to the first below which tissue has one colour.
 MIN_VARIANCE_RATIO = 1e-3
 #: Stains closer than this are one stain.
 MIN_ANGLE_DEG = 5.0
-#: More amplifies noise into colour; and up to here products of table rows stay within float32 (see od_tables).
+#: A larger gain turns noise into colour; up to here products of table rows fit in float32 (see od_tables).
 MAX_GAIN = 4.8
 
 
 class Unmeasurable(StainError):
-    """These pixels do not say what was asked; `reason` is a key of ``FALLBACKS``."""
+    """The pixels cannot be measured; `reason` is a key of ``FALLBACKS``."""
 
     def __init__(self, reason: str, where: str = "pixels") -> None:
         self.reason = reason
@@ -43,23 +43,23 @@ class Unmeasurable(StainError):
 
 @dataclass(frozen=True)
 class Stains:
-    """Two stains as they look on one slide.
+    """Colour and strength of two stains on one slide.
 
     Attributes
     ----------
     vectors : (3 floats, 3 floats)
         Optical density of red, green and blue of one unit of each stain; haematoxylin first.
     max_amounts : (float, float)
-        99th percentile of each stain's amount: its full strength.
+        Full strength: 99th percentile of each stain's amount.
     n_px : int
-        Tissue pixels measured; 0 for published numbers.
+        Tissue pixels measured; 0 for published values.
     variances : 3 floats, or none
-        Eigenvalues of the covariance of optical density, ascending, where they were looked at.
+        Eigenvalues of the covariance of optical density, ascending, where they were computed.
 
     Raises
     ------
     StainError
-        Not finite, not positive, or stains less than 5 degrees apart.
+        Values that are not finite or not positive, or stains less than 5 degrees apart.
 
     Examples
     --------
@@ -83,24 +83,20 @@ class Stains:
 
     @property
     def angle_deg(self) -> float:
-        """Angle between the two stains; 0 where one of them is no direction."""
+        """Angle between the two stains; 0 where one vector has no length."""
         first, second = np.asarray(self.vectors)
         return angle_deg(first, second)
 
     @classmethod
     def of(cls, vectors: F64, max_amounts: F64, n_px: int, variances: F64 | None = None) -> Stains:
-        """Make of arrays (2, 3) and (2,), or say why that is no measurement."""
+        """Make from arrays (2, 3) and (2,); raise Unmeasurable where they are no valid measurement."""
         if not angle_deg(*vectors) >= MIN_ANGLE_DEG:
             raise Unmeasurable("small-angle")
         if not (max_amounts > 1e-3).all():
             raise Unmeasurable("one-colour")
         h, e = vectors.tolist()
-        return cls(
-            (tuple(h), tuple(e)),
-            tuple(max_amounts.tolist()),
-            n_px,
-            tuple(map(float, () if variances is None else variances)),
-        )
+        eigenvalues = () if variances is None else tuple(map(float, variances))
+        return cls((tuple(h), tuple(e)), tuple(max_amounts.tolist()), n_px, eigenvalues)
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class LabStatistics:
 
 
 def angle_deg(first: F64, second: F64) -> float:
-    """Angle between two vectors of three; 0 where one has no length."""
+    """Angle between two vectors (3,); 0 where one has no length."""
     lengths = float(np.linalg.norm(first) * np.linalg.norm(second))
     cosine = float(first @ second) / lengths if lengths > 0 else 1.0
     return math.degrees(math.acos(min(1.0, max(-1.0, cosine))))

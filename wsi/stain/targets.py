@@ -1,4 +1,4 @@
-"""Targets by name: numbers alone, no pictures."""
+"""Targets by name: numbers only, without images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from wsi.stain.statistics import LabStatistics, Stains
 
 @dataclass(frozen=True)
 class Target:
-    """What a reference looks like.
+    """The stains of a reference.
 
     Attributes
     ----------
@@ -18,7 +18,7 @@ class Target:
     lab : LabStatistics
         For reinhard.
     origin : str
-        Where the numbers come from.
+        Source of the numbers.
     """
 
     stains: Stains

@@ -1,4 +1,4 @@
-"""What a fit returns: frozen, as JSON in a line, and applied at memory speed."""
+"""The result of a fit: frozen, saved as a line of JSON, and applied at memory speed."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class StainTransform:
-    """Maps each pixel from a slide's colours to a target's; without both statistics, every pixel to itself.
+    """Maps each pixel from a slide's colours to a target's; without statistics, it is the identity.
 
     Attributes
     ----------
     method : str
         "macenko", "vahadane", "ruifrok" or "reinhard".
     source, target : Stains or LabStatistics, or None
-        What was measured, and what is wanted.
+        Measured and wanted statistics.
     io : float
         Intensity of glass plus one.
     published : bool
-        As the published programs, cast on glass included.
+        Follow the published programs, including the cast on glass.
     fallback : str, optional
-        Why this is not what was asked for, a key of ``FALLBACKS``: the identity, or another slide's transform.
+        Why this is not the requested fit, a key of ``FALLBACKS``: the identity, or another slide's transform.
     sparsity : float, optional
-        Amounts of stains are not negative, and sparse by this weight (as Vahadane publishes it), instead of least
-        squares.
+        Compute non-negative amounts with this weight of sparsity (Vahadane, as published) instead of least squares.
 
     Raises
     ------
@@ -72,14 +71,14 @@ class StainTransform:
         _ = self.arguments  # refuses maps that amplify too much
 
     def apply(self, rgb: U8, out: U8 | None = None) -> U8:
-        """Map pixels, one by one: batches and order change nothing.
+        """Map pixels one by one; the result does not depend on batches or order.
 
         Parameters
         ----------
         rgb : uint8 (..., 3)
             C-contiguous.
         out : uint8, shape of `rgb`, optional
-            C-contiguous, apart from `rgb`; written in place, and returned.
+            C-contiguous, not overlapping `rgb`; written in place, and returned.
 
         Returns
         -------
@@ -88,7 +87,7 @@ class StainTransform:
         Raises
         ------
         StainError
-            Of another dtype or shape, empty, strided, or overlapping: nothing is copied silently.
+            Another dtype or shape, empty, strided, or overlapping. Nothing is copied silently.
         """
         checked(rgb)
         if out is None:
@@ -109,7 +108,7 @@ class StainTransform:
         dtype: str = "float32",
         channels_last: bool = False,
     ) -> npt.NDArray[Any]:
-        """Map tiles to what a network eats, in one pass: ``apply``, ``(value / 255 - mean) / std``, layout, dtype.
+        """Map tiles to a network's input in one pass: ``apply``, ``(value / 255 - mean) / std``, layout, dtype.
 
         Parameters
         ----------
@@ -122,13 +121,13 @@ class StainTransform:
         dtype : {"float32", "float16", "bfloat16"}
             NumPy has no bfloat16: its bits come as uint16 (``torch.from_numpy(x).view(torch.bfloat16)``).
         channels_last : bool
-            Whether a pixel's three values lie together in memory, where `out` is not given: the same numbers, which
-            convolutions take faster, and which are written faster.
+            Memory layout where `out` is not given: True keeps a pixel's three values together. The numbers are the
+            same, and convolutions run faster.
 
         Returns
         -------
         (n, 3, h, w)
-            Each of the 768 possible values is computed in float64 and rounded (to bfloat16 by way of float32).
+            Each of the 768 possible values is computed in float64 and rounded (to bfloat16 via float32).
 
         Examples
         --------
@@ -154,19 +153,19 @@ class StainTransform:
 
     @property
     def device(self) -> str:
-        """Where it maps: "cpu"; see ``wsi.stain.device``."""
+        """Where it runs, "cpu"; see ``wsi.stain.device``."""
         return "cpu"
 
     @property
     def kernel(self) -> str:
-        """Which of ``wsi.native``'s maps it is."""
+        """Name of the map in ``wsi.native``."""
         if isinstance(self.source, LabStatistics):
             return "lab_map"
         return "sparse_map" if self.sparsity is not None and self.source is not None else "od_map"
 
     @cached_property
     def arguments(self) -> tuple[Any, ...]:
-        """What the kernel takes between `rgb` and `out`: tables and numbers."""
+        """Arguments of the kernel between `rgb` and `out`: tables and numbers."""
         if isinstance(self.source, LabStatistics) and isinstance(self.target, LabStatistics):
             return lab_tables(self.source, self.target, published=self.published)
         if isinstance(self.source, Stains) and isinstance(self.target, Stains):
@@ -177,18 +176,12 @@ class StainTransform:
         return od_tables(np.eye(3), 256.0)
 
     def to_json(self) -> str:
-        """One line of JSON, sorted keys; ``from_json`` gives back an equal transform."""
+        """Return one line of JSON with sorted keys; ``from_json`` restores an equal transform."""
         return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> StainTransform:
-        """Read what ``to_json`` wrote.
-
-        Raises
-        ------
-        StainError
-            Not JSON, of another format, or with values that make no transform.
-        """
+        """Read the output of ``to_json``; StainError where it is not that, or holds no valid transform."""
         try:
             values = json.loads(text)
             if values.pop("format") != _FORMAT:
@@ -203,15 +196,11 @@ class StainTransform:
 
 
 def od_matrix(source: Stains, target: Stains, *, residual: bool) -> F64:
-    """Make the map in optical density, float64 (3, 3): ``out = matrix @ in``.
+    """Return the map in optical density, float64 (3, 3): ``out = matrix @ in``.
 
-    Amounts of the source's stains are scaled to the target's full strength and shown in the target's colours. With
-    `residual` what is perpendicular to both stains is carried over as it is; else it is dropped, as in Macenko.
-
-    Raises
-    ------
-    Unmeasurable
-        The map amplifies more than ``MAX_GAIN``.
+    Amounts of the source's stains are scaled to the target's full strength and shown in the target's colours. The
+    component perpendicular to both stains is kept with `residual`, and dropped without, as in Macenko. Raises
+    Unmeasurable where the map amplifies more than ``MAX_GAIN``.
     """
     ratio = np.array(target.max_amounts) / source.max_amounts
     if residual:
@@ -227,26 +216,22 @@ def od_matrix(source: Stains, target: Stains, *, residual: bool) -> F64:
 def od_tables(matrix: F64, io: float, *, published: bool = False) -> tuple[npt.NDArray[np.float32], float]:
     """Factor a map in optical density by input channel, for ``native.od_map``.
 
-    ``256 exp(-sum_k M[c, k] OD(v_k)) - 1``: one factor for each of red, green and blue. No entry of the matrix is
-    above 4.8 and no density above 5.6, so products of three factors are within float32.
+    ``256 exp(-sum_k M[c, k] OD(v_k)) - 1`` is a product of one factor for each of red, green and blue. No entry of the
+    matrix is above 4.8 and no density above 5.6, so products of three factors fit in float32.
 
     Parameters
     ----------
     matrix : float64 (3, 3)
+        Raises StainError where it is not finite, or has an entry above 4.8.
     io : float
         Intensity of glass plus one.
     published : bool
-        Densities below 0 are kept, and the way back is ``io * exp(-OD)``, without taking off the one that was added.
+        Keep negative densities, and map back by ``io * exp(-OD)`` without subtracting one.
 
     Returns
     -------
     float32 (3, 256, 4), float
         Tables and bias.
-
-    Raises
-    ------
-    StainError
-        Not finite, or above 4.8.
 
     Examples
     --------
@@ -266,14 +251,10 @@ def od_tables(matrix: F64, io: float, *, published: bool = False) -> tuple[npt.N
 def sparse_tables(
     source: Stains, target: Stains, io: float, sparsity: float, *, published: bool = False
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Make what ``native.sparse_map`` needs: density of each byte, and the map; see ``wsi.stain.vahadane``.
+    """Make the arguments of ``native.sparse_map``: density of each byte, and the map; see ``wsi.stain.vahadane``.
 
-    Raises
-    ------
-    Unmeasurable
-        The map amplifies more than ``MAX_GAIN``.
-    StainError
-        Stains that are more than a right angle apart: none that absorb light are.
+    Raises Unmeasurable where the map amplifies more than ``MAX_GAIN``, and StainError for stains more than a right
+    angle apart, which absorbing stains never are.
     """
     od_matrix(source, target, residual=False)  # refuses maps that amplify too much
     lengths = np.linalg.norm(source.vectors, axis=1)
@@ -292,7 +273,7 @@ def sparse_tables(
 
 
 def with_residual(stains: Stains) -> F64:
-    """Both stains and the unit vector perpendicular to them, (3, 3)."""
+    """Return both stains and the unit vector perpendicular to them, (3, 3)."""
     h, e = np.array(stains.vectors)
     third = np.cross(h, e)
     return np.stack([h, e, third / np.linalg.norm(third)])

@@ -1,4 +1,4 @@
-"""Bags of tile features on disk: our stores, CLAM's .h5 and .pt, TRIDENT's folders.
+"""Read bags of tile features: our stores, and the files of CLAM, TRIDENT, STAMP, torchmil and AnnData.
 
 ::
 
@@ -27,21 +27,21 @@ from wsi.files import replacing
 from wsi.store import PatchStore
 from wsi.units import Mpp
 
-#: What made a store's ``features``, as ``wsi score`` leaves them.
+#: Encoder name of a store's ``features``, which ``wsi score`` writes.
 SCORING_MODEL = "the scoring model"
 _FILES = (".h5", ".pt", ".npy", ".h5ad")
 
-#: What readers of HDF5, pickles and .npy raise where a file is damaged.
+#: Errors that readers of HDF5, pickles and .npy raise for a damaged file.
 _DAMAGED = (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, EOFError, BadZipFile)
 
 
-class Said(NamedTuple):
-    """What a file says of its slide and its tiles besides; None is what it does not say.
+class BagInfo(NamedTuple):
+    """Metadata of a bag's slide and tiles; None where the file does not give it.
 
     Attributes
     ----------
     tile, stride : (float, float)
-        Width and height of tiles, and their distances, in level-0 pixels.
+        Width and height of tiles, and their spacing, in level-0 pixels.
     tile_px : int
         Side of a tile in the pixels that it was cut with.
     mpp : Mpp
@@ -49,9 +49,9 @@ class Said(NamedTuple):
     size : (int, int)
         The slide's width and height in level-0 pixels.
     encoder_name : str
-        Of a store of ours, whose bags know their encoder by its hash.
+        Name of the encoder, in a store of ours; `Bag.encoder` is its hash there.
     unit : {"px", "um", "lattice"}
-        What the bag's boxes are counted in: level-0 pixels, microns, or tiles.
+        Unit of the bag's boxes: level-0 pixels, microns, or tiles.
     """
 
     tile: tuple[float, float] | None = None
@@ -71,30 +71,23 @@ class Bag(NamedTuple):
     features : float16 or float32 (n, d)
         n >= 1, finite.
     boxes : float64 (n, 4), optional
-        x, y, w, h in `said.unit`, level-0 pixels unless a file has others; None where it does not say.
+        x, y, w, h in `info.unit`; None where the file has no coordinates.
     encoder : str, optional
-        What made the features: the hash of the weights, or the name that a TRIDENT file gives.
-    said : Said
+        Hash of the encoder's weights, or the encoder's name in a file of another program.
+    info : BagInfo
     """
 
     features: npt.NDArray[Any]
     boxes: npt.NDArray[np.float64] | None
     encoder: str | None
-    said: Said = Said()
+    info: BagInfo = BagInfo()
 
 
 def find_bags(places: Iterable[str | Path]) -> dict[str, Path]:
-    """Return where each slide's bag is.
+    """Return the path of each slide's bag.
 
-    Parameters
-    ----------
-    places : iterable of paths
-        Results folders of ours, CLAM or TRIDENT folders, or single bags.
-
-    Raises
-    ------
-    TrainError
-        Nothing is there, a folder holds features of several encoders, or a slide is there twice.
+    `places` are results folders of ours, folders of CLAM or TRIDENT, or single bags. Raises TrainError where a place
+    holds no bags or features of several encoders, or where a slide occurs twice.
     """
     found: dict[str, Path] = {}
     for place in map(Path, places):
@@ -109,18 +102,11 @@ def find_bags(places: Iterable[str | Path]) -> dict[str, Path]:
 
 
 def read_bag(path: Path, encoder: str | None = None) -> Bag:
-    """Read a bag and check it.
+    """Read and check a bag.
 
-    Parameters
-    ----------
-    encoder : str, optional
-        Of a store of ours: which features, by the name that ``wsi embed`` was given or the beginning of the hash of
-        the encoder's weights. Needed where a store holds those of several.
-
-    Raises
-    ------
-    TrainError
-        It is empty, not a table of finite numbers, or damaged; the bag is named.
+    `encoder` selects the features of a store that holds several: the name that ``wsi embed`` was given, or the
+    beginning of the hash of the encoder's weights. Raises TrainError, which names the bag, where the bag is damaged or
+    empty, or is not a table of finite numbers.
     """
     try:
         read = {".h5": _read_h5, ".pt": _read_pt, ".npy": _read_npy, ".h5ad": _read_h5ad}.get(path.suffix)
@@ -132,12 +118,14 @@ def read_bag(path: Path, encoder: str | None = None) -> Bag:
         raise TrainError(path, f"features are {features.dtype} {features.shape}, not floats (n, d)", "Is it a bag?")
     if not len(features):
         raise TrainError(path, "holds no tiles", "Leave the slide out of the labels, or look for its tissue again")
-    starts = range(0, len(features), 16_384)  # in blocks: a mask of all would be half the bag again
+    starts = range(0, len(features), 16_384)  # in blocks: one mask would be half as large as the bag
     bad = sum(int((~np.isfinite(features[start : start + 16_384]).all(axis=1)).sum()) for start in starts)
     if bad:
         raise TrainError(path, f"{bad} of {len(features)} tiles have features that are not finite", "Compute it again")
     if bag.boxes is not None and len(bag.boxes) != len(features):
         raise TrainError(path, f"holds {len(features)} features and {len(bag.boxes)} coordinates", "Compute it again")
+    if bag.boxes is not None and not np.isfinite(bag.boxes).all():
+        raise TrainError(path, "has coordinates that are not finite", "Compute it again")
     return bag
 
 
@@ -185,7 +173,7 @@ def _is_stamp(path: Path) -> bool:
 
 def _read_store(path: Path, encoder: str | None) -> Bag:
     store = PatchStore.open(path)
-    found = {}  # array: name and hash of what made it
+    found = {}  # array: name and hash of its encoder
     for array in store.arrays:
         about = store.about(array)
         if "encoder_sha256" in about:
@@ -208,7 +196,7 @@ def _read_store(path: Path, encoder: str | None) -> Bag:
     array, (name, sha256) = found.popitem()
     readable = ~store.get("unreadable") if not store.missing("unreadable") else slice(None)
     grid, slide = store.grid, store.attributes.get("slide", {})
-    said = Said(
+    info = BagInfo(
         tile=grid.tile,
         stride=grid.stride,
         tile_px=grid.tile_px,
@@ -216,7 +204,7 @@ def _read_store(path: Path, encoder: str | None) -> Bag:
         size=_pair(slide.get("size"), int),
         encoder_name=name,
     )
-    return Bag(store.get(array)[readable], grid.boxes()[readable], sha256 or None, said)
+    return Bag(store.get(array)[readable], grid.boxes()[readable], sha256 or None, info)
 
 
 def _read_h5(path: Path) -> Bag:
@@ -230,38 +218,38 @@ def _read_h5(path: Path) -> Bag:
         features = features[0] if features.ndim == 3 and len(features) == 1 else features
         encoder = dataset.attrs.get("encoder")
         coords = file.get("coords")
-        boxes, said = _beside(path) if coords is None else _boxes(coords)
-        if boxes is not None and said.tile is None:
-            said = _beside(path)[1]
-            boxes[:, 2:] = said.tile or boxes[:, 2:]
-    return Bag(features, boxes, None if encoder in (None, "None") else str(encoder), said)
+        boxes, info = _beside(path) if coords is None else _boxes(coords)
+        if boxes is not None and info.tile is None:
+            info = _beside(path)[1]
+            boxes[:, 2:] = info.tile or boxes[:, 2:]
+    return Bag(features, boxes, None if encoder in (None, "None") else str(encoder), info)
 
 
 def _read_stamp(file: Any) -> Bag:
-    """Microns to pixels only where the file says how large a pixel is, which STAMP's own do not."""
+    """Convert microns to pixels where the file gives the pixel size, which STAMP's own files do not."""
     corners, attributes = np.asarray(file["coords"], np.float64)[:, :2], dict(file.attrs)
     side = _number(attributes, "tile_size_um", float)
     boxes = None if side is None else np.concatenate([corners, np.full((len(corners), 2), side)], axis=1)
-    said = Said(tile_px=_number(attributes, "tile_size_px", int), unit="um")
+    info = BagInfo(tile_px=_number(attributes, "tile_size_px", int), unit="um")
     mpp = _mpp(attributes.get("wsi_slide_mpp"))
     if mpp is not None and boxes is not None and len(boxes):
         boxes /= np.tile(mpp, 2)
-        said = said._replace(mpp=mpp, tile=_pair(boxes[0, 2:], float), unit="px")
+        info = info._replace(mpp=mpp, tile=_pair(boxes[0, 2:], float), unit="px")
     encoder = str(attributes["extractor"]) if "extractor" in attributes else None
-    return Bag(np.asarray(file["feats"]), boxes, encoder, said)
+    return Bag(np.asarray(file["feats"]), boxes, encoder, info)
 
 
 def _read_npy(path: Path) -> Bag:
-    with path.open("rb") as file:  # np.load leaves open what it cannot read
+    with path.open("rb") as file:  # np.load does not close a file that it cannot read
         features = np.load(file, allow_pickle=False)
     beside = path.parent.parent / "coords" / path.name
     coords = np.load(beside, allow_pickle=False).astype(np.float64) if beside.is_file() else None
     boxes = None if coords is None else np.concatenate([coords, np.ones_like(coords)], axis=1)
-    return Bag(features, boxes, None, Said(unit="lattice"))
+    return Bag(features, boxes, None, BagInfo(unit="lattice"))
 
 
 def _read_h5ad(path: Path) -> Bag:
-    """AnnData is HDF5: what we wrote needs no other library."""
+    """Read what we wrote. AnnData is HDF5, so h5py is enough."""
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -273,50 +261,50 @@ def _read_h5ad(path: Path) -> Bag:
         if tile and "spatial" in file.get("obsm", {}):
             corners = np.asarray(file["obsm"]["spatial"], np.float64)[:, :2] - np.array(tile) / 2
             boxes = np.concatenate([corners, np.tile(tile, (len(corners), 1))], axis=1)
-    said = Said(
+    info = BagInfo(
         tile=tile,
         stride=_pair(kept.get("stride_level0_px"), float),
         tile_px=_number(kept, "tile_px", int),
         mpp=_mpp(kept.get("slide_mpp")),
         size=_pair(kept.get("slide_size_px"), int),
     )
-    return Bag(features, boxes, encoder.decode() if isinstance(encoder, bytes) else None, said)
+    return Bag(features, boxes, encoder.decode() if isinstance(encoder, bytes) else None, info)
 
 
-def _boxes(coords: Any) -> tuple[npt.NDArray[np.float64], Said]:
-    """Top left corners (n, 2 or more) to boxes (n, 4); a side that is not said is the least step between tiles."""
+def _boxes(coords: Any) -> tuple[npt.NDArray[np.float64], BagInfo]:
+    """Top left corners (n, 2 or more) to boxes (n, 4); an unknown tile size is the least step between tiles."""
     attributes = dict(coords.attrs)
     corner = np.asarray(coords, np.float64).reshape(len(coords), -1)[:, :2]
-    side, said = _number(attributes, "patch_size_level0", float), Said()
+    side, info = _number(attributes, "patch_size_level0", float), BagInfo()
     if side is not None:  # TRIDENT
         size = _number(attributes, "level0_width", int), _number(attributes, "level0_height", int)
         px, overlap = _number(attributes, "patch_size", int), _number(attributes, "overlap", float)
         step = None if px is None or overlap is None else side * (px - overlap) / px
-        said = Said((side, side), step and (step, step), px, size=size if None not in size else None)
+        info = BagInfo((side, side), step and (step, step), px, size=size if None not in size else None)
     elif "patch_level" in attributes:  # CLAM: in pixels of that level
         down, size = _pair(attributes.get("downsample"), float), _pair(attributes.get("level_dim"), int)
         at_level_0 = not int(attributes["patch_level"])
         if down or at_level_0:
             side = float(attributes["patch_size"]) * (down[0] if down else 1.0)
-            said = Said((side, side), size=size if at_level_0 else None)
+            info = BagInfo((side, side), size=size if at_level_0 else None)
     if side is None:
         side = min((float(np.diff(u).min()) for u in (np.unique(c) for c in corner.T) if len(u) > 1), default=1.0)
-    return np.concatenate([corner, np.full((len(corner), 2), side)], axis=1), said
+    return np.concatenate([corner, np.full((len(corner), 2), side)], axis=1), info
 
 
-def _beside(path: Path) -> tuple[npt.NDArray[np.float64] | None, Said]:
-    """What CLAM's file of coordinates says of the bag of the same name."""
+def _beside(path: Path) -> tuple[npt.NDArray[np.float64] | None, BagInfo]:
+    """Read coordinates and metadata from CLAM's ``patches/`` file of the same slide."""
     import h5py
 
     file = path.parent.parent / "patches" / f"{path.stem}.h5"
     if not file.is_file():
-        return None, Said()
+        return None, BagInfo()
     with h5py.File(file, "r") as opened:
         return _boxes(opened["coords"])
 
 
 def _number(attributes: Mapping[str, Any], name: str, kind: Any) -> Any:
-    """A number that a file may lack; TRIDENT stores a missing one as the word None."""
+    """Return a number that a file may lack; TRIDENT stores a missing one as the word None."""
     value = attributes.get(name)
     return kind(value) if isinstance(value, (int, float, np.number)) else None
 
@@ -338,8 +326,8 @@ def _read_pt(path: Path) -> Bag:
         value = value["features"]
     if not isinstance(value, torch.Tensor):
         raise TrainError(path, f"holds a {type(value).__name__}, not a tensor", "Is it a bag?")
-    boxes, said = _beside(path)
-    return Bag((value.float() if value.dtype == torch.bfloat16 else value).numpy(), boxes, None, said)
+    boxes, info = _beside(path)
+    return Bag((value.float() if value.dtype == torch.bfloat16 else value).numpy(), boxes, None, info)
 
 
 def write_pt(path: Path, features: npt.NDArray[np.float32]) -> None:

@@ -1,4 +1,4 @@
-"""Training of a patch classifier: patches, a division and a configuration in; a network stopped by validation out."""
+"""Training of a patch classifier: from patches, a split and a configuration to the network of the best epoch."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ from wsi.train.loop import Loop, digits, drawn, finite
 from wsi.train.mil import measure
 
 U8 = npt.NDArray[np.uint8]
-#: Training patches that mean and deviation of the input are taken from.
+#: Number of training patches on which the input's mean and standard deviation are measured.
 _MEASURED = 2048
 _JPEG_QUALITY = (60, 96)
 
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """What decides the weights; the same values on the same patches give the same bytes on one CPU.
+    """What determines the weights: on one CPU, the same values and patches give the same bytes.
 
     Attributes
     ----------
     architecture : str
-        "wsi-p4m", or a name of timm's: trained from random weights.
+        "wsi-p4m" or a timm name, trained from random weights.
     arguments : dict
-        Of its constructor.
+        Of the architecture's constructor.
     start : str, optional
-        In place of an architecture, the model or encoder whose weights to begin from, see ``model_from``.
+        Model or encoder whose weights to start from, instead of `architecture`; see ``model_from``.
     frozen : bool
-        Learn the classifier alone, on features that are computed once (linear probe): nothing is augmented.
+        Linear probe: train only the classifier, on features computed once. Nothing is augmented.
     epochs : int
-        At most.
+        Maximum.
     patience : int, optional
-        Epochs without a lower validation loss after which to stop; the weights of the lowest are kept.
+        Stop after so many epochs without a lower validation loss, and keep the weights of the lowest.
     lr : float, optional
-        Of AdamW; default 1e-3, and 1e-4 where weights are begun from and not frozen.
+        Of AdamW; default 1e-3, or 1e-4 for fine-tuning (`start` without `frozen`).
     weight_decay : float
     batch : int
         Patches a step.
     balance : bool
-        Draw patches so that all classes are equally frequent; probabilities then belong to such a population.
+        Sample all classes equally often; probabilities then refer to such a population.
     stain : float
         Strength of the stain augmentation, see ``StainAugment``; 0 for none.
     turn : bool
-        Turn by quarters and mirror, at random.
+        Rotate by quarter turns and mirror, at random.
     jpeg : float
-        Share of the patches that pass a JPEG codec of random quality.
+        Share of the patches that are recompressed by JPEG of random quality.
     precision : {"auto", "float32", "bfloat16"}
     seed : int
     """
@@ -80,7 +80,7 @@ class PatchConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse what nothing could be trained with."""
+        """Refuse settings that cannot be trained with."""
         if self.frozen and self.start is None:
             raise ModelError("frozen", "random features tell nothing", "Begin from a model: --start NAME")
         if self.start is not None and self.arguments:
@@ -95,7 +95,7 @@ class PatchConfig:
 
 
 def begin(cohort: Cohort, patches: Patches, split: Split, config: PatchConfig, mpp: float, device: str) -> PatchModel:
-    """Make the model that a configuration begins from; of a fresh one mean and deviation are training patches'."""
+    """Make the model to train; the normalisation of a fresh one is measured on training patches."""
     torch.manual_seed(config.seed)
     precision = pick_precision(config.precision, device)
     if config.start is not None:
@@ -104,7 +104,7 @@ def begin(cohort: Cohort, patches: Patches, split: Split, config: PatchConfig, m
         )
     some = np.random.default_rng(config.seed).permutation(len(split.train))[:_MEASURED]
     pixels = patches.read([split.train[i] for i in some]).reshape(-1, 3)
-    counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)])  # exact, in no order
+    counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)])  # exact in any order
     value = np.arange(256) / 255
     mean = counts @ value / len(pixels)
     std = np.sqrt(np.maximum(counts @ value**2 / len(pixels) - mean**2, 0)).clip(0.01)
@@ -114,16 +114,8 @@ def begin(cohort: Cohort, patches: Patches, split: Split, config: PatchConfig, m
     )  # fmt: skip
 
 
-class PatchTraining(Loop[Any]):
-    """A training of a patch model under way; see ``Loop``.
-
-    Parameters
-    ----------
-    cohort, patches, split
-        Labels and pixels by the same ids, and their division.
-    model : PatchModel
-        To be trained, see ``begin``.
-    """
+class PatchTraining(Loop):
+    """The training of a patch model; see ``Loop``. `cohort` and `patches` share their ids."""
 
     def __init__(self, cohort: Cohort, patches: Patches, split: Split, config: PatchConfig, model: PatchModel) -> None:
         self.cohort, self.patches, self.split, self.config, self.model = cohort, patches, split, config, model
@@ -160,7 +152,7 @@ class PatchTraining(Loop[Any]):
         return {"validation_loss": digits(loss)} | measure(cases, logits.double().softmax(1).cpu().numpy(), head)
 
     @torch.inference_mode()
-    def said(self, ids: Sequence[str]) -> npt.NDArray[np.float64]:
+    def probabilities(self, ids: Sequence[str]) -> npt.NDArray[np.float64]:
         """Return probabilities (n, k)."""
         return np.asarray(self._all_logits(ids).double().softmax(1).cpu().numpy())
 
@@ -184,9 +176,9 @@ class PatchTraining(Loop[Any]):
         return found
 
     def _batches(self, ids: Sequence[str], *, seed: int | None) -> Iterator[tuple[Sequence[str], Any]]:
-        """Give batches and their pixels, augmented by `seed`; the next is made meanwhile."""
+        """Yield batches of ids and their pixels, augmented where `seed` is given; the next batch loads meanwhile."""
         count = -(-len(ids) // self.config.batch)
-        # Of nearly equal size: batch normalisation cannot learn from a last patch alone.
+        # Batches of nearly equal size: batch normalisation fails on a last batch of one patch.
         parts = [ids[len(ids) * k // count : len(ids) * (k + 1) // count] for k in range(count)]
         if self.features is not None:
             yield from ((part, None) for part in parts)
@@ -206,7 +198,7 @@ class PatchTraining(Loop[Any]):
 
 
 def augmented(rgb: U8, config: PatchConfig, seed: Sequence[int]) -> U8:
-    """Turn, restain and recompress patches, uint8 (n, h, w, 3), each by its own draw from `seed`.
+    """Rotate, restain and recompress patches, uint8 (n, h, w, 3), each by its own draw from `seed`.
 
     Examples
     --------

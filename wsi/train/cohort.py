@@ -1,4 +1,4 @@
-"""Who is learnt from: slides with labels and patients, and their division into train, validation and test."""
+"""Labelled slides (or patches) with their patients, and their split into train, validation and test."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from wsi.files import write_csv
 from wsi.train.table import NUMBER, Rows, key_of, refuse_alike, refuse_empty, rows_of
 
 _PATIENT = ("patient", "case_id", "patient_id")
-#: Names of the parts of a division, by their place in a `Split`.
+#: Names of the parts, and their index in a `Split`.
 PARTS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 
 
 class Case(NamedTuple):
-    """One slide.
+    """One labelled slide or patch.
 
     Attributes
     ----------
     slide_id, patient : str
     label : int
-        Class, or the survival interval that `time` falls in.
+        Class, or the survival interval of `time`.
     time : float, optional
-        Survival: of the event or of the last visit, in the table's unit.
+        Survival: time of the event or of the last visit, in the table's unit.
     event : bool, optional
-        Survival: whether the event was seen.
+        Survival: True where the event was observed, False where censored.
     """
 
     slide_id: str
@@ -42,27 +42,27 @@ class Case(NamedTuple):
 
     @property
     def stratum(self) -> int:
-        """By what cases are divided evenly, and balanced: the class, or of survival whether the event was seen."""
+        """What splits and balancing are stratified by: the class, or whether the event was observed."""
         return self.label if self.event is None else int(self.event)
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides by name, the names of the classes that labels count through, and of survival the ends of the intervals."""
+    """Cases by id, the class names that labels index, and for survival the ends of the time intervals."""
 
     cases: dict[str, Case]
     class_names: tuple[str, ...]
     time_bins: tuple[float, ...] = ()
 
     def positive(self, asked: Sequence[str]) -> tuple[str, ...]:
-        """Classes called from a threshold on: those asked for (or ModelError); else of two the second, of more none."""
+        """Return the positive classes: `asked`, or by default the second of two; ModelError for an unknown class."""
         if set(asked) - set(self.class_names):
             raise ModelError(f"positive={list(asked)}", "no such class", f"Classes: {', '.join(self.class_names)}")
         return tuple(asked) or (self.class_names[1:] if len(self.class_names) == 2 and not self.time_bins else ())
 
 
 class Split(NamedTuple):
-    """Slide ids of one division; no patient is in two parts."""
+    """Slide ids of each part; no patient is in two parts."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
@@ -77,36 +77,35 @@ def read_labels(
     time_bins: Sequence[float] = (),
     case: str = "slide",
 ) -> Cohort:
-    """Read a CSV of labels: a row a slide.
+    """Read a CSV of labels, one row a slide.
 
     Parameters
     ----------
     path : Path
-        Columns ``slide`` (or ``slide_id``), ``patient`` (or ``case_id``; without, each slide is its own patient), and
-        `label`; with `time_bins` instead ``time`` and ``event`` (1 seen, 0 censored).
+        Columns ``slide`` (or ``slide_id``), ``patient`` (or ``case_id``; without it each slide is its own patient), and
+        `label`. With `time_bins` the columns ``time`` and ``event`` (1 observed, 0 censored) replace `label`.
     label : str
-        Name of the column of labels.
+        Name of the label column.
     classes : sequence of str
-        Their order; default: by number where all are numbers, else by alphabet.
+        Order of the classes; default: numeric where all are numbers, else alphabetical.
     time_bins : sequence of float
         Ends of the survival intervals, rising; the last interval is open.
     case : str
-        What a row is of, and the column that names it: "path" of single patches.
+        Column that names a row, and the word for it in messages: "path" for patches.
 
     Raises
     ------
     TrainError
-        A column or a cell is missing ("NA" and "nan" are, but as one of `classes`), a row is too long, a slide is there
-        twice, a label is unknown, or there is one class only; and what ``make_cohort`` refuses.
+        A column or a cell is missing ("NA" and "nan" count as missing, unless one of `classes`), a row is too long, or
+        a slide occurs twice; also what ``make_cohort`` refuses.
     """
     rows = rows_of(path, f"{case}, patient and label")
     columns = list(rows[0][1]) if rows else []
     slide = next((name for name in (case, f"{case}_id") if name in columns), None)
     wanted = ("time", "event") if time_bins else (label,)
     if slide is None or not set(wanted) <= set(columns):
-        raise TrainError(
-            path, f"has the columns {', '.join(columns) or '(none)'}", f"Needed: {case}, {', '.join(wanted)}"
-        )
+        what = f"has the columns {', '.join(columns) or '(none)'}"
+        raise TrainError(path, what, f"Needed: {case}, {', '.join(wanted)}")
     patient = next((name for name in _PATIENT if name in columns), slide)
     refuse_empty(path, rows, (slide, patient, *wanted), classes)
     ids = [row[slide] for _, row in rows]
@@ -121,13 +120,10 @@ def read_labels(
 
 
 def make_cohort(where: Path, rows: Iterable[tuple[str, str, str]], classes: Sequence[str] = ()) -> Cohort:
-    """Make a cohort of slide (or patch), patient and the name of the class.
+    """Make a cohort from rows (slide or patch, patient, class name).
 
-    Raises
-    ------
-    TrainError
-        A label that is not among `classes`, a class of which nobody is, one class only, or names of classes or of
-        patients that may be one: "P1" and "p1", "7" and "07" and "7.0".
+    Raises TrainError for a label outside `classes`, a class without cases, a single class, and for class or patient
+    names that differ only in spelling: "P1" and "p1", "7" and "07" and "7.0".
     """
     rows = list(rows)
     texts = {text for _, _, text in rows}
@@ -148,13 +144,7 @@ def make_cohort(where: Path, rows: Iterable[tuple[str, str, str]], classes: Sequ
 
 
 def read_parts(path: Path, cohort: Cohort, *, case: str = "slide") -> Split | None:
-    """Read the division that a CSV of labels holds in a column ``split``: train, val or test; None without it.
-
-    Raises
-    ------
-    TrainError
-        A cell says something else.
-    """
+    """Read the split from a CSV's column ``split``: train, val or test; None without it, TrainError for other words."""
     rows = rows_of(path, f"{case}, patient and label")
     if not rows or "split" not in rows[0][1]:
         return None
@@ -168,12 +158,9 @@ def read_parts(path: Path, cohort: Cohort, *, case: str = "slide") -> Split | No
 
 
 def read_patients(path: Path) -> dict[str, str]:
-    """Read whose slides are from a CSV with the columns ``slide`` and ``patient``.
+    """Read a CSV with the columns ``slide`` and ``patient``.
 
-    Raises
-    ------
-    TrainError
-        A column or a cell is missing, or a slide is of two patients.
+    Raises TrainError where a column or a cell is missing, or a slide has two patients.
     """
     rows = rows_of(path, "slide and patient")
     slide = next((name for name in ("slide", "slide_id") if rows and name in rows[0][1]), None)
@@ -190,17 +177,9 @@ def read_patients(path: Path) -> dict[str, str]:
 
 
 def match(cohort: Cohort, bags: Collection[str], *, subset: bool = False) -> Cohort:
-    """Bring labels and bags together by slide id, with or without the slide's suffix.
+    """Join labels and bags by slide id, with or without the slide's file suffix.
 
-    Parameters
-    ----------
-    subset : bool
-        Go on with those slides that have both.
-
-    Raises
-    ------
-    TrainError
-        A label without a bag, or a bag without a label, unless `subset`.
+    Raises TrainError for a label without a bag or a bag without a label; `subset` leaves these slides out instead.
     """
     named: dict[str, Case] = {}
     for i, case in cohort.cases.items():
@@ -220,17 +199,14 @@ def match(cohort: Cohort, bags: Collection[str], *, subset: bool = False) -> Coh
 
 
 def k_fold(cohort: Cohort, folds: int, seed: int) -> list[Split]:
-    """Divide by patient, each class (or event) spread evenly: fold i is test, fold i + 1 validation, the rest train.
+    """Split by patient, stratified: fold i is test, fold i + 1 validation, the rest train.
 
-    Raises
-    ------
-    TrainError
-        Fewer than 3 folds, or fewer patients than folds.
+    Raises TrainError for fewer than 3 folds, or fewer patients than folds.
     """
     if folds < 3:
         raise TrainError(f"folds={folds}", "train, validation and test need at least 3", "Ask for 3 or more")
     strata: dict[str, int] = {}
-    for case in cohort.cases.values():  # a patient counts for the highest class of its slides
+    for case in cohort.cases.values():  # a patient's stratum is the highest of its slides
         strata[case.patient] = max(strata.get(case.patient, 0), case.stratum)
     if len(strata) < folds:
         raise TrainError(f"folds={folds}", f"there are {len(strata)} patients", "Ask for fewer folds")
@@ -241,29 +217,19 @@ def k_fold(cohort: Cohort, folds: int, seed: int) -> list[Split]:
         for j in rng.permutation(len(members)):
             part[members[j]] = len(part) % folds
     parts = [tuple(i for i, case in cohort.cases.items() if part[case.patient] == fold) for fold in range(folds)]
-    return [
-        Split(
-            tuple(i for j, ids in enumerate(parts) if j not in (fold, (fold + 1) % folds) for i in ids),
-            parts[(fold + 1) % folds],
-            parts[fold],
-        )
-        for fold in range(folds)
-    ]
+    splits = []
+    for test in range(folds):
+        validation = (test + 1) % folds
+        train = tuple(i for j, ids in enumerate(parts) if j not in (test, validation) for i in ids)
+        splits.append(Split(train, parts[validation], parts[test]))
+    return splits
 
 
 def read_splits(path: Path, known: Collection[str] = ()) -> list[Split]:
-    """Read CLAM's split tables: one CSV with the columns train, val, test, or a folder of ``splits_<k>.csv``.
+    """Read CLAM's split tables: a CSV with the columns train, val, test, or a folder of ``splits_<k>.csv``.
 
-    Parameters
-    ----------
-    path : Path
-    known : collection of str
-        Slides, which may stand there with a suffix: pandas writes the number 7 as 7.0 where a column has gaps.
-
-    Raises
-    ------
-    TrainError
-        There is none, or a column is missing.
+    Ids may carry a suffix that those in `known` lack: pandas writes the number 7 as 7.0 in a column with gaps. Raises
+    TrainError where there is no table, or a column is missing.
     """
     files = [path] if path.is_file() else sorted(path.glob("splits_*.csv"), key=lambda file: (len(file.name), file))
     files = [file for file in files if not file.stem.endswith(("_bool", "_descriptor"))]
@@ -289,13 +255,10 @@ def write_splits(folder: Path, splits: Sequence[Split]) -> None:
 
 
 def check_split(cohort: Cohort, split: Split, name: str) -> None:
-    """Refuse a division that leaks or from which nothing can be learnt.
+    """Refuse a split that leaks or that nothing can be learnt from.
 
-    Raises
-    ------
-    TrainError
-        An unknown slide, a slide that is there twice, a patient in two parts, an empty part, a class that is not in
-        train, or a validation part of one class (of survival: without an event).
+    Raises TrainError for an unknown slide, a slide that occurs twice, a patient in two parts, an empty part, a class
+    that train lacks, or a validation part of one class (for survival: without an event).
     """
     parts = dict(zip(("train", "validation", "test"), split, strict=True))
     unknown = [i for ids in split for i in ids if i not in cohort.cases]
@@ -308,11 +271,8 @@ def check_split(cohort: Cohort, split: Split, name: str) -> None:
         for i in ids:
             patient = cohort.cases[i].patient
             if seen.setdefault(patient, part) != part:
-                raise TrainError(
-                    name,
-                    f"patient {patient} is in {seen[patient]} and in {part}",
-                    "Divide by patient: figures would lie",
-                )
+                what = f"patient {patient} is in {seen[patient]} and in {part}"
+                raise TrainError(name, what, "Divide by patient: figures would lie")
     for part in ("train", "validation"):
         if not parts[part]:
             raise TrainError(name, f"its {part} part is empty", "Early stopping looks at validation alone")
@@ -327,7 +287,7 @@ def check_split(cohort: Cohort, split: Split, name: str) -> None:
 
 
 def _named(i: str, known: Collection[str]) -> str:
-    """Return the one of the `known` slides that is meant: by its name, or without a suffix; else the name."""
+    """Return the member of `known` that `i` names, with or without a suffix; else `i`."""
     return next((name for name in (i, Path(i).stem) if name in known), i)
 
 
@@ -335,9 +295,8 @@ def _survival(path: Path, ids: list[str], patients: list[str], rows: Rows, bins:
     ends = np.asarray(bins, np.float64)
     refuse_alike(path, "patients", {patient for i, patient in zip(ids, patients, strict=True) if patient != i})
     if not (np.diff(ends) > 0).all() or not 0 < ends[0] <= ends[-1] < np.inf:
-        raise TrainError(
-            "time bins", f"{list(bins)} do not rise from above 0", "Give the ends of the intervals in order"
-        )
+        what = f"{list(bins)} do not rise from above 0"
+        raise TrainError("time bins", what, "Give the ends of the intervals in order")
     cases = {}
     for i, patient, (_, row) in zip(ids, patients, rows, strict=True):
         try:
@@ -345,9 +304,8 @@ def _survival(path: Path, ids: list[str], patients: list[str], rows: Rows, bins:
             if not 0 <= time < np.inf:
                 raise ValueError(time)
         except (ValueError, KeyError) as error:
-            raise TrainError(
-                path, f"slide {i}: time {row['time']!r}, event {row['event']!r}", "Time >= 0, event 0 or 1"
-            ) from error
+            what = f"slide {i}: time {row['time']!r}, event {row['event']!r}"
+            raise TrainError(path, what, "Time >= 0, event 0 or 1") from error
         cases[i] = Case(i, patient, int(np.searchsorted(ends, time)), time, event)
     if not any(case.event and case.label < len(ends) for case in cases.values()):
         what = f"no slide has an event until {ends[-1]:g}, the last of the time bins"

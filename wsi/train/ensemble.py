@@ -4,13 +4,13 @@
 
     OUT/
       config.json, weights.safetensors    the ensemble: `wsi score --mil OUT`
-      stain.json                          the stains of the training slides, and how far from them is too far
-      CARD.md, figures.json               what it was trained on, and how good it is on slides that a member never saw
+      stain.json                          stains of the training slides, and the accepted distance from them
+      CARD.md, figures.json               training data; performance on slides held out from each member
       predictions.csv                     a row a slide and fold: part, label, probabilities
       log.csv, log.png                    loss and figures of each epoch
-      splits/splits_<k>.csv               the division, as CLAM writes it
-      run.json                            the configuration and the slides that this folder is bound to
-      members/<fold>-<seed>.safetensors   state of each training: the same command goes on from it
+      splits/splits_<k>.csv               the splits, in CLAM's format
+      run.json                            configuration and slides; a rerun must have the same
+      members/<fold>-<seed>.safetensors   state of each training: the same command resumes it
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from wsi import __version__
 from wsi.errors import ModelError, TrainError
 from wsi.files import write_csv
 from wsi.nn.grade import feature_shift
-from wsi.nn.mil import Head
+from wsi.nn.mil import Head, MilNet
 from wsi.nn.uncertainty import conformal_threshold, fit_temperature, prediction_set
 from wsi.result import rounded
 from wsi.train.cohort import Case, Cohort, Split, check_split, write_splits
-from wsi.train.figures import best_threshold
+from wsi.train.figures import threshold_of
 from wsi.train.folder import bind, card_of, data_row, packed, write_model
-from wsi.train.loop import write_log
-from wsi.train.mil import Bags, Member, MilConfig, as_dict, measure, targets_of, train_member, try_net
+from wsi.train.loop import as_dict, write_log
+from wsi.train.mil import Bags, BagStats, Member, MilConfig, measure, targets_of, train_member, try_net
 from wsi.train.stains import learn_stains, stains_line
 
 Progress = Callable[[str, int, int], None]
@@ -54,23 +54,22 @@ def train_mil(
     device: str = "cpu",
     progress: Progress = lambda member, epoch, of: None,
 ) -> dict[str, Any]:
-    """Train an ensemble and write its model folder; the same call again goes on where it was stopped.
+    """Train an ensemble and write its model folder; the same call again resumes it.
 
     Parameters
     ----------
     cohort, bags
         Labels and bags of the same slides; see ``cohort.match``.
     splits : sequence of Split
-        One member is trained on each, times `seeds`.
+        `seeds` members are trained on each.
     seeds : int
         Members a split.
     coverage : float
         Of the conformal prediction sets.
     positive : sequence of str
-        Classes that a slide is called for from a threshold on, which is chosen on validation. Default: of two classes
-        the second, of more none.
+        Classes that are called from a threshold on, which is chosen on validation. Default: the second of two classes.
     progress : callable
-        Called with the member, the epochs done, and how many at most.
+        Called with the member, the epochs done, and the maximum.
 
     Returns
     -------
@@ -111,16 +110,13 @@ def train_mil(
     calibration = _calibrate(cohort, rows, positive, coverage)
     heads = [member.head for member in members.values()]
     nets = [member.net for member in members.values()]
-    means = (torch.from_numpy(bags.stats[i].sum / bags.stats[i].tiles)[None] for s in splits for i in s.train)
-    shift = max(feature_shift(nets[0], mean) for mean in means)
-    bag_tiles = [bags.stats[i].tiles for split in splits for i in split.train]
     tiles = {i: partial(bags.tiles, i) for i in cohort.cases}
-    stains, unlike = learn_stains(tiles, {i: case.patient for i, case in cohort.cases.items()}, splits)
+    stains, outside = learn_stains(tiles, {i: case.patient for i, case in cohort.cases.items()}, splits)
     weights, sha256 = packed((nets[0] if len(nets) == 1 else torch.nn.ModuleList(nets)).state_dict())
     figures = _figures(rows, heads[0], calibration, len(splits)) | {
         "epochs": {f"{k}-{seed}": member.best_epoch for (k, seed), member in members.items()},
         "weights_sha256": sha256,
-        "outside_stains": unlike,
+        "outside_stains": outside,
     }
     written = {
         "spec_version": "1.0",
@@ -135,20 +131,27 @@ def train_mil(
         "temperature": temperature,
         **calibration,
         **({"baseline": [head.baseline for head in heads]} if config.head == "cox" else {}),
-        "largest_shift": float(f"{shift * (1 + 1e-5):.6g}"),  # six digits, and not below: the farthest is within
-        "bag_tiles": [min(bag_tiles), max(bag_tiles)],
+        **_range_of([bags.stats[i] for split in splits for i in split.train], nets[0]),
         "encoder_sha256": bags.encoder if bags.encoder and len(bags.encoder) == 64 else None,
         "encoder": bags.encoder,
         "weights_sha256": sha256,
     }
     _write_tables(out, cohort, rows, members)
-    card = _card(out, cohort, bags, splits, seeds, written, figures, stains_line(stains, unlike))
+    card = _card(out, cohort, bags, len(splits), written, figures, stains_line(stains, outside))
     write_model(out, weights, written, figures, stains, card)
     return figures
 
 
+def _range_of(stats: list[BagStats], net: MilNet) -> dict[str, Any]:
+    """Return the range of the training bags' mean features and sizes, outside which the model abstains."""
+    shift = max(feature_shift(net, torch.from_numpy(bag.sum / bag.tiles)[None]) for bag in stats)
+    tiles = [bag.tiles for bag in stats]
+    largest = float(f"{shift * (1 + 1e-5):.6g}")  # rounded up: the farthest slide is within
+    return {"largest_shift": largest, "bag_tiles": [min(tiles), max(tiles)]}
+
+
 def _refuse_twins(cohort: Cohort, bags: Bags) -> None:
-    """Refuse a slide that is there under two names, of two patients: it could be trained on and tested."""
+    """Refuse one slide under two names and patients: it could be both trained on and tested."""
     seen: dict[tuple[int, bytes, bytes], Case] = {}
     for i, case in cohort.cases.items():
         stats = bags.stats[i]
@@ -175,24 +178,20 @@ def _bind(out: Path, cohort: Cohort, bags: Bags, splits: Sequence[Split], config
 
 
 def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[int, int], Member]) -> float:
-    """Fit one temperature to what every member says of the slides that stopped it.
+    """Fit one temperature to all members' logits of their validation slides.
 
-    To n slides one more of each class is added, that looks like any of them (so does Platt 1999 with two classes): of
-    slides that are all right, the likeliest temperature alone would make every probability 0 or 1.
+    To the n slides one pseudo-slide of each class is added, which looks like any of them (as Platt 1999 does for two
+    classes). Without it, slides that are all classified correctly would drive every probability to 0 or 1.
     """
     n, classes = sum(len(split.validation) for split in splits), range(len(cohort.class_names))
-    said = [
-        (
-            member.head,
-            torch.from_numpy(np.stack([member.logits[i] for i in splits[k].validation])),
-            targets_of([cohort.cases[i] for i in splits[k].validation]),
-        )
-        for (k, _), member in members.items()
-    ]
+    predicted = []
+    for (k, _), member in members.items():
+        logits = torch.from_numpy(np.stack([member.logits[i] for i in splits[k].validation]))
+        predicted.append((member.head, logits, targets_of([cohort.cases[i] for i in splits[k].validation])))
 
     def loss_at(temperature: float) -> float:
         each = []
-        for head, z, targets in said:
+        for head, z, targets in predicted:
             loss = partial(replace(head, temperature=temperature).loss, z)
             more = [loss(targets._replace(label=torch.full_like(targets.label, c))) for c in classes]
             each.append((n * loss(targets) + sum(more)) / (n + len(more)))
@@ -204,36 +203,33 @@ def _temperature(cohort: Cohort, splits: Sequence[Split], members: dict[tuple[in
 def _predictions(
     cohort: Cohort, splits: Sequence[Split], members: dict[tuple[int, int], Member], temperature: float
 ) -> list[dict[str, Any]]:
-    """Give a row for each slide of each validation and test part, its probabilities the mean over the split's seeds."""
+    """Return a row for each validation and test slide; probabilities are the mean over the split's seeds."""
     rows = []
     for k, split in enumerate(splits):
         own = [(replace(m.head, temperature=temperature), m.logits) for (fold, _), m in members.items() if fold == k]
         for part, ids in (("validation", split.validation), ("test", split.test)):
             for i in ids:
-                said = [head.probabilities(torch.from_numpy(logits[i])).numpy() for head, logits in own]
-                mean = np.mean(said, axis=0)
+                each = [head.probabilities(torch.from_numpy(logits[i])).numpy() for head, logits in own]
+                mean = np.mean(each, axis=0)
                 rows.append({"case": cohort.cases[i], "fold": k, "part": part, "probabilities": mean})
     return rows
 
 
 def _calibrate(cohort: Cohort, rows: list[dict[str, Any]], positive: Sequence[str], coverage: float) -> dict[str, Any]:
-    """Choose on validation: the threshold of the positive classes, and that of the prediction sets."""
+    """Choose the thresholds of the positive classes and of the prediction sets, on validation."""
     rows = [row for row in rows if row["part"] == "validation"]
     found: dict[str, Any] = {"threshold": 0.5, "coverage": coverage, "conformal_threshold": None}
     if cohort.time_bins:
         return found
     probabilities = np.stack([row["probabilities"] for row in rows])
     label = np.array([row["case"].label for row in rows])
-    least: dict[str, float] = {}  # slides of a patient are not exchangeable: the worst one stands for them
+    least: dict[str, float] = {}  # slides of one patient are not exchangeable: keep the worst
     for row, own in zip(rows, probabilities[np.arange(len(rows)), label].tolist(), strict=True):
         least[row["case"].patient] = min(own, least.get(row["case"].patient, 1.0))
     threshold = conformal_threshold(np.array(list(least.values())), coverage)
-    # Six decimals, and not above: probabilities of 0.9999999 would all be below a threshold of 1.
+    # Rounded down to six decimals: rounded up to 1, it would exclude probabilities of 0.9999999.
     found["conformal_threshold"] = None if threshold is None else float(np.floor(threshold * 1e6) / 1e6)
-    chosen = np.array([name in positive for name in cohort.class_names])
-    is_positive = chosen[label]
-    if is_positive.any() and not is_positive.all():
-        found["threshold"] = best_threshold(is_positive, probabilities[:, chosen].sum(1))
+    found["threshold"] = threshold_of(np.isin(cohort.class_names, positive), label, probabilities)
     return found
 
 
@@ -271,33 +267,26 @@ def _measure(rows: list[dict[str, Any]], head: Head) -> dict[str, float | None]:
 def _write_tables(
     out: Path, cohort: Cohort, rows: list[dict[str, Any]], members: dict[tuple[int, int], Member]
 ) -> None:
+    names, table = cohort.class_names, []
     columns = ["slide", "patient", "fold", "part", *(["time", "event"] if cohort.time_bins else []), "label"]
-    table = []
     for row in rows:
         case: Case = row["case"]
         known = {"slide": case.slide_id, "patient": case.patient, "fold": row["fold"], "part": row["part"]}
         if cohort.time_bins:
             known |= {"time": case.time, "event": None if case.event is None else int(case.event)}
-        said = {f"prob_{name}": f"{p:.6g}" for name, p in zip(cohort.class_names, row["probabilities"], strict=True)}
-        table.append(known | {"label": cohort.class_names[case.label]} | said)
-    write_csv(out / "predictions.csv", [*columns, *(f"prob_{name}" for name in cohort.class_names)], table)
+        predicted = {f"prob_{name}": f"{p:.6g}" for name, p in zip(names, row["probabilities"], strict=True)}
+        table.append(known | {"label": names[case.label]} | predicted)
+    write_csv(out / "predictions.csv", [*columns, *(f"prob_{name}" for name in names)], table)
     write_log(out, [({"fold": k, "seed": s}, m.history, m.best_epoch) for (k, s), m in members.items()])
 
 
 def _card(
-    out: Path,
-    cohort: Cohort,
-    bags: Bags,
-    splits: Sequence[Split],
-    seeds: int,
-    config: dict[str, Any],
-    figures: dict[str, Any],
-    stained: str,
+    out: Path, cohort: Cohort, bags: Bags, n_splits: int, config: dict[str, Any], figures: dict[str, Any], stained: str
 ) -> str:
     rows = [
         f"| Task | a bag of tile features -> {', '.join(f'`{c}`' for c in cohort.class_names)} |",
         f"| Model | `{config['architecture']}`, head `{config['head']}`, "
-        f"{config['members']} members ({len(splits)} splits x {seeds} seeds) |",
+        f"{config['members']} members ({n_splits} splits x {config['members'] // n_splits} seeds) |",
         f"| Features | {bags.in_features} a tile, encoder `{bags.encoder or 'not named by the files'}` |",
         data_row(cohort, "slides"),
         f"| Chosen on validation | epoch, temperature {config['temperature']:g}, threshold {config['threshold']:g} |",

@@ -1,4 +1,4 @@
-"""The folder of a model that is trained: bound to what it is begun with, and at the end written whole."""
+"""The folder of a model in training: bound to its configuration at the start, written as a model at the end."""
 
 from __future__ import annotations
 
@@ -19,16 +19,10 @@ from wsi.train.cohort import Cohort
 
 
 def bind(out: Path, identity: Mapping[str, Any], part: str = "") -> None:
-    """Make a model folder, with a `part` in it, and bind it, by its run.json, to what it is begun with.
+    """Make a model folder with a subfolder `part`, and record `identity` in its run.json.
 
-    Raises
-    ------
-    ConfigMismatch
-        It was begun with something else; what differs is named. Or it is a model that was not trained here.
-    TrainError
-        Its run.json is damaged.
-    OutputError
-        It cannot be made.
+    Raises ConfigMismatch where the folder was started with another identity, naming what differs, or holds a model that
+    was not trained here; TrainError where run.json is damaged; OutputError where the folder cannot be made.
     """
     try:
         (out / part).mkdir(parents=True, exist_ok=True)
@@ -58,17 +52,17 @@ def packed(state: Mapping[str, torch.Tensor]) -> tuple[bytes, str]:
 def write_model(
     out: Path, weights: bytes, config: Mapping[str, Any], figures: Mapping[str, Any], stains: StainRange, card: str
 ) -> None:
-    """Write what makes a folder a model."""
+    """Write a model's files."""
     for name, content in (("weights.safetensors", weights), ("CARD.md", card.encode())):
         with replacing(out / name) as file:
             file.write(content)
     write_json(out / "figures.json", figures)
     stains.write(out)
-    write_json(out / "config.json", config)  # last: a folder with it is a model
+    write_json(out / "config.json", config)  # last: it marks the folder as a complete model
 
 
 def data_row(cohort: Cohort, unit: str) -> str:
-    """Say what was learnt from, in a row of a card."""
+    """Describe the data in a row of a model card."""
     patients = {case.patient for case in cohort.cases.values()}
     counts = np.bincount([case.label for case in cohort.cases.values()], minlength=len(cohort.class_names))
     classes = ", ".join(f"{name} {n}" for name, n in zip(cohort.class_names, counts, strict=True))
@@ -83,14 +77,14 @@ def card_of(
     unit: str,
     more: Sequence[str] = (),
 ) -> str:
-    """Say in a card: facts in `rows`, what the figures are of in `notes`, these by part, and `more` below them."""
+    """Write a model card: a table of `rows`, `notes` on the figures, the figures by part, and `more` lines."""
     shown = []
     for part in ("validation", "test"):
         found = figures[part]
         if found is not None:
             numbers = found.get("pooled", {key: v for key, v in found.items() if key not in (unit, "patients")})
-            said = ", ".join(f"{key} {'undefined' if v is None else f'{v:.3f}'}" for key, v in numbers.items())
-            shown.append(f"- {part}: {said} ({found[unit]} {unit}, {found['patients']} patients)")
+            values = ", ".join(f"{key} {'undefined' if v is None else f'{v:.3f}'}" for key, v in numbers.items())
+            shown.append(f"- {part}: {values} ({found[unit]} {unit}, {found['patients']} patients)")
     head = [f"# {out.resolve().name}", "", "**Research use only. Not a medical device; not validated for diagnosis.**"]
     limits = f"Write here what these {unit} do not represent: laboratories, scanners, patients."
     table = ["", "| | |", "|---|---|", *rows, ""]

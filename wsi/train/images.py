@@ -1,9 +1,9 @@
-"""Single patches with labels: folders of classes, tables, and stores with what was drawn on their slides.
+"""Labelled patches: folders of classes, tables, and stores labelled by outlines on their slides.
 
 ::
 
-    FOLDER/<class>/*.png                  or FOLDER/train|val|test/<class>/*.png, which is a division
-    TABLE.csv                             path, label, patient, and split where it is divided
+    FOLDER/<class>/*.png                  or FOLDER/train|val|test/<class>/*.png, which gives the split
+    TABLE.csv                             path, label, patient, and optionally split
     STORES/<slide>/store.zarr             wsi tile --pixels, wsi score --pixels; outlines give the labels
 """
 
@@ -32,9 +32,9 @@ Place = Path | tuple[PatchStore, int]
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _MOST_PX = 2048
 
-#: Pillow's modes that are 8-bit RGB, or can be made so.
+#: Pillow's modes that convert to 8-bit RGB.
 _KINDS = ("RGB", "RGBA", "L", "P", "CMYK")
-#: From this share of a tile's area on, it is of the class that was drawn; ``wsi evaluate patches`` says so too.
+#: Least covered share of a tile that has the outline's class; as in ``wsi evaluate patches``.
 _MOST = 0.5
 
 
@@ -44,13 +44,13 @@ class Labelled(NamedTuple):
     Attributes
     ----------
     places : dict of id to Place
-        An image, or a store and a tile's number in it.
+        An image file, or a store and the number of a tile in it.
     cohort : Cohort
-        A case a patch, by the same ids.
+        One case a patch, by the same ids.
     split : Split, optional
-        The division, where the input says one.
+        Where the input gives one.
     mpp : float, optional
-        Microns per pixel, where the input says so.
+        Microns per pixel, where the input gives it.
     """
 
     places: dict[str, Place]
@@ -59,7 +59,7 @@ class Labelled(NamedTuple):
     mpp: float | None = None
 
     def without(self, names: Sequence[str]) -> tuple[Cohort, Split | None]:
-        """Return cohort and division without some patches."""
+        """Return cohort and split without some patches."""
         gone = set(names)
         cases = {name: case for name, case in self.cohort.cases.items() if name not in gone}
         split = self.split and Split(*(tuple(name for name in part if name not in gone) for part in self.split))
@@ -67,25 +67,18 @@ class Labelled(NamedTuple):
 
 
 class Patches:
-    """Pixels of patches by id; all are read once to be checked, and kept in memory while `keep_bytes` last.
+    """Pixels of patches by id. All are read once to check them, and kept in memory up to `keep_bytes`.
 
-    Parameters
-    ----------
-    subset : bool
-        Leave out patches that are not square or of another size than most.
+    Raises TrainError, which names the patch, where one cannot be read, or has another size than most; `subset` leaves
+    the latter out instead.
 
     Attributes
     ----------
     tile_px : int
-        Side of all of them: the commonest.
+        Side of the patches: the commonest.
     checksums : dict of id to int
-        Of the pixels.
+        CRC-32 of the pixels.
     left_out : list of str
-
-    Raises
-    ------
-    TrainError
-        One cannot be read, or, without `subset`, is of another size; it is named.
     """
 
     def __init__(self, places: Mapping[str, Place], *, subset: bool = False, keep_bytes: int = 4 << 30) -> None:
@@ -125,19 +118,20 @@ class Patches:
 
 
 def read_folder(folder: Path, *, classes: Sequence[str] = (), patient_in: str | None = None) -> Labelled:
-    """Read a folder with a folder of images a class; with train, val and test above them it is a division.
+    """Read a folder with one folder of images a class; folders train, val and test above these give the split.
 
     Parameters
     ----------
     classes : sequence of str
-        Their order; default: by number, or by alphabet.
+        Order of the classes; default: numeric, or alphabetical.
     patient_in : str, optional
-        Regular expression whose first group finds the patient in an image's path; without, each is its own patient.
+        Regular expression that finds the patient in an image's path, as its first group. Without it each image is its
+        own patient.
 
     Raises
     ------
     TrainError
-        No classes, one without images, or a path in which there is no patient.
+        There are no classes, one has no images, or a path holds no patient.
     """
     parts = {sub: PARTS[sub.name.lower()] for sub in _folders(folder) if sub.name.lower() in PARTS}
     if len(parts) != len(_folders(folder)):
@@ -151,9 +145,8 @@ def read_folder(folder: Path, *, classes: Sequence[str] = (), patient_in: str | 
             images = sorted(path for path in of_class.rglob("*") if path.suffix.lower() in _SUFFIXES)
             images = [path for path in images if not path.name.startswith(".")]
             if not images:
-                raise TrainError(
-                    of_class, "is a class without images", f"Add some ({' '.join(_SUFFIXES)}), or remove it"
-                )
+                remedy = f"Add some ({' '.join(_SUFFIXES)}), or remove it"
+                raise TrainError(of_class, "is a class without images", remedy)
             for path in images:
                 name = path.relative_to(folder).as_posix()
                 rows.append((name, _patient(name, patient_in, path), of_class.name))
@@ -165,12 +158,9 @@ def read_folder(folder: Path, *, classes: Sequence[str] = (), patient_in: str | 
 
 
 def read_table(path: Path, *, label: str = "label", classes: Sequence[str] = ()) -> Labelled:
-    """Read a CSV ``path, label``, with ``patient`` and ``split`` where it has them; paths count from its folder.
+    """Read a CSV ``path, label``, optionally ``patient`` and ``split``. Paths are relative to the CSV's folder.
 
-    Raises
-    ------
-    TrainError
-        See ``read_labels`` and ``read_parts``.
+    Raises TrainError as ``read_labels`` and ``read_parts`` do.
     """
     cohort = read_labels(path, label=label, classes=classes, case="path")
     places: dict[str, Place] = {name: path.parent / name for name in cohort.cases}
@@ -185,22 +175,22 @@ def read_stores(
     rest: str | None = None,
     patients: Mapping[str, str] | None = None,
 ) -> Labelled:
-    """Label the tiles of stores by outlines: a tile is of the class that covers at least half of it.
+    """Label the tiles of stores by outlines: a tile has the class that covers at least half of it.
 
-    Tiles that none or several cover so, and those that could not be read, are left out.
+    Unreadable tiles are left out, and those that no class or several classes cover by half.
 
     Parameters
     ----------
     stores : mapping of slide id to path
-        That keep pixels.
+        Stores that keep pixels.
     outlines : mapping of slide id to (class, geometry)
         Level-0 pixels.
     classes : sequence of str
-        Which of the outlines' classes are learnt, in their order; default: all.
+        Classes to learn, in this order; default: all.
     rest : str, optional
-        Class of the tiles that none covers by half; it comes first.
+        Class of the tiles that no outline covers by half; it comes first.
     patients : mapping of slide id to str, optional
-        Default: every slide is a patient of its own.
+        Default: every slide is its own patient.
 
     Raises
     ------
@@ -233,9 +223,8 @@ def read_stores(
                 rows.append((f"{slide_id}/{tile}", patients[slide_id] if patients else slide_id, name))
                 places[f"{slide_id}/{tile}"] = (store, tile)
     if not rows or first is None:
-        raise TrainError(
-            "annotations", "no outline covers half a tile of these slides", "Compare names and coordinates"
-        )
+        what = "no outline covers half a tile of these slides"
+        raise TrainError("annotations", what, "Compare names and coordinates")
     names = [*classes] or sorted({name for _, _, name in rows})
     names = names if rest is None else [rest, *(name for name in names if name != rest)]
     return Labelled(places, make_cohort(Path("annotations"), sorted(rows), names), None, first.grid.mpp)

@@ -1,11 +1,12 @@
-"""The loop of a training: epochs, early stopping by validation, and a state to go on from."""
+"""The training loop: epochs, early stopping on validation, and a saved state to resume from."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,28 +20,26 @@ if TYPE_CHECKING:
     from wsi.train.classifier import PatchConfig
     from wsi.train.mil import MilConfig
 
-Net = TypeVar("Net", bound=torch.nn.Module)
 
+class Loop:
+    """A training loop; subclasses define ``learn`` and ``judge``.
 
-class Loop(Generic[Net]):
-    """A training under way; what is learnt from is the subclass's: ``learn`` and ``judge``.
-
-    All chance of an epoch is drawn from (seed, epoch), so that a training that was stopped gives the same bytes.
+    All random numbers of an epoch come from (seed, epoch), so a resumed training gives the same bytes.
 
     Parameters
     ----------
     net : Module
-        On its device. What needs no gradient is neither learnt nor kept in the state.
+        On its device. Weights without a gradient are neither trained nor saved in the state.
     lr : float
-        Of AdamW; it falls to 0 over the epochs by a cosine.
+        Initial learning rate of AdamW; falls to 0 over the epochs by a cosine.
 
     Attributes
     ----------
     history : list of dict
-        A row an epoch.
+        One row an epoch.
     """
 
-    def __init__(self, net: Net, config: MilConfig | PatchConfig, lr: float) -> None:
+    def __init__(self, net: Any, config: MilConfig | PatchConfig, lr: float) -> None:
         self.net = net
         self._config, self._lr = config, lr
         self._weights = [weight for weight in net.parameters() if weight.requires_grad]
@@ -50,15 +49,15 @@ class Loop(Generic[Net]):
         self.history: list[dict[str, Any]] = []
 
     def learn(self, rng: np.random.Generator) -> float:
-        """Go once through the training part, and return the mean loss."""
+        """Train one epoch; return the mean loss."""
         raise NotImplementedError
 
     def judge(self) -> dict[str, Any]:
-        """Return what the validation part says: ``validation_loss`` and figures; {} where there is none."""
+        """Return ``validation_loss`` and figures of the validation part; {} without one."""
         raise NotImplementedError
 
     def go(self, state: Path | None, progress: Callable[[int, int], None]) -> None:
-        """Train to the end, or go on from the `state` of an earlier call; then ``net`` holds the best weights."""
+        """Train to the end, or resume from the file `state`; then ``net`` holds the best weights."""
         if state is not None and state.is_file():
             self._restore(state)
         while not self.finished:
@@ -70,7 +69,7 @@ class Loop(Generic[Net]):
         self.net.eval()
 
     def step(self, loss: torch.Tensor) -> float:
-        """Learn from the loss of a batch, and return it."""
+        """Take an optimiser step on the loss of a batch; return the loss."""
         self._optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._weights, 5.0)
@@ -79,14 +78,14 @@ class Loop(Generic[Net]):
 
     @property
     def best_epoch(self) -> int:
-        """Whose weights are kept, from 1: the lowest validation loss, without ``patience`` the last."""
+        """Epoch whose weights are kept, from 1: that of the lowest validation loss; without ``patience`` the last."""
         if self._config.patience is None:
             return len(self.history)
         return 1 + int(np.argmin([row["validation_loss"] for row in self.history]))
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or validation says that it is enough."""
+        """Whether all epochs are done, or ``patience`` is used up."""
         done, patience = len(self.history), self._config.patience
         return done >= self._config.epochs or (patience is not None and done > 0 and done - self.best_epoch >= patience)
 
@@ -135,14 +134,14 @@ class Loop(Generic[Net]):
             if key.startswith("optimiser."):
                 _, number, name = key.split(".")
                 weight = self._weights[int(number)]
-                if value.shape == weight.shape:  # laid out as the weight is: the fused step takes that for granted
+                if value.shape == weight.shape:  # the fused step needs the weight's memory layout
                     value = torch.empty_like(weight, requires_grad=False).copy_(value)
                 optimiser["state"].setdefault(int(number), {})[name] = value
         self._optimiser.load_state_dict(optimiser)
 
 
 def finite(logits: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
-    """Return what a network says of cases, (n, k), if it is finite; else a TrainError names the first that is not."""
+    """Return logits (n, k); raise TrainError for the first case with one that is not finite."""
     bad = ~logits.isfinite().all(1)
     if bool(bad.any()):
         first = ids[int(bad.nonzero()[0, 0])]
@@ -151,7 +150,7 @@ def finite(logits: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
 
 
 def drawn(ids: Sequence[str], labels: Sequence[int], balance: bool, rng: np.random.Generator) -> list[str]:
-    """Shuffle an epoch's cases; with `balance` draw as many so that all classes are equally likely."""
+    """Shuffle an epoch's cases; with `balance`, sample as many with all classes equally likely."""
     if not balance:
         return [ids[i] for i in rng.permutation(len(ids))]
     label = np.array(labels)
@@ -160,7 +159,7 @@ def drawn(ids: Sequence[str], labels: Sequence[int], balance: bool, rng: np.rand
 
 
 def write_log(out: Path, trained: Sequence[tuple[Mapping[str, Any], Sequence[Mapping[str, Any]], int]]) -> None:
-    """Write log.csv and log.png of trainings: of each the columns that name it, its history, and its best epoch."""
+    """Write log.csv and log.png of trainings, each given as its identifying columns, its history and its best epoch."""
     from matplotlib.figure import Figure
 
     log = [{**name, **row} for name, history, _ in trained for row in history]
@@ -177,9 +176,14 @@ def write_log(out: Path, trained: Sequence[tuple[Mapping[str, Any], Sequence[Map
     axes.set_ylabel("loss")
     axes.legend()
     with replacing(out / "log.png") as file:
-        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})  # no version: the same bytes
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})  # no version: same bytes
+
+
+def as_dict(config: MilConfig | PatchConfig) -> dict[str, Any]:
+    """Return a configuration as run.json holds it."""
+    return asdict(config) | {"arguments": dict(config.arguments)}
 
 
 def digits(value: float | None) -> float | None:
-    """Eight significant digits: enough to tell epochs apart, and the same in the log and after resuming."""
+    """Round to eight significant digits: enough to distinguish epochs, and unchanged by saving and resuming."""
     return None if value is None else float(f"{value:.8g}")

@@ -1,9 +1,9 @@
-"""Training of one MIL network: bags, a division and a configuration in; a network stopped by validation out."""
+"""Training of one MIL network: from bags, a split and a configuration to the network of the best epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class MilConfig:
-    """What decides the weights; the same values on the same bags give the same bytes on one CPU.
+    """What determines the weights: on one CPU, the same values and bags give the same bytes.
 
     Attributes
     ----------
@@ -40,16 +40,16 @@ class MilConfig:
         Of its constructor.
     head : {"softmax", "binary", "ordinal", "hazard", "cox"}
     epochs : int
-        At most; exactly without `patience`.
+        Maximum; exact without `patience`.
     patience : int, optional
-        Epochs without a lower validation loss after which to stop; the weights of the lowest are kept. None: never
-        stop, and keep the last.
+        Stop after so many epochs without a lower validation loss, and keep the weights of the lowest. None: train all
+        epochs and keep the last.
     lr, weight_decay : float
         Of AdamW; the rate falls to 0 over `epochs` by a cosine.
     batch : int
-        Bags a step. Cox compares patients of one batch: at least 2.
+        Bags a step. Cox compares the patients of a batch: at least 2.
     balance : bool
-        Draw bags so that all classes are equally frequent; probabilities then belong to such a population.
+        Sample all classes equally often; probabilities then refer to such a population.
     seed : int
     """
 
@@ -65,7 +65,7 @@ class MilConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse what nothing could be trained with."""
+        """Refuse settings that cannot be trained with."""
         if self.architecture not in MIL_NETS:
             raise ModelError(f"architecture {self.architecture!r}", "is not known", f"Known: {', '.join(MIL_NETS)}")
         if self.head not in KINDS:
@@ -81,7 +81,7 @@ class MilConfig:
 
 
 class BagStats(NamedTuple):
-    """What is known of a bag before training: tiles, and float64 (d,) sums of features and of their squares."""
+    """Number of tiles of a bag, and float64 (d,) sums of its features and of their squares."""
 
     tiles: int
     sum: Array
@@ -89,7 +89,7 @@ class BagStats(NamedTuple):
 
 
 def stats_of(features: Array) -> BagStats:
-    """Sum a bag's features (n, d) in blocks: as float64 in one piece a large bag would fill the memory."""
+    """Sum a bag's features (n, d) in blocks: a large bag converted to float64 at once would fill the memory."""
     total, square = np.zeros(features.shape[1]), np.zeros(features.shape[1])
     for start in range(0, len(features), BLOCK):
         x = features[start : start + BLOCK].astype(np.float64)
@@ -99,26 +99,19 @@ def stats_of(features: Array) -> BagStats:
 
 
 class Bags:
-    """Bags by slide id; read when first asked for, kept in memory while `keep_bytes` last.
+    """Bags by slide id, read when first asked for and kept in memory up to `keep_bytes`.
 
-    Parameters
-    ----------
-    encoder : str, optional
-        Which features of stores that hold several; see ``read_bag``.
+    `encoder` selects features as in ``read_bag``. Raises TrainError where a bag cannot be used, or differs from the
+    first in width or encoder.
 
     Attributes
     ----------
     stats : dict of slide id to BagStats
     samples : dict of bool to str
-        A slide whose tiles' places are known (True), and one whose are not, as far as there are such.
+        One slide with coordinates (True) and one without (False), as far as there are such.
     in_features : int
     encoder : str, optional
-        What made all of the features.
-
-    Raises
-    ------
-    TrainError
-        A bag cannot be used, or is of another width or encoder than the first.
+        Encoder of all features.
     """
 
     def __init__(self, paths: Mapping[str, Path], *, encoder: str | None = None, keep_bytes: int = 4 << 30) -> None:
@@ -134,32 +127,25 @@ class Bags:
             if not first:
                 first, self.in_features, self.encoder = slide_id, d, bag.encoder
             if (d, bag.encoder) != (self.in_features, self.encoder):
-                raise TrainError(
-                    path,
-                    f"features are {d} wide, of {bag.encoder or 'an unnamed encoder'}; those of {first} "
-                    f"{self.in_features}, of {self.encoder or 'an unnamed encoder'}",
-                    "One encoder for all slides: compute those of the others again",
-                )
+                what = f"features are {d} wide, of {bag.encoder or 'an unnamed encoder'}; those of {first} "
+                what += f"{self.in_features}, of {self.encoder or 'an unnamed encoder'}"
+                raise TrainError(path, what, "One encoder for all slides: compute those of the others again")
             self.stats[slide_id] = stats_of(bag.features)
             self.samples.setdefault(bag.boxes is not None, slide_id)
             self._keep(slide_id, bag.features, bag.boxes)
 
     def __getitem__(self, slide_id: str) -> TrainingBag:
-        """Return a bag, its features in the precision of its file."""
+        """Return a bag, its features in the dtype of the file."""
         if slide_id in self._kept:
             return self._kept[slide_id]
         bag = read_bag(self._paths[slide_id], self._which)
         return self._keep(slide_id, bag.features, bag.boxes)
 
     def tiles(self, slide_id: str) -> U8:
-        """Return some tiles of a slide, as the encoder saw them: uint8 (m, tile_px, tile_px, 3).
+        """Return a sample of a slide's tiles as the encoder saw them: uint8 (m, tile_px, tile_px, 3).
 
-        Raises
-        ------
-        TrainError
-            The bag is features alone.
-        StoreError, SlideError
-            The store keeps no pixels, and the slide is not where it was.
+        Raises TrainError where the bag is a file of features; StoreError or SlideError where the store keeps no pixels
+        and the slide cannot be found.
         """
         path = self._paths[slide_id]
         if path.name != "store.zarr":
@@ -185,9 +171,9 @@ class Member(NamedTuple):
     logits : dict of slide id to float64 (num_logits,)
         Of the validation and test slides.
     history : list of dict
-        A row an epoch.
+        One row an epoch.
     best_epoch : int
-        Whose weights these are, from 1.
+        Epoch of these weights, from 1.
     """
 
     net: MilNet
@@ -207,20 +193,22 @@ def train_member(
     state: Path | None = None,
     progress: Callable[[int, int], None] = lambda epoch, of: None,
 ) -> Member:
-    """Train one network on one division, or go on where an earlier call was stopped.
+    """Train one network on one split, or resume it.
 
     Parameters
     ----------
-    bags : Bags, or whatever gives a TrainingBag by slide id and has `stats` and `in_features`
+    bags : Bags
+        Or another mapping of slide id to TrainingBag with `stats` and `in_features`.
     split : Split
-        Test slides are looked at once, at the end.
+        Test slides are predicted once, at the end.
     state : Path, optional
-        File to keep the state in after each epoch.
+        File in which to save the state after each epoch.
     progress : callable
-        Called with the epochs done.
+        Called with the epochs done, and the maximum.
     """
     config.check()
-    head = Head(config.head, len(cohort.class_names), baseline=_flat(cohort) if config.head == "cox" else ())
+    baseline = _placeholder_baseline(cohort) if config.head == "cox" else ()
+    head = Head(config.head, len(cohort.class_names), baseline=baseline)
     run = _Run(cohort, bags, split, config, head, device)
     run.go(state, progress)
     net = run.net
@@ -228,12 +216,12 @@ def train_member(
         head = replace(head, baseline=_baseline(net, cohort, bags, split, device))
     ids = (*split.validation, *split.test)
     with torch.inference_mode():
-        logits = dict(zip(ids, _said(net, bags, ids, device).double().cpu().numpy(), strict=True)) if ids else {}
+        logits = dict(zip(ids, _logits(net, bags, ids, device).double().cpu().numpy(), strict=True)) if ids else {}
     return Member(net.cpu(), head, logits, run.history, run.best_epoch)
 
 
 def try_net(cohort: Cohort, bags: Bags, config: MilConfig) -> None:
-    """Refuse a network that cannot be made, or that wants of the bags what they do not have."""
+    """Refuse a network that cannot be built, or that needs coordinates which the bags lack."""
     net = _make(config, Head(config.head, len(cohort.class_names)), bags).eval()
     with torch.inference_mode():
         for slide_id in bags.samples.values():
@@ -243,13 +231,12 @@ def try_net(cohort: Cohort, bags: Bags, config: MilConfig) -> None:
                 raise TrainError(slide_id, str(error), "Give bags with coordinates, or another architecture") from error
 
 
-class _Run(Loop[MilNet]):
+class _Run(Loop):
     """A training under way."""
 
     def __init__(self, cohort: Cohort, bags: Any, split: Split, config: MilConfig, head: Head, device: str) -> None:
-        self.cohort, self.bags, self.split, self.config, self.head, self.device = (
-            cohort, bags, split, config, head, device,
-        )  # fmt: skip
+        self.cohort, self.bags, self.split = cohort, bags, split
+        self.config, self.head, self.device = config, head, device
         torch.manual_seed(config.seed)
         net = _make(config, head, bags)
         net.set_scale(*scale_of([bags.stats[i] for i in split.train]))
@@ -268,19 +255,18 @@ class _Run(Loop[MilNet]):
     def judge(self) -> dict[str, Any]:
         if not self.split.validation:
             return {}
-        logits = _said(self.net, self.bags, self.split.validation, self.device)
+        logits = _logits(self.net, self.bags, self.split.validation, self.device)
         loss = float(self.head.loss(logits, self._targets(self.split.validation)))
         cases = [self.cohort.cases[i] for i in self.split.validation]
-        return {"validation_loss": digits(loss)} | measure(
-            cases, self.head.probabilities(logits.double().cpu()).numpy(), self.head
-        )
+        probabilities = self.head.probabilities(logits.double().cpu()).numpy()
+        return {"validation_loss": digits(loss)} | measure(cases, probabilities, self.head)
 
     def _targets(self, ids: Sequence[str]) -> Targets:
         return targets_of([self.cohort.cases[i] for i in ids], self.device)
 
 
 def targets_of(cases: Sequence[Case], device: str = "cpu") -> Targets:
-    """Return what is known of cases as heads take it."""
+    """Return the targets of cases."""
     label = torch.tensor([case.label for case in cases], device=device)
     if cases[0].event is None:
         return Targets(label)
@@ -289,13 +275,13 @@ def targets_of(cases: Sequence[Case], device: str = "cpu") -> Targets:
 
 
 def prepare(device: str, threads: int) -> str:
-    """Resolve "auto" to a device, and set torch's CPU threads; one gives the same weights on any number of cores."""
+    """Resolve the device "auto", and set torch's CPU threads; with one thread, weights do not depend on the cores."""
     torch.set_num_threads(threads)
     return pick_device(device)
 
 
 def scale_of(stats: Sequence[BagStats]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (d,) of all tiles of some bags, from their sums."""
+    """Mean and standard deviation (d,) over all tiles of some bags, from their sums."""
     n = sum(bag.tiles for bag in stats)
     mean = sum(bag.sum for bag in stats) / n
     variance = np.clip(sum(bag.square for bag in stats) / n - mean**2, 0, None)
@@ -303,7 +289,7 @@ def scale_of(stats: Sequence[BagStats]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measure(cases: Sequence[Case], probabilities: Array, head: Head) -> dict[str, float | None]:
-    """Figures of probabilities (n, k); what is undefined is None."""
+    """Measure the performance of probabilities (n, k); what is undefined is None."""
     label = np.array([case.label for case in cases])
     if head.kind in ("hazard", "cox"):
         time, event = np.array([case.time for case in cases]), np.array([case.event for case in cases])
@@ -320,21 +306,16 @@ def measure(cases: Sequence[Case], probabilities: Array, head: Head) -> dict[str
     }
 
 
-def as_dict(config: MilConfig) -> dict[str, Any]:
-    """Return a configuration as JSON holds it."""
-    return {**asdict(config), "arguments": dict(config.arguments)}
-
-
 def _baseline(net: MilNet, cohort: Cohort, bags: Any, split: Split, device: str) -> tuple[float, ...]:
     with torch.inference_mode():
-        risk = _said(net, bags, split.train, device)[:, 0].double().cpu().numpy()
+        risk = _logits(net, bags, split.train, device)[:, 0].double().cpu().numpy()
     cases = [cohort.cases[i] for i in split.train]
     time, event = np.array([case.time for case in cases], np.float64), np.array([case.event for case in cases], bool)
     return tuple(breslow(risk, time, event, list(cohort.time_bins)))
 
 
-def _flat(cohort: Cohort) -> tuple[float, ...]:
-    """Stand in for a baseline while training, when only the order of risks counts."""
+def _placeholder_baseline(cohort: Cohort) -> tuple[float, ...]:
+    """Return a placeholder baseline for training, where only the order of risks matters."""
     n = len(cohort.class_names)
     return tuple(1 - i / n for i in range(1, n))
 
@@ -347,7 +328,7 @@ def _make(config: MilConfig, head: Head, bags: Any) -> MilNet:
         raise ModelError(config.architecture, f"arguments do not fit: {error}", "See its docstring") from error
 
 
-def _said(net: MilNet, bags: Any, ids: Sequence[str], device: str) -> torch.Tensor:
+def _logits(net: MilNet, bags: Any, ids: Sequence[str], device: str) -> torch.Tensor:
     """Return the logits (n, k) of some bags."""
     return finite(torch.stack([net(*_on(bags[i], device)).logits for i in ids]), ids)
 

@@ -1,16 +1,16 @@
-"""Training of a patch classifier, stopped by validation, written as a model folder.
+"""Training of a patch classifier, with early stopping on validation, written as a model folder.
 
 ::
 
     OUT/
       config.json, weights.safetensors    the model: `wsi score --model OUT`
-      stain.json                          the stains of the training patients, and how far from them is too far
-      CARD.md, figures.json               what it was trained on, and how good it is on patients kept back
+      stain.json                          stains of the training patients, and the accepted distance from them
+      CARD.md, figures.json               training data; performance on held-out patients
       predictions.csv                     a row a patch of validation and test: label, probabilities
       split.csv                           a row a patch: path, patient, label, split
       log.csv, log.png                    loss and figures of each epoch
-      run.json                            the configuration and the patches that this folder is bound to
-      state.safetensors                   the training: the same command goes on from it
+      run.json                            configuration and patches; a rerun must have the same
+      state.safetensors                   state of the training: the same command resumes it
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,15 @@ from wsi.stain.pixels import evenly
 from wsi.stain.range import StainRange
 from wsi.train.classifier import PatchConfig, PatchTraining, begin
 from wsi.train.cohort import Cohort, Split, check_split
-from wsi.train.figures import best_threshold
+from wsi.train.figures import threshold_of
 from wsi.train.folder import bind, card_of, data_row, packed, write_model
 from wsi.train.images import Patches
-from wsi.train.loop import write_log
+from wsi.train.loop import as_dict, write_log
 from wsi.train.mil import measure
 from wsi.train.stains import learn_stains, stains_line
 
-#: Patches of a patient that its stains are measured on, at most.
+F64 = npt.NDArray[np.float64]
+#: Maximum number of patches on which a patient's stains are measured.
 _STAINED = 256
 
 
@@ -58,21 +58,21 @@ def train_patches(
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda epoch, of: None,
 ) -> dict[str, Any]:
-    """Train a patch classifier and write its model folder; the same call again goes on where it was stopped.
+    """Train a patch classifier and write its model folder; the same call again resumes it.
 
     Parameters
     ----------
     cohort, patches
         Labels and pixels by the same ids.
     split : Split
-        Test patches are looked at once, at the end.
+        Test patches are predicted once, at the end.
     mpp : float
-        Microns per pixel of the patches: those that slides are then cut at.
+        Microns per pixel of the patches, at which slides are then tiled.
     positive : sequence of str
-        Classes that the heatmap shows from a threshold on, which is chosen on validation. Default: of two classes the
-        second, of more none.
+        Classes that the heatmap shows from a threshold on, which is chosen on validation. Default: the second of two
+        classes.
     progress : callable
-        Called with the epochs done, and how many at most.
+        Called with the epochs done, and the maximum.
 
     Returns
     -------
@@ -90,61 +90,49 @@ def train_patches(
     positive = cohort.positive(positive)
     check_split(cohort, split, "split")
     model = begin(cohort, patches, split, config, mpp, device)
-    _bind(out, cohort, patches, split, config, model, positive)
-    run = PatchTraining(cohort, patches, split, config, model)
-    run.go(out / "state.safetensors", progress)
-    said = {part: run.said(ids) for part, ids in (("validation", split.validation), ("test", split.test)) if ids}
-    threshold, chosen = 0.5, np.isin(cohort.class_names, positive)
-    if chosen.any() and not chosen.all():
-        truth = chosen[[cohort.cases[i].label for i in split.validation]]
-        threshold = best_threshold(truth, said["validation"][:, chosen].sum(1)) if 0 < truth.mean() < 1 else 0.5
-    weights, sha256 = packed(model.net.state_dict())
-    figures: dict[str, Any] = {
-        part: _figures(cohort, getattr(split, part), said.get(part)) for part in ("validation", "test")
-    }
-    stains, unlike = _stains(cohort, patches, split)
-    figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256, "outside_stains": unlike}
-    write_log(out, [({}, run.history, run.best_epoch)])
-    _write_tables(out, cohort, split, said)
-    written = _config_json(model, threshold, positive, sha256)
-    card = _card(out, cohort, split, config, written, figures, stains_line(stains, unlike))
-    write_model(out, weights, written, figures, stains, card)
-    return figures
-
-
-def _bind(
-    out: Path,
-    cohort: Cohort,
-    patches: Patches,
-    split: Split,
-    config: PatchConfig,
-    model: PatchModel,
-    positive: Sequence[str],
-) -> None:
-    """Bind a folder to configuration, patches, labels and split."""
-    digest = hashlib.sha256()
-    for part in split:
-        for i in part:
-            case = cohort.cases[i]
-            digest.update(
-                f"{i}\0{case.patient}\0{case.label}\0{patches.checksums[i]}\n".encode(errors="backslashreplace")
-            )
-        digest.update(b"\n")
     identity = {
         "wsi_version": __version__,
-        "config": asdict(config) | {"arguments": dict(config.arguments)},
+        "config": as_dict(config),
         "weights to begin from": model.sha256,
         "precision": model.precision,
         "mpp": model.config.mpp,
         "positive": list(positive),
         "class_names": list(cohort.class_names),
-        "patches, labels or split": digest.hexdigest(),
+        "patches, labels or split": _digest(cohort, patches, split),
     }
     bind(out, identity)
+    run = PatchTraining(cohort, patches, split, config, model)
+    run.go(out / "state.safetensors", progress)
+    held_out = {"validation": split.validation, "test": split.test}
+    probabilities = {part: run.probabilities(ids) for part, ids in held_out.items() if ids}
+    label = np.array([cohort.cases[i].label for i in split.validation])
+    threshold = threshold_of(np.isin(cohort.class_names, positive), label, probabilities["validation"])
+    weights, sha256 = packed(model.net.state_dict())
+    figures: dict[str, Any] = {part: _figures(cohort, ids, probabilities.get(part)) for part, ids in held_out.items()}
+    stains, outside = _stains(cohort, patches, split)
+    figures |= {"best_epoch": run.best_epoch, "weights_sha256": sha256, "outside_stains": outside}
+    write_log(out, [({}, run.history, run.best_epoch)])
+    _write_tables(out, cohort, split, probabilities)
+    written = _config_json(model, threshold, positive, sha256)
+    card = _card(out, cohort, split, config, written, figures, stains_line(stains, outside))
+    write_model(out, weights, written, figures, stains, card)
+    return figures
+
+
+def _digest(cohort: Cohort, patches: Patches, split: Split) -> str:
+    """Return the SHA-256 of patients, labels and pixels of all patches, part by part."""
+    digest = hashlib.sha256()
+    for part in split:
+        for i in part:
+            case = cohort.cases[i]
+            row = f"{i}\0{case.patient}\0{case.label}\0{patches.checksums[i]}\n"
+            digest.update(row.encode(errors="backslashreplace"))
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def _stains(cohort: Cohort, patches: Patches, split: Split) -> tuple[StainRange, dict[str, Any]]:
-    """Find the range of the training patients' stains, each measured on its patches or an even part of them."""
+    """Find the range of the training patients' stains, each measured on at most ``_STAINED`` of its patches."""
     if all(case.patient == case.slide_id for case in cohort.cases.values()):
         return StainRange(reason="whose the patches are is not known, and one alone says little of a slide"), {}
     of: dict[str, list[str]] = {}
@@ -160,24 +148,24 @@ def _stains(cohort: Cohort, patches: Patches, split: Split) -> tuple[StainRange,
     )
 
 
-def _figures(cohort: Cohort, ids: Sequence[str], said: npt.NDArray[np.float64] | None) -> dict[str, Any] | None:
-    if said is None:
+def _figures(cohort: Cohort, ids: Sequence[str], probabilities: F64 | None) -> dict[str, Any] | None:
+    if probabilities is None:
         return None
     cases = [cohort.cases[i] for i in ids]
     count = {"patches": len(cases), "patients": len({case.patient for case in cases})}
-    return count | measure(cases, said, Head("softmax", len(cohort.class_names)))
+    return count | measure(cases, probabilities, Head("softmax", len(cohort.class_names)))
 
 
-def _write_tables(out: Path, cohort: Cohort, split: Split, said: Mapping[str, npt.NDArray[np.float64]]) -> None:
+def _write_tables(out: Path, cohort: Cohort, split: Split, probabilities: Mapping[str, F64]) -> None:
     names, predictions, division = cohort.class_names, [], []
     for part, ids in split._asdict().items():
         for n, i in enumerate(ids):
             case = cohort.cases[i]
             row = {"path": i, "patient": case.patient, "label": names[case.label], "split": part}
             division.append(row)
-            if part in said:
-                chances = {f"prob_{name}": f"{p:.6g}" for name, p in zip(names, said[part][n], strict=True)}
-                predictions.append(row | chances)
+            if part in probabilities:
+                columns = {f"prob_{name}": f"{p:.6g}" for name, p in zip(names, probabilities[part][n], strict=True)}
+                predictions.append(row | columns)
     write_csv(out / "split.csv", list(division[0]), division)
     write_csv(out / "predictions.csv", list(predictions[0]), predictions)
 
@@ -212,10 +200,10 @@ def _card(
     stained: str,
 ) -> str:
     origin = f"begun from `{config.start}`" if config.start else "random weights"
-    how = "features once, the classifier alone" if config.frozen else (
-        f"stain augmentation {config.stain:g}, {'turned and mirrored' if config.turn else 'not turned'}, "
-        f"JPEG {config.jpeg:g}"
-    )  # fmt: skip
+    turned = "turned and mirrored" if config.turn else "not turned"
+    how = f"stain augmentation {config.stain:g}, {turned}, JPEG {config.jpeg:g}"
+    if config.frozen:
+        how = "features once, the classifier alone"
     rows = [
         f"| Task | a patch of {written['patch_size_pixels']} px at {written['spacing_um_px']:g} microns per pixel -> "
         f"{', '.join(f'`{c}`' for c in cohort.class_names)} |",

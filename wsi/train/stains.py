@@ -1,4 +1,4 @@
-"""Which stains a model was trained on, and how many of the patients kept back lie outside them."""
+"""The stain range of a trained model, and how many held-out patients lie outside it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from wsi.train.cohort import Split
 def learn_stains(
     pixels: Mapping[str, Callable[[], U8]], patients: Mapping[str, str], splits: Sequence[Split]
 ) -> tuple[StainRange, dict[str, Any]]:
-    """Measure slides' stains, and find the range of those that any split trains on.
+    """Measure slides' stains, and find the range of those in any split's training part.
 
     Parameters
     ----------
     pixels : mapping of slide to callable
-        Gives tiles of it, uint8 (m, h, w, 3).
+        Returns tiles of the slide, uint8 (m, h, w, 3).
     patients : mapping of slide to str
         Of the same slides.
 
     Returns
     -------
     StainRange
-        Without a limit, and with the reason, where a slide's pixels are not to be had or patients are too few. Slides
-        whose stains cannot be told apart are passed over.
+        Without a limit, but with the reason, where a slide's pixels are not available or patients are too few. Slides
+        whose two stains cannot be separated are skipped.
     dict
-        By part, validation and test: how many of its slides could be measured, and how many of them lie outside the
-        range of their own split's training slides; {} where no split has a limit.
+        For validation and test: how many slides were measured, and how many of them lie outside the range of their own
+        split's training slides; {} where no split has a limit.
     """
     points: dict[str, Point] = {}
     for slide, read in pixels.items():
@@ -61,7 +61,7 @@ def learn_stains(
 
 
 def stains_line(known: StainRange, figures: Mapping[str, Any]) -> str:
-    """Say it in a row of a card."""
+    """Describe the range in a row of a model card."""
     if known.limit is None:
         return f"| Stains | not known, so none is called unlike: {known.reason} |"
     shown = "; ".join(f"{part} {found['outside']} of {found['slides']} outside" for part, found in figures.items())

@@ -1,4 +1,4 @@
-"""Tables that people typed, or a program wrote: rows of a CSV, and names that may be one."""
+"""Reading of tables that people typed or programs wrote: CSV rows, and names that differ only in spelling."""
 
 from __future__ import annotations
 
@@ -11,27 +11,18 @@ from pathlib import Path
 
 from wsi.errors import TrainError
 
-#: What pandas, R and spreadsheets write where there is nothing.
+#: How pandas, R and spreadsheets write a missing value, in lower case.
 _EMPTY = ("", "nan", "na", "<na>", "n/a", "#n/a", "null")
-#: Of each its line, and its cells by column.
+#: Line number and cells by column of each row.
 Rows = list[tuple[int, dict[str, str]]]
 NUMBER = re.compile(r"-?\d+(\.\d*)?")
 
 
 def rows_of(path: Path, columns: str) -> Rows:
-    """Read the rows of a CSV that are not empty, cells stripped, each with its line; what a short one lacks is empty.
+    """Read the rows of a CSV that are not empty: each with its line number, cells stripped, missing cells empty.
 
-    Parameters
-    ----------
-    path : Path
-        UTF-8, with or without a byte order mark.
-    columns : str
-        What it is to hold, for who gave something else.
-
-    Raises
-    ------
-    TrainError
-        It cannot be read, has a column twice, or a row longer than its header.
+    `path` is UTF-8 with or without a byte order mark; `columns` says in messages what it should hold. Raises TrainError
+    where the file cannot be read, has a column twice, or a row longer than its header.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -51,13 +42,7 @@ def rows_of(path: Path, columns: str) -> Rows:
 
 
 def refuse_empty(path: Path, rows: Rows, columns: Iterable[str], known: Collection[str] = ()) -> None:
-    """Refuse cells of `columns` that say nothing, or what programs write for nothing unless it is one of `known`.
-
-    Raises
-    ------
-    TrainError
-        The line and the column are named.
-    """
+    """Raise TrainError for an empty cell in `columns`, or one like "NA", unless it is one of `known`."""
     for i, row in rows:
         for name in columns:
             if row[name].casefold() in _EMPTY and row[name] not in known:
@@ -66,7 +51,7 @@ def refuse_empty(path: Path, rows: Rows, columns: Iterable[str], known: Collecti
 
 
 def key_of(name: str) -> Decimal | str:
-    """Return what a name is, however it is typed: a number, or letters without blanks and case.
+    """Return a name's identity regardless of spelling: a number, or letters without spaces and case.
 
     Examples
     --------
@@ -77,13 +62,7 @@ def key_of(name: str) -> Decimal | str:
 
 
 def refuse_alike(where: Path, what: str, names: Iterable[str]) -> None:
-    """Refuse names that differ in nothing but how they are typed: one patient would be two, one class two.
-
-    Raises
-    ------
-    TrainError
-        The two are named.
-    """
+    """Raise TrainError for names that differ only in spelling: one patient would become two, one class two."""
     seen: dict[Decimal | str, str] = {}
     for name in sorted(names):
         other = seen.setdefault(key_of(name), name)

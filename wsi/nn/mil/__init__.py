@@ -1,7 +1,7 @@
 """Multiple-instance learning: networks that read a bag of tile features, one file a family.
 
-``net`` is the contract they share, ``heads`` reads their logits, and ``MIL_NETS`` knows them by name. What a slide is
-graded with is ``wsi.nn.grade.MilModel``.
+``net`` defines the common interface, ``heads`` turns logits into probabilities, and ``MIL_NETS`` lists the networks by
+name. Slides are graded by ``wsi.nn.grade.MilModel``.
 """
 
 from __future__ import annotations
@@ -38,14 +38,7 @@ MIL_NETS: dict[str, Any] = {
 
 
 def make_net(architecture: str, **arguments: Any) -> MilNet:
-    """Make a network with fresh weights.
-
-    Raises
-    ------
-    KeyError
-        No such architecture.
-    TypeError
-        Arguments that the architecture does not have.
+    """Make a network with random weights; KeyError for an unknown architecture, TypeError for unknown arguments.
 
     Examples
     --------

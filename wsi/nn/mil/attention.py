@@ -22,9 +22,9 @@ from wsi.nn.mil.net import BagScores, MilNet, Parts, Pooled, block_of_pool, soft
 
 
 class AttentionMil(MilNet):
-    """Attention pooling over one bag of tile features, then a linear classifier.
+    """Attention pooling over the tile features of a bag, then a linear classifier.
 
-    The order of the tiles does not matter, and a bag of one tile is graded like any other (its attention is 1).
+    The order of the tiles does not matter. In a bag of one tile its attention is 1.
 
     Parameters
     ----------
@@ -68,7 +68,6 @@ class AttentionMil(MilNet):
         self.classifier: nn.Module = nn.Linear(self.width, num_classes)
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """See ``MilNet.forward``; `boxes` are not looked at."""
         pooled = self.pool(features)
         logits = self.classify(pooled)
         return BagScores(logits, weighted_by_class(pooled.weights, logits), pooled.weights * pooled.votes)
@@ -87,12 +86,12 @@ class AttentionMil(MilNet):
         return scores.float()  # under autocast too: with 10^5 tiles a bfloat16 sum would not reach 1
 
     def votes_of(self, h: Tensor) -> Tensor:
-        """Embedded features (b, width) to what each tile would say alone (b, k)."""
+        """Embedded features (b, width) to the logits of each tile alone (b, k)."""
         votes: Tensor = self.classifier(h)
         return votes.float()
 
     def pool(self, features: Tensor, rows: Tensor | None = None) -> Pooled:
-        """Pool the tiles of `rows` (default: all), in blocks."""
+        """Pool the tiles `rows` (default: all), in blocks."""
 
         def of(block: Tensor) -> Parts:
             h = self.embed(block)
@@ -102,12 +101,12 @@ class AttentionMil(MilNet):
 
 
 class AdditiveMil(AttentionMil):
-    """Additive MIL: the logits are a sum over tiles of a nonlinear function of each.
+    """Additive MIL: the logits are a sum over tiles of a nonlinear function of each tile.
 
-    ``logits = sum_n psi(a_n h_n) + b`` (Javed et al. 2022, equation 5), gated attention ``a``. `psi` is a perceptron
-    of one hidden layer without biases: with biases, each of 10^5 tiles without attention would add ``psi(0)``, and the
-    logits would grow with the bag. Such a `psi` is positively homogeneous, ``psi(a h) = a psi(h)``; ``b`` is shared out
-    by attention, so that the contributions sum to the logits.
+    ``logits = sum_n psi(a_n h_n) + b`` (Javed et al. 2022, equation 5), with gated attention ``a``. `psi` is a
+    perceptron with one hidden layer and no biases. With biases, each of 10^5 tiles without attention would add
+    ``psi(0)``, and the logits would grow with the bag. Without, `psi` is positively homogeneous: ``psi(a h) = a
+    psi(h)``. ``b`` is divided among the tiles by attention, so that the contributions sum to the logits.
 
     Parameters
     ----------
@@ -134,5 +133,4 @@ class AdditiveMil(AttentionMil):
         return super().votes_of(h) + self.bias
 
     def classify(self, pooled: Pooled) -> Tensor:
-        """Sum the contributions."""
         return (pooled.weights * pooled.votes).sum(0)

@@ -1,9 +1,9 @@
-"""CLAM: gated attention whose strongest and weakest tiles are also learnt from.
+"""CLAM: gated attention, with an additional loss on the tiles of highest and lowest attention.
 
 Written from the equations of Lu et al., "Data-efficient and weakly supervised computational pathology on whole-slide
-images", Nature Biomedical Engineering 2021 (arXiv:2004.09666). Beside the bag's loss, each class has a classifier of
-single tiles: of the bag's own class the `instances` tiles of most attention are to be called 1 and those of least 0;
-of the other classes, where classes exclude each other (`subtyping`), those of most attention 0.
+images", Nature Biomedical Engineering 2021 (arXiv:2004.09666). Each class has a classifier of single tiles. For the
+bag's own class, it learns to call the `instances` tiles of highest attention 1 and those of lowest attention 0. For the
+other classes, where classes exclude each other (`subtyping`), it learns to call those of highest attention 0.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from wsi.nn.mil.net import LossOf, Pooled, TrainingBag
 
 
 class ClamSb(AttentionMil):
-    """CLAM with a single branch of attention.
+    """CLAM with a single attention branch.
 
     Parameters
     ----------
     dropout and others
-        See ``AttentionMil``; the dropout is that of the attention branches too.
+        See ``AttentionMil``; the dropout also applies to the attention branches.
     instances : int
-        Tiles learnt from at each end, B; halved where the bag holds fewer than 2 B.
+        Tiles learnt from at each end, B; half the tiles of a bag with fewer than 2 B.
     bag_weight : float
-        Share of the bag's loss in the sum.
+        Weight of the bag loss in the sum.
     subtyping : bool
         The classes exclude each other: also learn that tiles are *not* of the other classes.
 
     Notes
     -----
-    The loss of single tiles is cross-entropy (the published program's other choice, a smoothed top-1 SVM, is not here).
+    The tile loss is cross-entropy (the published program's other choice, a smoothed top-1 SVM, is not here).
     It needs a class index as target: not for survival.
     """
 
@@ -50,7 +50,7 @@ class ClamSb(AttentionMil):
         self.instance_classifiers = nn.ModuleList(nn.Linear(self.width, 2) for _ in range(num_classes))
 
     def loss(self, bags: Sequence[TrainingBag], targets: Any, loss_of: LossOf) -> Tensor:
-        """Return ``bag_weight`` of the bags' loss and the rest of the tiles'."""
+        """Return ``bag_weight * bag loss + (1 - bag_weight) * tile loss``."""
         labels = getattr(targets, "label", None)
         if labels is None or len(self.instance_classifiers) <= int(labels.max()):
             raise ValueError("CLAM learns from single tiles of each class: it needs a softmax head with classes")
@@ -65,7 +65,7 @@ class ClamSb(AttentionMil):
 
     def _instance_loss(self, features: Tensor, weights: Tensor, label: int) -> Tensor:
         k = min(self.instances, len(features) // 2)
-        if k == 0:  # one tile has no two ends
+        if k == 0:  # a single tile
             return features.new_zeros((), dtype=torch.float32)
         losses = []
         for i, classifier in enumerate(self.instance_classifiers):
@@ -76,19 +76,19 @@ class ClamSb(AttentionMil):
             tiles, truth = (
                 (torch.cat([most, (-row).topk(k).indices]), [1] * k + [0] * k) if i == label else (most, [0] * k)
             )
-            said = classifier(self.embed(features[tiles]))
-            losses.append(functional.cross_entropy(said, torch.tensor(truth, device=said.device)))
+            logits = classifier(self.embed(features[tiles]))
+            losses.append(functional.cross_entropy(logits, torch.tensor(truth, device=logits.device)))
         return torch.stack(losses).sum() / (len(self.instance_classifiers) if self.subtyping else 1)
 
 
 class ClamMb(ClamSb):
-    """CLAM with a branch of attention a class, each with its own linear classifier; parameters as of ``ClamSb``."""
+    """CLAM with one attention branch and one linear classifier a class; parameters as for ``ClamSb``."""
 
     def __init__(self, *, num_classes: int = 2, **arguments: Any) -> None:
         self.rows = num_classes
         super().__init__(num_classes=num_classes, **arguments)
 
     def classify(self, pooled: Pooled) -> Tensor:
-        """Give each class's logit from its own pooled features: the diagonal of (r, k)."""
+        """Return each class's logit from its own pooled features: the diagonal of (r, k)."""
         logits: Tensor = self.classifier(pooled.sums).float().diagonal()
         return logits

@@ -1,4 +1,4 @@
-"""DSMIL: the most critical tile of each class, and attention by likeness to it.
+"""DSMIL: the critical tile of each class, and attention by similarity to it.
 
 Written from the equations of Li, Li & Eliceiri, "Dual-stream Multiple Instance Learning Network for Whole Slide Image
 Classification with Self-supervised Contrastive Learning", CVPR 2021 (arXiv:2011.08939)::
@@ -32,15 +32,15 @@ from wsi.nn.mil.net import (
 class DsMil(MilNet):
     """Dual-stream MIL.
 
-    The logits are those of stream 2; stream 1 chooses the critical tiles, and half of the loss is its own.
-    Contributions are exact: ``sum_c A_nc (W_kc . h_n)`` and the bias shared out by attention.
+    The logits are those of stream 2. Stream 1 chooses the critical tiles, and its logits give half of the loss.
+    Contributions are exact: ``sum_c A_nc (W_kc . h_n)``, plus the bias divided by attention.
 
     Parameters
     ----------
     in_features, num_classes, hidden, dropout
         See ``MilNet``.
     query : int
-        Width of q, two layers.
+        Width of q, a two-layer network.
 
     Examples
     --------
@@ -53,13 +53,13 @@ class DsMil(MilNet):
         super().__init__(in_features=in_features, num_classes=num_classes, **arguments)
         self.tiles = nn.Linear(self.width, num_classes)
         self.q = nn.Sequential(nn.Linear(self.width, query), nn.ReLU(), nn.Linear(query, query), nn.Tanh())
-        self.classifier = nn.Linear(num_classes * self.width, num_classes)  # the published convolution of full width
+        self.classifier = nn.Linear(num_classes * self.width, num_classes)  # published as a convolution
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
         return self._streams(features)[0]
 
     def loss(self, bags: Sequence[TrainingBag], targets: Any, loss_of: LossOf) -> Tensor:
-        """Return half the loss of the bags' logits and half that of the critical tiles' own."""
+        """Return the mean of the losses of both streams."""
         both = []
         for bag in bags:
             self._check(*bag)
@@ -76,7 +76,7 @@ class DsMil(MilNet):
         def of(block: Tensor, towards: Tensor) -> Parts:
             h = self.embed(block)
             scores = self.q(h).float() @ towards.T / towards.shape[1] ** 0.5  # (b, k)
-            # votes[n, c, j]: what tile n says for logit j through the attention of class c
+            # votes[n, c, j]: what tile n adds to logit j by the attention of class c
             votes = torch.einsum("nd,jcd->ncj", h.float(), self.classifier.weight.view(k, k, -1))
             return block_of_pool(scores, h.float(), votes)
 
@@ -89,7 +89,7 @@ class DsMil(MilNet):
 
     @torch.no_grad()
     def _critical(self, features: Tensor) -> Tensor:
-        """Return the tile of each class's largest logit (k,)."""
+        """Return the index of the tile with each class's largest logit (k,)."""
 
         def of(block: Tensor) -> Parts:
             best = self.tiles(self.embed(block)).float().max(0)

@@ -1,4 +1,4 @@
-"""DTFD-MIL: a bag is divided into pseudo-bags, whose features are graded in a second tier.
+"""DTFD-MIL: a bag is split into pseudo-bags, whose pooled features a second tier classifies.
 
 Written from the equations of Zhang et al., "DTFD-MIL: Double-Tier Feature Distillation Multiple Instance Learning for
 Histopathology Whole Slide Image Classification", CVPR 2022 (arXiv:2203.12081), with aggregated features (AFS)::
@@ -23,24 +23,22 @@ from wsi.nn.mil.net import BagScores, LossOf, TrainingBag
 class DtfdMil(AttentionMil):
     """Double-tier feature distillation.
 
-    Tiles are put in the order of their boxes (of the bag where there are none), then divided by a permutation that
-    depends on `seed` and their number alone: the same slide gives the same grade, whatever the order of its tiles.
-    While training, each pass draws a new division. Contributions ``b_m a_n (W2 h_n + c2)`` are exact.
+    Tiles are sorted by their boxes (or kept in bag order without boxes), then split by a permutation that depends only
+    on `seed` and the number of tiles. So a slide has the same grade in any order of its tiles. In training each pass
+    draws a new split. Contributions ``b_m a_n (W2 h_n + c2)`` are exact.
 
     Parameters
     ----------
     in_features, num_classes, hidden, attention, dropout
         See ``AttentionMil``; tier 2 has attention of the same width.
     groups : int
-        Pseudo-bags; as many as tiles in a smaller bag.
+        Number of pseudo-bags; in smaller bags, the number of tiles.
     seed : int
-        Of the division when grading.
+        Of the split outside training.
 
-    Notes
-    -----
-    The published program shuffles at test time, so that grades differ from run to run, makes empty pseudo-bags of
-    small bags, and steps two optimisers by turns. Here both tiers' losses are summed, and the second tier's gradient
-    reaches the first.
+    Notes ----- The published program shuffles at test time, so that grades vary between runs. It also makes empty
+    pseudo-bags of small bags, and steps two optimisers alternately. Here both tiers' losses are summed, and the second
+    tier's gradient reaches the first.
     """
 
     def __init__(
@@ -53,13 +51,13 @@ class DtfdMil(AttentionMil):
         self.groups = groups
         self.seed = seed
         self.second = AttentionMil(in_features=self.width, num_classes=num_classes, hidden=0, attention=attention)
-        del self.second.mean, self.second.std  # what it reads is ours, not an encoder's
+        del self.second.mean, self.second.std  # its input is not standardised
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
         return self._tiers(features, boxes)[0]
 
     def loss(self, bags: Sequence[TrainingBag], targets: Any, loss_of: LossOf) -> Tensor:
-        """Return the loss of the bags plus the mean loss of their pseudo-bags, each with its bag's label."""
+        """Return the bag loss plus the mean loss of the pseudo-bags, each with its bag's label."""
         of_bags, of_groups, owner = [], [], []
         for i, bag in enumerate(bags):
             self._check(*bag)
@@ -86,7 +84,7 @@ class DtfdMil(AttentionMil):
         return BagScores(logits, attention, contributions), of_groups
 
     def votes_of(self, h: Tensor) -> Tensor:
-        """Embedded features (b, width) to what each tile would say alone to tier 2 (b, k)."""
+        """Embedded features (b, width) to tier 2's logits of each tile alone (b, k)."""
         return self.second.votes_of(h)
 
     def _groups(self, features: Tensor, boxes: Tensor | None) -> list[Tensor]:

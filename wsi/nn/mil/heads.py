@@ -1,7 +1,7 @@
 """From logits to probabilities and to a loss: binary, classes, ordinal grades, survival.
 
-A head has no weights. Whatever it is, it gives probabilities that sum to 1 over `num_classes` classes; of survival
-these are the intervals in which the event may fall, the last being "after all of them".
+A head has no weights. Its probabilities sum to 1 over `num_classes` classes. For survival these are the intervals in
+which the event may fall; the last one is "after all of them".
 
 ==========  ==============  ==================================================================================
 kind        logits          probabilities
@@ -14,7 +14,7 @@ cox         1               differences of ``S0(t) ** exp(z)``
 ==========  ==============  ==================================================================================
 
 Sources: cumulative logits, McCullagh, "Regression models for ordinal data", J. R. Stat. Soc. B 1980 (the falling
-``c_j`` are what keeps every class's probability positive); discrete hazards, Gensheimer & Narasimhan, PeerJ 2019
+``c_j`` keep every class's probability positive); discrete hazards, Gensheimer & Narasimhan, PeerJ 2019
 (arXiv:1805.00917); Cox, "Regression models and life-tables", J. R. Stat. Soc. B 1972, with Breslow's baseline and ties.
 """
 
@@ -34,16 +34,16 @@ KINDS: tuple[Kind, ...] = ("softmax", "binary", "ordinal", "hazard", "cox")
 
 
 class Targets(NamedTuple):
-    """What is known of a batch of bags.
+    """Targets of a batch of bags.
 
     Attributes
     ----------
     label : int64 (b,)
-        Class, or the interval in which the time falls.
+        Class, or survival interval of `time`.
     time : float32 (b,), optional
-        Survival: of the event, or of the last time the patient was seen.
+        Survival: time of the event, or of the last visit.
     event : bool (b,), optional
-        Survival: whether the event was seen; False is censored.
+        Survival: True where the event was observed, False where censored.
     """
 
     label: Tensor
@@ -57,7 +57,7 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """How logits are read.
+    """Interpretation of logits.
 
     Attributes
     ----------
@@ -65,10 +65,10 @@ class Head:
     num_classes : int
         K; for survival, intervals with the open last one.
     temperature : float
-        Divides the logits; fitted on validation, 1 while training.
+        Divides the logits; fitted on validation, 1 in training.
     baseline : tuple of float, or of tuples
-        Cox: baseline survival S0 at the K - 1 ends of the intervals; of an ensemble a row a member, since what risks
-        are relative to is each member's own.
+        Cox: baseline survival S0 at the K - 1 ends of the intervals; for an ensemble one row a member, since risks are
+        relative to the member's own baseline.
 
     Examples
     --------
@@ -83,7 +83,7 @@ class Head:
 
     @property
     def num_logits(self) -> int:
-        """Logits that a network must give."""
+        """Number of logits that a network must give."""
         if self.kind == "softmax":
             return self.num_classes
         return 1 if self.kind in ("binary", "cox") else self.num_classes - 1
@@ -104,7 +104,7 @@ class Head:
         return torch.cat([ends, surviving], -1) - torch.cat([surviving, torch.zeros_like(ends)], -1)
 
     def loss(self, logits: Tensor, targets: Targets) -> Tensor:
-        """Return the mean negative log likelihood of a batch: logits (b, num_logits) and its targets."""
+        """Return the mean negative log likelihood of a batch: logits (b, num_logits) and targets."""
         if self.kind == "cox":
             return cox_loss(logits[:, 0], targets)
         return self._each(logits / self.temperature, targets).mean()
@@ -116,7 +116,7 @@ class Head:
         if self.kind == "binary":
             return functional.binary_cross_entropy_with_logits(z[:, 0], label.to(z.dtype), reduction="none")
         if self.kind == "ordinal":
-            # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), with a > b on both sides of the class
+            # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)); a > b are the class's two cut points
             c = _cumulative(z)
             first = functional.logsigmoid(c.gather(1, (label - 1).clamp(min=0)[:, None]))[:, 0]
             last = functional.logsigmoid(-c.gather(1, label.clamp(max=c.shape[1] - 1)[:, None]))[:, 0]
@@ -124,7 +124,7 @@ class Head:
             gap = functional.softplus(z.gather(1, label.clamp(max=c.shape[1] - 1)[:, None]))[:, 0]
             between = torch.where(inside, torch.log(-torch.expm1(-gap.clamp(min=1e-6))), torch.zeros_like(gap))
             return -(torch.where(label > 0, first, 0.0) + torch.where(label < c.shape[1], last, 0.0) + between)
-        # hazard: the intervals before are survived; in its own the event happens, or nothing is known any more
+        # hazard: earlier intervals are survived; in its own the event happens, or the patient is censored
         survived = functional.logsigmoid(-z).cumsum(1)
         survived = torch.cat([torch.zeros_like(survived[:, :1]), survived], 1).gather(1, label[:, None])[:, 0]
         hazard = functional.logsigmoid(z.gather(1, label.clamp(max=z.shape[1] - 1)[:, None]))[:, 0]
@@ -133,14 +133,9 @@ class Head:
 
 
 def cox_loss(risk: Tensor, targets: Targets) -> Tensor:
-    """Return Cox's negative log partial likelihood per event, Breslow's form for ties; 0 of a batch without events.
+    """Return Cox's negative log partial likelihood per event, with Breslow's ties; 0 for a batch without events.
 
-    Parameters
-    ----------
-    risk : (b,)
-        Log hazard ratio of each patient.
-    targets : Targets
-        Times and events.
+    `risk` (b,) is each patient's log hazard ratio.
     """
     assert targets.time is not None and targets.event is not None
     at_risk = targets.time[None, :] >= targets.time[:, None]  # [i, j]: j is at risk when i has the event
@@ -158,5 +153,5 @@ def breslow(
 
 
 def _cumulative(z: Tensor) -> Tensor:
-    """Logits of ``P(y > j)``: falling from j to j + 1, whatever the network gives."""
+    """Logits of ``P(y > j)``, which fall from j to j + 1 for any z."""
     return z[..., :1] - torch.cat([torch.zeros_like(z[..., :1]), functional.softplus(z[..., 1:])], -1).cumsum(-1)

@@ -1,4 +1,4 @@
-"""What every MIL network is: a bag of tile features in; logits, attention and contributions out."""
+"""The interface of MIL networks: from a bag of tile features to logits, attention and contributions."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-#: Tiles worked on at a time. Beyond its features, what a bag needs in memory is a block and a few numbers a tile; small
-#: blocks, which stay in the processor's cache, are faster too.
+#: Tiles computed at a time. A bag's memory beyond its features is a block and a few numbers a tile. Small blocks stay
+#: in the processor's cache, and are faster.
 BLOCK = 4096
 
-#: What a block says, or all of them.
+#: Results of one block, or of all blocks concatenated.
 Parts = tuple[Tensor, ...]
 #: (logits (b, k), targets) -> scalar; see ``wsi.nn.mil.heads``.
 LossOf = Callable[[Tensor, Any], Tensor]
 
 
 class BagScores(NamedTuple):
-    """What a network says about one bag; always the same three, whatever the bag.
+    """The output of a network for one bag.
 
     Attributes
     ----------
     logits : float32 Tensor (k,)
     attention : float32 Tensor (n,)
-        Weight of each tile in bag order, not negative, sums to 1. Where a network has a row of attention a class,
-        the rows are weighted by the softmax of the logits.
+        Weight of each tile in bag order, not negative; sums to 1. Where a network has one attention row a class, this
+        is the mean of the rows weighted by the softmax of the logits.
     contributions : float32 Tensor (n, k), optional
-        What each tile adds to each logit: the sum over tiles is the logits. None where the network is not a sum.
+        What each tile adds to each logit; they sum to the logits. None where the network is not a sum over tiles.
     """
 
     logits: Tensor
@@ -39,17 +39,17 @@ class BagScores(NamedTuple):
 
 
 class TrainingBag(NamedTuple):
-    """A bag to learn from: features (n, d) and, where known, level-0 boxes (n, 4)."""
+    """A bag for training: features (n, d) and, where known, level-0 boxes (n, 4)."""
 
     features: Tensor
     boxes: Tensor | None = None
 
 
 class MilNet(nn.Module):
-    """Standardisation, an embedding, and the contract; a family adds `score`, and `loss` where it has its own.
+    """Base class with standardisation and embedding; subclasses define `score`, and optionally `loss`.
 
-    Features are standardised first with `mean` and `std`, buffers that travel in the weights file, so that
-    callers hand over what the encoder produced and nothing else.
+    Features are standardised with the buffers `mean` and `std`, which are saved with the weights. So callers pass the
+    encoder's output unchanged.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class MilNet(nn.Module):
     num_classes : int
         Logits ``k``: one a class; binary and survival heads take fewer (``wsi.nn.mil.heads``).
     hidden : int or sequence of int
-        Widths of Linear + ReLU + Dropout layers in front; 0 or () leaves the features as they are.
+        Widths of the embedding's layers (Linear, ReLU, Dropout); 0 or () for no embedding.
     dropout : float
         Probability of dropping an embedded feature, in training only.
     """
@@ -82,19 +82,13 @@ class MilNet(nn.Module):
         self.embedding: nn.Module = nn.Sequential(*layers) if layers else nn.Identity()
 
     def standardise(self, features: Tensor) -> None:
-        """Take `mean` and `std` from training tiles.
-
-        Parameters
-        ----------
-        features : float Tensor (n, d)
-            The tiles of the training bags, all in one table. A feature that never varies is only centred.
-        """
+        """Set `mean` and `std` from the tiles of all training bags (n, d). A constant feature is only centred."""
         self._check(features, None)
         std, mean = torch.std_mean(features.float(), dim=0, correction=0)
         self.set_scale(mean, std)
 
     def set_scale(self, mean: Tensor, std: Tensor) -> None:
-        """Take `mean` and `std` (d,) as given; see ``standardise``."""
+        """Set `mean` and `std` (d,); see ``standardise``."""
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
@@ -104,24 +98,24 @@ class MilNet(nn.Module):
         Parameters
         ----------
         features : float Tensor (n, d)
-            The features of the bag's ``n`` >= 1 tiles; any float dtype, computed in float32.
+            Features of ``n`` >= 1 tiles, of any float dtype; computed in float32.
         boxes : float Tensor (n, 4), optional
-            Level-0 x, y, w, h of each tile, for networks that know where tiles are.
+            Level-0 x, y, w, h of each tile, for networks that use positions.
 
         Raises
         ------
         ValueError
-            The bag is empty, its features are not ``d`` wide, some are not finite, or boxes are of another number.
+            The bag is empty, its features are not ``d`` wide or not finite, or boxes are of another number.
         """
         self._check(features, boxes)
         return self.score(features, boxes)
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """Score one bag that has been checked; see ``forward``."""
+        """Score one checked bag; see ``forward``."""
         raise NotImplementedError
 
     def loss(self, bags: Sequence[TrainingBag], targets: Any, loss_of: LossOf) -> Tensor:
-        """Return the scalar to minimise for a batch of bags: by default the head's loss of the logits."""
+        """Return the loss of a batch of bags; by default the head's loss of the logits."""
         return loss_of(torch.stack([self(*bag).logits for bag in bags]), targets)
 
     def embed(self, features: Tensor) -> Tensor:
@@ -132,26 +126,27 @@ class MilNet(nn.Module):
     def by_block(
         self, of: Callable[..., Parts], features: Tensor, rows: Tensor | None = None, carried: Parts = ()
     ) -> Parts:
-        """Apply `of` to the features block by block, over all tiles or those of `rows`, and concatenate the results.
+        """Apply `of` to the features block by block, and concatenate the results.
 
-        While training, a block's intermediate results are recomputed for the gradient instead of being kept, so that
+        In training, a block's intermediate results are recomputed for the gradient instead of being kept, so that
         memory does not grow with bag size times network width.
 
         Parameters
         ----------
         of : callable
-            From a block (b, d), and `carried`, to tensors of b rows, or of one row a block.
+            From a block (b, d), and `carried`, to tensors with b rows, or with one row a block.
         features : float Tensor (n, d)
         rows : int64 Tensor (m,), optional
+            Tiles to take; default: all.
         carried : tuple of Tensor
-            What `of` reads besides this network's weights, where a gradient is to reach it.
+            Other inputs of `of` besides this network's weights that need a gradient.
         """
         n = len(features) if rows is None else len(rows)
-        if n <= BLOCK or features.requires_grad:  # whoever wants the features' own gradient has memory for it
+        if n <= BLOCK or features.requires_grad:  # a gradient of the features needs their memory anyway
             return of(features if rows is None else features[rows], *carried)
         blocks = _Blocks(of, features, rows, n, self.training)
         if not torch.is_grad_enabled():
-            return blocks.go(carried)
+            return blocks.run(carried)
         weights = [weight for weight in self.parameters() if weight.requires_grad]
         parts: Parts = _Streamed.apply(blocks, len(carried), *carried, *weights)  # type: ignore[no-untyped-call]
         return parts
@@ -169,8 +164,8 @@ class MilNet(nn.Module):
             )
         if boxes is not None and tuple(boxes.shape) != (len(features), 4):
             raise ValueError(f"MIL bag: {len(features)} tiles and boxes of shape {tuple(boxes.shape)}; pass (n, 4)")
-        # One number that is not finite makes the sum so; tile by tile takes ten times as long, and the sum of all at
-        # once a copy of all where features are float16.
+        # A sum is finite only if all numbers are. Checking each tile takes ten times as long; one sum over float16
+        # features would copy them all.
         total = features.new_zeros((), dtype=torch.float32)
         for block in features.split(BLOCK):
             total += block.sum(dtype=torch.float32)
@@ -186,43 +181,41 @@ class MilNet(nn.Module):
 
 
 class _Blocks:
-    """A bag block by block, and what is needed to compute a block again: chance and autocast as they were.
+    """The blocks of a bag, and the random and autocast states needed to recompute them.
 
-    Results go into memory that is taken once: small tensors that stay, each between two blocks' large ones that go,
-    would keep the allocator from using the large ones' memory again.
+    Results are written to tensors that are allocated once. Small tensors that stay, each between the large temporary
+    ones of two blocks, would keep the allocator from reusing the large ones' memory.
     """
 
-    def __init__(
-        self, of: Callable[..., Parts], features: Tensor, rows: Tensor | None, n: int, by_chance: bool
-    ) -> None:
-        self._of, self._features, self._rows, self.by_chance = of, features, rows, by_chance
+    def __init__(self, of: Callable[..., Parts], features: Tensor, rows: Tensor | None, n: int, random: bool) -> None:
+        self._of, self._features, self._rows, self.random = of, features, rows, random
         self.spans = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-        self._chance: list[tuple[Tensor, Any]] = []
+        self._random_states: list[tuple[Tensor, Any]] = []
         self._device = features.device.type
         self._autocast = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
 
     def part(self, span: slice, carried: Parts) -> Parts:
         return self._of(self._features[span if self._rows is None else self._rows[span]], *carried)
 
-    def go(self, carried: Parts) -> Parts:
+    def run(self, carried: Parts) -> Parts:
         whole: list[Tensor] = []
         for i, span in enumerate(self.spans):
-            if self.by_chance:
-                self._chance.append((torch.get_rng_state(), get_device_states(self._features)))
+            if self.random:
+                self._random_states.append((torch.get_rng_state(), get_device_states(self._features)))
             parts = self.part(span, carried)
-            if not whole:  # of one row a block, or a row a tile
+            if not whole:  # one row a block, or one row a tile
                 sizes = [len(self.spans) if len(x) == 1 else self.spans[-1].stop for x in parts]
                 whole = [x.new_empty((size, *x.shape[1:])) for size, x in zip(sizes, parts, strict=True)]
             for x, into in zip(parts, whole, strict=True):
                 into[self._place(into, i)] = x
         return tuple(whole)
 
-    def again(self, i: int, carried: Parts, gradients: Sequence[Tensor]) -> tuple[Parts, list[Tensor]]:
-        """Compute a block again, with its graph; and its share of the gradients."""
+    def recompute(self, i: int, carried: Parts, gradients: Sequence[Tensor]) -> tuple[Parts, list[Tensor]]:
+        """Recompute block i with its graph; return it with its share of the gradients."""
         enabled, dtype = self._autocast
         with torch.enable_grad(), torch.autocast(self._device, dtype, enabled=enabled):
-            if self.by_chance:
-                cpu, (devices, states) = self._chance[i]
+            if self.random:
+                cpu, (devices, states) = self._random_states[i]
                 torch.set_rng_state(cpu)
                 set_device_states(devices, states)
             parts = self.part(self.spans[i], carried)
@@ -233,13 +226,13 @@ class _Blocks:
 
 
 class _Streamed(torch.autograd.Function):
-    """Blocks without their graphs; backwards, one block's graph at a time."""
+    """Runs blocks without their graphs; backward rebuilds one block's graph at a time."""
 
     @staticmethod
     def forward(ctx: Any, blocks: _Blocks, n_carried: int, *tensors: Tensor) -> Parts:
         ctx.blocks, ctx.n_carried = blocks, n_carried
         ctx.save_for_backward(*tensors)
-        whole = blocks.go(tensors[:n_carried])
+        whole = blocks.run(tensors[:n_carried])
         ctx.mark_non_differentiable(*(x for x in whole if not x.is_floating_point()))
         return whole
 
@@ -251,12 +244,12 @@ class _Streamed(torch.autograd.Function):
         leaves = [*carried, *tensors[ctx.n_carried :]]
         wanted = [i for i, x in enumerate(leaves) if x.requires_grad]
         totals: list[Tensor | None] = [None] * len(leaves)
-        with torch.random.fork_rng(enabled=blocks.by_chance):
+        with torch.random.fork_rng(enabled=blocks.random):
             for i in range(len(blocks.spans)):
-                parts, shares = blocks.again(i, carried, gradients)
+                parts, shares = blocks.recompute(i, carried, gradients)
                 those = [(x, share) for x, share in zip(parts, shares, strict=True) if x.requires_grad]
-                said, share = zip(*those, strict=True)
-                found = torch.autograd.grad(said, [leaves[j] for j in wanted], share, allow_unused=True)
+                outputs, share = zip(*those, strict=True)
+                found = torch.autograd.grad(outputs, [leaves[j] for j in wanted], share, allow_unused=True)
                 for j, gradient in zip(wanted, found, strict=True):
                     if gradient is not None:
                         total = totals[j]
@@ -274,7 +267,7 @@ class Pooled(NamedTuple):
     sums : (r, width)
         ``weights.T @ values``.
     votes : (n, k)
-        What `of` said of each tile beside.
+        Logits of each tile alone.
     """
 
     weights: Tensor
@@ -290,11 +283,11 @@ def softmax_pool(scores: Tensor, tops: Tensor, sums: Tensor, votes: Tensor) -> P
     scores : (n, r)
         Of each tile.
     tops : (blocks, r)
-        Of each block ``scores.amax(0)``.
+        ``scores.amax(0)`` of each block.
     sums : (blocks, r, width)
-        Of each block ``exp(scores - scores.amax(0)).T @ values``.
+        ``exp(scores - scores.amax(0)).T @ values`` of each block.
     votes : (n, k)
-        What else is kept a tile.
+        Passed through.
 
     References
     ----------
@@ -309,11 +302,11 @@ def softmax_pool(scores: Tensor, tops: Tensor, sums: Tensor, votes: Tensor) -> P
 
 
 def block_of_pool(scores: Tensor, values: Tensor, votes: Tensor) -> Parts:
-    """What ``softmax_pool`` wants of a block: scores (b, r), values (b, width), votes (b, k)."""
+    """Return a block's part of ``softmax_pool`` from scores (b, r), values (b, width) and votes (b, k)."""
     top = scores.amax(0)
     return scores, top[None], (torch.exp(scores - top).T @ values)[None], votes
 
 
 def weighted_by_class(rows: Tensor, logits: Tensor) -> Tensor:
-    """Attention rows (n, r) to one (n,): the rows weighted by the softmax of the logits (r,)."""
+    """Attention rows (n, r) to one row (n,): their mean weighted by the softmax of the logits (r,)."""
     return rows[:, 0] if rows.shape[1] == 1 else rows @ torch.softmax(logits, 0)

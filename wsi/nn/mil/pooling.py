@@ -1,4 +1,4 @@
-"""Pooling without learnt attention: mean, max, top-k and noisy-or. The baselines every other model must beat."""
+"""Pooling without learnt attention: mean, max, top-k and noisy-or, the baselines for all other models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wsi.nn.mil.net import BLOCK, BagScores, MilNet, Parts, weighted_by_class
 
 
 class _Linear(MilNet):
-    """An embedding and a linear classifier of tiles or of what is pooled."""
+    """An embedding with a linear classifier."""
 
     def __init__(self, *, num_classes: int = 2, **arguments: Any) -> None:
         super().__init__(num_classes=num_classes, **arguments)
@@ -20,10 +20,9 @@ class _Linear(MilNet):
 
 
 class MeanMil(_Linear):
-    """Mean of the embedded features, then a linear classifier: ``logits = W mean_n(h_n) + b``."""
+    """Mean of the embedded features, then a linear classifier: ``logits = W mean_n(h_n) + b``. Attention is uniform."""
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """See ``MilNet.forward``; attention is the same for all tiles."""
         n = len(features)
 
         def of(block: Tensor) -> Parts:
@@ -38,11 +37,10 @@ class MeanMil(_Linear):
 class MaxMil(_Linear):
     """Largest value of each embedded feature, then a linear classifier: ``logits = W max_n(h_n) + b``.
 
-    Attention is the share of features of which a tile holds the largest value; the bias is shared out by it.
+    A tile's attention is the share of features whose largest value it has; the bias is divided by attention.
     """
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """See ``MilNet.forward``."""
 
         def of(block: Tensor) -> Parts:
             best = self.embed(block).float().max(0)
@@ -63,12 +61,14 @@ class MaxMil(_Linear):
 class TopKMil(_Linear):
     """Mean of the `top` largest logits of single tiles, for each class; with ``top=1`` the instance maximum.
 
+    Attention is shared equally by the tiles taken.
+
     Parameters
     ----------
     in_features, num_classes, hidden, dropout
         See ``MilNet``.
     top : int
-        Tiles taken, or all of a smaller bag.
+        Number of tiles taken; in smaller bags, all.
     """
 
     def __init__(self, *, top: int = 10, **arguments: Any) -> None:
@@ -78,7 +78,6 @@ class TopKMil(_Linear):
         self.top = top
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """See ``MilNet.forward``; attention is shared by the tiles taken."""
         (votes,) = self.by_block(lambda block: (self.classifier(self.embed(block)).float(),), features)
         best = votes.topk(min(self.top, len(votes)), dim=0)  # (top, k)
         logits = best.values.mean(0)
@@ -87,11 +86,11 @@ class TopKMil(_Linear):
 
 
 class NoisyOrMil(MilNet):
-    """A bag is of a class where at least one tile is: ``p = 1 - prod_n (1 - p_n)``.
+    """A bag is positive where at least one tile is: ``p = 1 - prod_n (1 - p_n)``.
 
-    Of k logits the first is 0 and stands for "none of them", so that two classes' softmax is exactly ``(1 - p, p)``;
-    with one logit it is that of ``p``. Attention is each tile's share of ``-log(1 - p) = -sum_n log(1 - p_n)``.
-    Logits are no sum over tiles: contributions are None.
+    The first of k logits is 0 and stands for "none of the classes", so that the softmax of two logits is exactly
+    ``(1 - p, p)``. A single logit is that of ``p``. Attention is each tile's share of
+    ``-log(1 - p) = -sum_n log(1 - p_n)``. Contributions are None: the logits are not a sum over tiles.
 
     References
     ----------
@@ -101,15 +100,15 @@ class NoisyOrMil(MilNet):
     def __init__(self, *, num_classes: int = 2, **arguments: Any) -> None:
         super().__init__(num_classes=num_classes, **arguments)
         self.classifier = nn.Linear(self.width, max(1, num_classes - 1))
-        nn.init.constant_(self.classifier.bias, -4.0)  # from 0, 10^3 tiles would begin at p = 1, with no gradient
+        nn.init.constant_(self.classifier.bias, -4.0)  # at 0, 10^3 tiles would start at p = 1 without gradient
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
         (votes,) = self.by_block(lambda block: (self.classifier(self.embed(block)).float(),), features)
-        # log(-log(1 - p_n)), whose softmax is the share; softplus(v) is exp(v) for small v, and would underflow
+        # log(-log(1 - p_n)), whose softmax is the share. For small v, softplus(v) is exp(v) and would underflow.
         evidence = torch.where(votes < -15, votes, functional.softplus(votes.clamp(min=-15)).log())
         log_total = evidence.logsumexp(0)
         total = log_total.exp()
-        # logit(p) = log(p / (1 - p)) = log(exp(total) - 1), which is log(total) of a small one and total of a large one
+        # logit(p) = log(p / (1 - p)) = log(exp(total) - 1): about log(total) if small, and total if large
         logits = torch.log(torch.expm1(total.clamp(1e-6, 20)))
         logits = torch.where(total > 20, total, torch.where(total < 1e-6, log_total, logits))
         attention = weighted_by_class(torch.softmax(evidence, 0), logits)

@@ -1,4 +1,4 @@
-"""TransMIL: self-attention among all tiles, by Nystrom's approximation, with positions seen by a convolution.
+"""TransMIL: self-attention among all tiles by Nystrom's approximation, with positions encoded by a convolution.
 
 Written from the equations of Shao et al., "TransMIL: Transformer based Correlated Multiple Instance Learning for Whole
 Slide Image Classification", NeurIPS 2021 (arXiv:2106.00908), and of Xiong et al., "Nyströmformer", AAAI 2021
@@ -9,13 +9,13 @@ Slide Image Classification", NeurIPS 2021 (arXiv:2106.00908), and of Xiong et al
 
 ``ql`` and ``kl`` are means of q and k over consecutive segments of the sequence (landmarks).
 
-The class token attends by exact softmax in both layers; tiles attend by the approximation. As published all rows are
-approximated, and of 10,000 tiles a landmark is the mean of 39: a single tile is lost in it, wherever it lies.
+The class token attends by exact softmax in both layers; tiles attend by the approximation. The published model
+approximates all rows. With 10,000 tiles a landmark is the mean of 39, in which a single tile is lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, Literal, NamedTuple
 
@@ -28,16 +28,17 @@ from torch.utils.checkpoint import checkpoint
 
 from wsi.nn.mil.net import BagScores, MilNet
 
-_TOKENS = 4096  # a time: a token has heads x landmarks similarities
-_REACH = 3  # of the 7 x 7 convolution
+_TOKENS = 4096  # computed at a time; each has heads x landmarks similarities
+_REACH = 3  # of the 7 x 7 convolution, in tiles
 
 
 class TransMil(MilNet):
     """TransMIL.
 
-    No sum over tiles: contributions are None. Attention is rolled out through both layers (Abnar & Zuidema 2020,
-    arXiv:2005.00928; means over heads, half of each layer passing by, the convolution between them left out): what a
-    tile tells often comes to the class token in the first layer already, and the last one's own row is blind to it.
+    Contributions are None: the logits are not a sum over tiles. Attention is rolled out through both layers (Abnar &
+    Zuidema 2020, arXiv:2005.00928), with means over heads, half of each layer as residual, and the convolution between
+    them left out. The last layer's own row is not enough: a tile often reaches the class token in the first layer
+    already.
 
     Parameters
     ----------
@@ -46,16 +47,16 @@ class TransMil(MilNet):
     heads, landmarks, iterations : int
         Of the attention, of its approximation, and of the pseudo-inverse's.
     positions : {"slide", "bag"}
-        "slide": tiles stand where their boxes say, so that their order in the bag does not matter. "bag", as published:
-        they are laid out in a square in the bag's order, the first ones repeated to fill it.
+        "slide": tiles lie where their boxes say, so that the bag's order does not matter. "bag", as published: they are
+        laid out in a square in bag order, and the first ones repeated to fill it.
 
     Notes
     -----
-    The published program fills sequences up with zeros that the landmarks then average over; here landmarks are means
-    of real tokens only, as many as there are tokens in a small bag, where the approximation becomes softmax attention.
+    The published program pads sequences with zeros, which enter the landmarks' means. Here landmarks are means of real
+    tokens only. A small bag has as many landmarks as tokens, and the approximation becomes softmax attention.
 
-    Grading, tokens are computed from the features anew each time a layer reads them, so that memory beyond the features
-    is a block of tokens, some rows of tiles and a few numbers a tile. Training keeps a few arrays (n, hidden).
+    At inference, tokens are recomputed from the features each time a layer reads them. So memory beyond the features is
+    a block of tokens, some rows of tiles and a few numbers a tile. Training keeps a few arrays (n, hidden).
 
     Examples
     --------
@@ -88,7 +89,6 @@ class TransMil(MilNet):
         self.classifier = nn.Linear(hidden, num_classes)
 
     def score(self, features: Tensor, boxes: Tensor | None) -> BagScores:
-        """See ``MilNet.forward``; with positions "slide", `boxes` are needed."""
         layout = self._layout(len(features), boxes)
         order = torch.from_numpy(layout.order).to(features.device)
 
@@ -96,11 +96,11 @@ class TransMil(MilNet):
             return (self.embed(block).float(),)
 
         def tokens(lo: int, hi: int) -> Tensor:
-            told = embedded(features[order[max(lo - 1, 0) : hi - 1]])[0]
-            return told if lo else torch.cat([self.cls, told])
+            tiles = embedded(features[order[max(lo - 1, 0) : hi - 1]])[0]
+            return tiles if lo else torch.cat([self.cls, tiles])
 
         x: Tokens
-        if torch.is_grad_enabled() or self.training:  # which drops others each time
+        if torch.is_grad_enabled() or self.training:  # dropout must not be drawn again
             x = torch.cat([self.cls, *self.by_block(embedded, features, order)])
         else:
             x = Computed(1 + len(order), tokens)
@@ -129,7 +129,7 @@ class TransMil(MilNet):
 
 
 class Layout(NamedTuple):
-    """Which tile each token is, int64 (t,), and its row, not falling, and column."""
+    """The tile of each token, int64 (t,), with its row (sorted) and column."""
 
     order: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
@@ -137,9 +137,9 @@ class Layout(NamedTuple):
 
 
 def _cells(start: npt.NDArray[np.float64], side: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Level-0 positions along one axis to cells of the tiles' grid; gaps wider than the convolution are shortened."""
+    """Level-0 positions along one axis to indices of the tile grid; gaps wider than the convolution are shortened."""
     steps = np.diff(np.unique(start))
-    steps = steps[steps > np.median(side) / 8]  # less is rounding
+    steps = steps[steps > np.median(side) / 8]  # smaller steps are rounding
     cell = steps[steps < 1.5 * steps.min()].mean() if len(steps) else 1.0
     index = np.round((start - start.min()) / cell).astype(np.int64)
     seen, inverse = np.unique(index, return_inverse=True)
@@ -147,9 +147,9 @@ def _cells(start: npt.NDArray[np.float64], side: npt.NDArray[np.float64]) -> npt
 
 
 class Computed:
-    """Tokens (t, width) that are computed when they are read, from start to stop, instead of being kept.
+    """Tokens (t, width) that are computed when they are read, instead of being stored.
 
-    The block read last is kept: one that overlaps with it, or follows it, is computed from its end on.
+    The last block read is kept, so that an overlapping or following one is computed only from its end on.
     """
 
     def __init__(self, n: int, of: Callable[[int, int], Tensor]) -> None:
@@ -175,7 +175,7 @@ Tokens = Tensor | Computed
 
 
 def _as(x: Tokens, of: Callable[[int, int], Tensor]) -> Tokens:
-    """Make as many tokens, which `of` computes from start to stop: when they are read if `x` are, else at once."""
+    """Make as many tokens with `of(start, stop)`: lazily where `x` is lazy, else at once."""
     n = len(x)
     if isinstance(x, Computed):
         return Computed(n, of)
@@ -183,7 +183,7 @@ def _as(x: Tokens, of: Callable[[int, int], Tensor]) -> Tokens:
 
 
 class Ppeg(nn.Module):
-    """Pyramid position encoding: depthwise convolutions 7 x 7, 5 x 5, 3 x 3 over the tiles' places, added to them."""
+    """Pyramid position encoding: depthwise convolutions 7 x 7, 5 x 5, 3 x 3 on the tile grid, added to the tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -192,16 +192,17 @@ class Ppeg(nn.Module):
         )
 
     def forward(self, x: Tokens, layout: Layout) -> Tokens:
-        """Tokens (1 + t, width) to such tokens, strip of rows by strip of rows; where no tile is, is 0."""
-        # One convolution: the smaller kernels stand in the middle of the largest.
-        seven, five, three = (conv.weight for conv in self._three())
+        """Tokens (1 + t, width) to tokens, computed in strips of rows; grid cells without a tile are 0."""
+        # All three as one convolution, with the smaller kernels centred in the largest.
+        layers: Any = self.convolutions
+        seven, five, three = (conv.weight for conv in layers)
         weight = seven + functional.pad(five, [1] * 4) + functional.pad(three, [2] * 4)
-        bias = torch.stack([conv.bias for conv in self._three() if conv.bias is not None]).sum(0)
+        bias = torch.stack([conv.bias for conv in layers]).sum(0)
         columns, width = int(layout.columns.max()) + 1, weight.shape[0]
         height = min(max(1, _TOKENS // columns), int(layout.rows[-1]) + 1)
 
         def strip(top: int, first: int, last: int) -> Tensor | None:
-            """Tiles first to last, as far as they stand in the rows from top on."""
+            """Tiles first to last, as far as they lie in the rows from top on."""
             lo, start, stop, hi = np.searchsorted(layout.rows, [top - _REACH, top, top + height, top + height + _REACH])
             start, stop = max(start, first), min(stop, last)
             if start >= stop:
@@ -226,12 +227,9 @@ class Ppeg(nn.Module):
 
         return _as(x, placed)
 
-    def _three(self) -> list[nn.Conv2d]:
-        return [conv for conv in self.convolutions if isinstance(conv, nn.Conv2d)]
-
 
 class SelfAttention(nn.Module):
-    """``x + MSA(LN(x))`` in blocks of tokens, of the class token alone."""
+    """``x + MSA(LN(x))`` in blocks of tokens, for the class token only."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -242,7 +240,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.1))
 
     def class_token(self, x: Tokens) -> tuple[Tensor, Tensor]:
-        """Tokens (t, width) to the first token (width,), and its attention to each (t,), mean over heads; exact."""
+        """Tokens (t, width) to the first token (width,) and its exact attention to each (t,), mean over heads."""
         starts = range(0, len(x), _TOKENS)
         query = self._qkv(x[:1])[0][0]  # (heads, dim)
 
@@ -271,19 +269,19 @@ class SelfAttention(nn.Module):
 
     def _along(self, v: Tensor) -> Tensor:
         """Convolve values (b, heads, dim) along the sequence."""
-        told: Tensor = self.residual(v.permute(2, 1, 0)).permute(2, 1, 0)
-        return told
+        convolved: Tensor = self.residual(v.permute(2, 1, 0)).permute(2, 1, 0)
+        return convolved
 
 
 class Nystrom(SelfAttention):
-    """``x + MSA(LN(x))`` in blocks of tokens: of tiles with Nystrom's approximation of softmax attention."""
+    """``x + MSA(LN(x))`` in blocks of tokens, with Nystrom's approximation of softmax attention for the tiles."""
 
     def __init__(self, width: int, heads: int, landmarks: int, iterations: int) -> None:
         super().__init__(width, heads)
         self.landmarks, self.iterations = landmarks, iterations
 
     def forward(self, x: Tokens) -> tuple[Tokens, Callable[[Tensor], Tensor]]:
-        """Tokens (t, width) to tokens (t, width), and what turns weights of these (t,) into weights of those."""
+        """Tokens (t, width) to tokens, and a function that maps weights of the new tokens (t,) to those of the old."""
         t, device = len(x), self.qkv.weight.device
         m = min(self.landmarks, t)
         segment = torch.arange(t, device=device) * m // t
@@ -294,7 +292,7 @@ class Nystrom(SelfAttention):
             qk = torch.stack(self._qkv(block)[:2], 1)  # (b, 2, heads, dim)
             return torch.zeros(m, *qk.shape[1:], device=device).index_add(0, into, qk)
 
-        landmark = _sum(_run(means, x[s : s + _TOKENS], segment[s : s + _TOKENS]) for s in starts)
+        landmark: Any = sum(_run(means, x[s : s + _TOKENS], segment[s : s + _TOKENS]) for s in starts)
         ql, kl = (landmark[:, i] / count for i in (0, 1))  # (m, heads, dim)
 
         def towards(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,16 +310,16 @@ class Nystrom(SelfAttention):
             q, _, v = self._qkv(block)
             near = torch.softmax(torch.einsum("bhd,mhd->bhm", q, kl), 2)
             mixed = torch.einsum("bhm,hmd->bhd", near, middle) + self._along(v)
-            told: Tensor = self.out(mixed[start:stop].flatten(1))
-            return told
+            out: Tensor = self.out(mixed[start:stop].flatten(1))
+            return out
 
         token, row = self.class_token(x)
 
         def attended(start: int, stop: int) -> Tensor:
-            lo = max(0, start - 16)  # 16 tokens more on either side for the convolution along the sequence
+            lo = max(0, start - 16)  # 16 more tokens on either side for the convolution along the sequence
             block = x[lo : stop + 16]
-            told = block[start - lo : stop - lo] + _run(outwards, block, start - lo, stop - lo)
-            return told if start else torch.cat([token[None], told[1:]])
+            out = block[start - lo : stop - lo] + _run(outwards, block, start - lo, stop - lo)
+            return out if start else torch.cat([token[None], out[1:]])
 
         def back(weights: Tensor) -> Tensor:
             through = torch.zeros(self.heads, m, device=device)
@@ -332,33 +330,28 @@ class Nystrom(SelfAttention):
                     near[0] = 0  # the class token's row is not approximated
                 through = through + torch.einsum("b,bhm->hm", weights[s : s + _TOKENS], near)
             through = (through[:, None] @ inverse)[:, 0]  # (heads, m)
-            told = weights[0] * row
+            old = weights[0] * row
             for s in starts:
                 k = self._qkv(x[s : s + _TOKENS])[1]
                 far = torch.exp(torch.einsum("mhd,bhd->hmb", ql, k) - top) / total
-                told[s : s + _TOKENS] += torch.einsum("hm,hmb->b", through, far) / self.heads
-            return told
+                old[s : s + _TOKENS] += torch.einsum("hm,hmb->b", through, far) / self.heads
+            return old
 
         return _as(x, attended), back
 
 
 def _merged(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the softmaxes of two blocks: top score, and relative to it the sums of exponents and of weighted values.
+    """Merge the softmaxes of two blocks: maximum score, and relative to it the sums of exponents and of values.
 
-    Two by two, not all at the end: small tensors that are kept between large ones that are not would tear the heap.
+    Blocks are merged pairwise as they come: keeping small tensors between large temporary ones would fragment the heap.
     """
     top = torch.maximum(a[0], b[0])
     left, right = torch.exp(a[0] - top), torch.exp(b[0] - top)
     return top, left * a[1] + right * b[1], left * a[2] + right * b[2]
 
 
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    total: Tensor = sum(parts)  # type: ignore[assignment]
-    return total
-
-
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
-    """Moore-Penrose inverse of matrices (heads, m, m) by Razavi's iteration of third order, each by its own scale."""
+    """Moore-Penrose inverse of matrices (heads, m, m) by Razavi's third-order iteration, each with its own scale."""
     size = a.abs()
     z = a.mT / (size.sum(1).amax(1) * size.sum(2).amax(1))[:, None, None]
     eye = torch.eye(a.shape[-1], device=a.device)
@@ -369,7 +362,7 @@ def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
 
 
 def _run(of: Callable[..., Any], x: Tensor, *others: Any) -> Any:
-    """Run a block; of a long sequence in training, compute it again for the gradient instead of keeping it."""
+    """Run a block; for long sequences in training, recompute it for the gradient instead of keeping it."""
     if torch.is_grad_enabled() and len(x) >= _TOKENS:
         return checkpoint(of, x, *others, use_reentrant=False)
     return of(x, *others)
