@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi.errors import StoreError
-from wsi.files import in_one_go, replacing
+from wsi.files import coalesce, replacing
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
@@ -113,7 +113,7 @@ class ShardFile:
             else:
                 spans.append((offset, length, mark))
         spans.sort()
-        for run in in_one_go(spans, _GAP_BYTES, _RUN_BYTES):
+        for run in coalesce(spans, _GAP_BYTES, _RUN_BYTES):
             start = run[0][0]
             stop = max(offset + length for offset, length, _ in run)
             data = memoryview(os.pread(self._file, stop - start, start))
