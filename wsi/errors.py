@@ -145,8 +145,8 @@ class OutputError(WsiError, OSError):
 
 
 def brief(error: BaseException) -> str:
-    """Return an error's message on one line of at most 200 characters, or else the name of its type."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Return the first line of an error's message, at most 200 characters; the name of its type if it has none."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def is_output_error(error: OSError, folder: str | os.PathLike[str]) -> bool:

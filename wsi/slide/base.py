@@ -329,7 +329,7 @@ def _contradicted(given: float, found: tuple[float, ...] | None) -> Mpp | None:
 
 
 def refuse_turned(path: str, page: tifffile.TiffPage) -> None:
-    """Refuse a TIFF with an Orientation other than 1: OpenSlide flips each tile alone, and tiffslide ignores the tag."""
+    """Refuse a TIFF with an Orientation other than 1: OpenSlide flips each tile alone, tiffslide ignores the tag."""
     orientation = page.tags.valueof("Orientation", 1)
     if orientation not in (0, 1):
         shown = int(orientation) if isinstance(orientation, int) else repr(orientation)[:40]

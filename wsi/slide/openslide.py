@@ -90,7 +90,7 @@ def library_version() -> str:
 
 
 def _whole_start(start: int, downsample: float) -> int:
-    """Return the last level pixel up to `start` whose level-0 coordinate is almost an integer, if there is one nearby."""
+    """Return the last pixel up to `start` whose level-0 coordinate is almost an integer, if there is one nearby."""
     if downsample.is_integer():
         return start
     candidates = range(max(0, start - 128), start + 1)
