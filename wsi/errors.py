@@ -35,7 +35,7 @@ class WsiError(Exception):
 
     Parameters
     ----------
-    where : str
+    where : str or path
         The file, argument or object at fault.
     what : str
         What is wrong with it.

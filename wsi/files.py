@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`; sync and rename it when the block succeeds, else remove it.
 
-    Parameters
-    ----------
-    sync : bool
-        Wait until the data is on the disk. If False, a power cut may leave a file cut short: only for files whose
-        readers detect that.
+    Without `sync`, a power cut may leave a file cut short: only for files whose readers detect that.
 
     Examples
     --------
@@ -116,12 +112,8 @@ def _draft(path: str | os.PathLike[str]) -> Path:
 def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     """Read a file of at most `most_bytes`, decompressed if it is gzip.
 
-    Raises
-    ------
-    ValueError
-        It is longer than that once decompressed; decompression stops at the limit.
-    OSError
-        It cannot be read, or is an incomplete gzip file.
+    Raises ValueError if it is longer (decompression stops at the limit), and OSError if it cannot be read or is an
+    incomplete gzip file.
 
     Examples
     --------
@@ -176,11 +168,7 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open an image with Pillow; its pixels must be read inside the block.
 
-    Raises
-    ------
-    ValueError
-        It is not an image, damaged, or so large that Pillow takes it for a decompression bomb.
-    FileNotFoundError
+    Raises FileNotFoundError, and ValueError if it is not an image, damaged, or too large (a decompression bomb).
 
     Examples
     --------

@@ -99,19 +99,10 @@ class Laps:
 
 
 def called(probabilities: npt.NDArray[Any], positive: npt.NDArray[np.bool_], threshold: float) -> npt.NDArray[np.int64]:
-    """Return the class of each tile or slide: a positive one where the positive classes together reach the threshold.
+    """Return the class, int64 (n,), of tiles or slides with `probabilities` (n, k).
 
-    Parameters
-    ----------
-    probabilities : float (n, k)
-    positive : bool (k,)
-        If none or all are positive, the threshold is not used and the likeliest class is returned.
-    threshold : float
-
-    Returns
-    -------
-    int64 (n,)
-        The likeliest of the positive classes, or else the likeliest of the others.
+    It is the likeliest `positive` class, bool (k,), where the positive classes together reach the threshold, and else
+    the likeliest of the others. If none or all are positive, it is simply the likeliest class.
 
     Examples
     --------

@@ -227,17 +227,8 @@ def triage(
     """Estimate how likely a slide is positive from a few tiles, to sort slides before they are scored.
 
     Half of the tiles are those with most dense haematoxylin at low magnification, half are spread over the tissue. The
-    model scores them at its own resolution; those that cannot be decoded are skipped.
-
-    Returns
-    -------
-    float
-        Mean probability of the positive classes in the top eighth of these tiles, 0 to 1.
-
-    Raises
-    ------
-    ModelError
-        Neither the model nor the configuration names positive classes.
+    model scores them at its own resolution; those that cannot be decoded are skipped. Returned is the mean probability
+    of the positive classes in the top eighth. Raises ModelError if no positive classes are named.
     """
     positive = config.positive or engine.model.config.positive_classes
     if not positive:

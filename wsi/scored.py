@@ -21,25 +21,13 @@ from wsi.units import Box, Mpp
 
 @dataclass(frozen=True, eq=False)
 class ScoredTiles:
-    """The tiles of a slide that have a score.
-
-    Attributes
-    ----------
-    grid : TileGrid
-    rows : int64 (n,)
-        Their row numbers in the store, which also holds unreadable tiles.
-    probabilities : float32 (n, k)
-    attention : float32 (n,), optional
-        Sums to 1; None where no MIL model graded the slide.
-    alone : float32 (n, k), optional
-        Probabilities before context (``wsi.context``); None where none was applied.
-    """
+    """The n tiles of a slide that have a score."""
 
     grid: TileGrid
-    rows: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float32]
-    attention: npt.NDArray[np.float32] | None
-    alone: npt.NDArray[np.float32] | None = None
+    rows: npt.NDArray[np.int64]  # (n,), their row numbers in the store, which also holds unreadable tiles
+    probabilities: npt.NDArray[np.float32]  # (n, k)
+    attention: npt.NDArray[np.float32] | None  # (n,), sums to 1; None where no MIL model graded the slide
+    alone: npt.NDArray[np.float32] | None = None  # (n, k), probabilities before context; None where none was applied
 
 
 @dataclass(frozen=True)

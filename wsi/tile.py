@@ -148,12 +148,8 @@ def estimate_tiled_bytes(path: str, config: TileConfig, *, mpp: float | None = N
 def lay_grid(slide: Slide, config: TileConfig) -> TileGrid:
     """Lay the patches that `config` asks for over the whole slide, tissue or not.
 
-    With verbatim pixels, patches that reach over the slide's edge are left out: stored tiles are padded there.
-
-    Raises
-    ------
-    GridError
-        No such level, no such grid, or with verbatim pixels one that is not the slide's own tiles.
+    With verbatim pixels, patches that reach over the slide's edge are left out: stored tiles are padded there. Raises
+    GridError if there is no such level or grid, or, with verbatim pixels, if patches are not the slide's stored tiles.
     """
     verbatim = config.pixels == "verbatim"
     level = 0 if verbatim and config.level is None and config.mpp is None else config.level
@@ -182,25 +178,11 @@ def keep_tiles(
     progress: Callable[[int], None] = lambda done: None,
     spent: dict[str, float] | None = None,
 ) -> None:
-    """Fill the missing pixels of a store, shard by shard: copied if it is verbatim, else read and encoded.
+    """Fill the missing pixels of a store for a grid of this slide: copied if it is verbatim, else read and encoded.
 
-    Parameters
-    ----------
-    store : PatchStore
-        Created for a grid of this slide; left as it is if it keeps no pixels.
-    threads : int
-        Does not change the bytes written.
-    progress : callable
-        Called with the number of tiles done so far.
-    spent : dict, optional
-        This thread's seconds are added as ``tiles_waiting`` (for patches), ``tiles_encode`` and ``tiles_write``.
-
-    Raises
-    ------
-    GridError
-        The store is verbatim and its patches are not the slide's stored tiles.
-    OSError
-        The store cannot be written to.
+    The bytes do not depend on `threads`. `progress` is called with the number of tiles done so far. To `spent`, this
+    thread's seconds are added as ``tiles_waiting`` (for patches), ``tiles_encode`` and ``tiles_write``. Raises
+    GridError (see ``stored_tiles``), and OSError if the store cannot be written to.
     """
     if store.pixels == "verbatim":
         copy_tiles(slide, store, threads=threads, progress=progress)

@@ -62,19 +62,8 @@ class Claim:
 class Claims:
     """The claims of one run in one folder; while it is open, a thread writes their heartbeats.
 
-    Parameters
-    ----------
-    folder : path
-        Created if needed, and removed when empty.
-    beat_s, silence_s : float
-        Seconds between heartbeats, and of silence after which an owner counts as dead.
-    clock : callable
-        Monotonic seconds.
-
-    Attributes
-    ----------
-    began : float
-        When the run began, by the file system's clock.
+    The folder is created if needed, and removed when empty. `clock` gives monotonic seconds. `began` is when the run
+    began, by the file system's clock.
 
     Examples
     --------

@@ -79,14 +79,8 @@ def bind(
 ) -> None:
     """Check that the slides' results may go into the folder, and write run.json; with `force` delete old results.
 
-    Nothing is changed if it raises.
-
-    Raises
-    ------
-    ConfigMismatch
-        The folder holds results of another configuration; the difference is named.
-    OutputError
-        It holds files that are not ours.
+    Raises ConfigMismatch if the folder holds results of another configuration (the difference is named), and
+    OutputError if it holds files that are not ours. Then nothing is changed.
     """
     identity = json.loads(json.dumps(configuration))
     path = folder / "run.json"
@@ -199,14 +193,8 @@ def read_failure(own: Path, *, since: float = 0.0) -> Row | None:
 class Tables:
     """slides.csv and failures.csv, derived from the slides' folders.
 
-    Parameters
-    ----------
-    columns : sequence of str
-        Keys of result.json that become columns of slides.csv; "probabilities" becomes one column per class.
-    status : str
-        Value of the column `status` for finished slides.
-    refs : mapping of slide id to SlideRef
-        Slides whose `label` and `patient` are written; for others the values in the table are kept.
+    `columns` of slides.csv are keys of result.json ("probabilities" becomes one column per class); finished slides get
+    `status`. Labels and patients are those of `refs`, by slide id; for other slides, those in the table are kept.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str], status: str, refs: Mapping[str, SlideRef]) -> None:

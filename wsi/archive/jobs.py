@@ -196,17 +196,9 @@ def is_of(result: SlideResult, ref: SlideRef) -> bool:
 def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
     """Process one slide, or answer a question about it; this is the only place where a slide may fail.
 
-    Returns
-    -------
-    dict
-        ``kind`` is "done", with an answer as ``value``; or "failed", with a row of failures.csv as ``record``.
-
-    Raises
-    ------
-    ClaimLost
-        Another process has taken the slide over.
-    OutputError
-        The results folder cannot be written to, so the run must end.
+    Returned are arguments of ``Event``: `kind` "done", with an answer as `value`; or "failed", with a row of
+    failures.csv as `record`. Raises ClaimLost if another process has taken the slide over, and OutputError if the
+    results folder cannot be written to, so that the run must end.
     """
     stage, own = "", Path(task.own)
 

@@ -193,20 +193,10 @@ class Slide(ABC):
     def read_tiles(
         self, level: int, shrink: int, tiles: Sequence[tuple[int, int]], out: Sequence[U8]
     ) -> list[str | None]:
-        """Decode entire stored tiles, padding included; only where ``tile_px`` is not None.
+        """Decode entire stored tiles, given by column and row, padding included; only where ``tile_px`` is not None.
 
-        Parameters
-        ----------
-        level, shrink : int
-        tiles : sequence of (int, int)
-            Column and row of each.
-        out : sequence of uint8 (tile height / shrink, tile width / shrink, 3)
-            Written in place; white where the file has no tile or the tile cannot be decoded.
-
-        Returns
-        -------
-        list of str or None
-            Why a tile cannot be decoded.
+        They are written to `out`, uint8 (tile height / shrink, tile width / shrink, 3) each, white where the file has
+        no tile or cannot be decoded. Return for each tile why it cannot be decoded, or None.
         """
         raise NotImplementedError(f"{self.reader} has no stored tiles to give")
 

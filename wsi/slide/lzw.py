@@ -27,11 +27,8 @@ _LEAST_BYTES_PER_CLEAR = 256
 def check_lzw(data: bytes) -> None:
     """Refuse a stream in which the first code after a Clear is undefined; the decoder checks all other codes itself.
 
-    Codes are as in TIFF 6.0, section 13, or in the bit order of older writers (such streams begin with 0).
-
-    Raises
-    ------
-    ValueError
+    Codes are as in TIFF 6.0, section 13, or in the bit order of older writers (such streams begin with 0). Raises
+    ValueError.
 
     Examples
     --------

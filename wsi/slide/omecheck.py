@@ -14,21 +14,10 @@ MAX_PLANES = 1 << 16  #: of a file (sections x channels x time points), by each 
 
 
 def check_ome(text: bytes, page_px: Sequence[int], where: str) -> None:
-    """Refuse OME-XML that declares more planes than a slide can have.
+    """Refuse OME-XML with more than ``MAX_PLANES`` planes, axes other than OME's, or entities, which expand endlessly.
 
-    Parameters
-    ----------
-    text : bytes
-        The first image's description; text that is not XML passes, since no reader takes it for OME-XML.
-    page_px : sequence of int
-        Number of pixels of each page.
-    where : str
-        The file's name, for the error.
-
-    Raises
-    ------
-    SlideUnreadable
-        More than ``MAX_PLANES`` planes, axes other than OME's, or XML entities, which can expand without limit.
+    `text` is the first page's description and `page_px` the number of pixels of each page. Raises SlideUnreadable. Text
+    that is not XML passes, since no reader takes it for OME-XML.
 
     Examples
     --------

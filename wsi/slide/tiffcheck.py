@@ -42,16 +42,9 @@ _CONVERT = "Convert it to a tiled pyramidal TIFF"
 
 
 def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> None:
-    """Refuse a TIFF whose structure is damaged or declares more than a slide can need.
+    """Refuse a TIFF of `size` bytes whose structure is damaged or declares more than a slide can need.
 
-    Parameters
-    ----------
-    read_at : (offset, length) -> bytes
-        Reads from the file; returns fewer bytes where it ends.
-    size : int
-        Bytes in the file.
-    where : str
-        The file's name, for the error.
+    ``read_at(offset, length)`` reads from the file, and returns fewer bytes where it ends.
 
     Raises
     ------

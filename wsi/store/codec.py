@@ -28,19 +28,10 @@ SUBSAMPLINGS = {"4:4:4": "444", "4:2:2": "422", "4:2:0": "420"}
 
 
 def decode_jpeg(stream: bytes | memoryview, out: U8) -> None:
-    """Decode a JPEG stream to RGB, bit-identical to libjpeg-turbo's accurate decoding.
+    """Decode a complete JPEG stream into `out`, uint8 (h, w, 3), contiguous; bit-identical to libjpeg-turbo.
 
-    Parameters
-    ----------
-    stream : bytes-like
-        Complete, tables included.
-    out : uint8 (h, w, 3), contiguous
-        Written in place; the image must have this size. Its content is undefined after an error.
-
-    Raises
-    ------
-    ValueError
-        The stream is cut short, of another size, or damaged (as far as that shows: JPEG has no checksum).
+    Raises ValueError if the stream is cut short, of another size, or visibly damaged (JPEG has no checksum). Then the
+    content of `out` is undefined.
 
     Examples
     --------

@@ -33,28 +33,11 @@ def write_multiscale(
     mpp: Mpp,
     version: str = "0.5",
 ) -> None:
-    """Write an OME-Zarr image; it appears under its name only when it is complete.
+    """Write an OME-Zarr image; it appears under its name, ``*.ome.zarr``, only when it is complete.
 
-    Parameters
-    ----------
-    path : Path
-        Ends in ``.ome.zarr``. An existing image is replaced; anything else there is an error.
-    levels : sequence of float32 (channels, rows, columns)
-        Finest first; each has half the resolution of the one before.
-    channels : sequence of str
-        Names of the channels.
-    step : (float, float)
-        Width and height of a pixel of the first level in level-0 pixels of the slide.
-    mpp : Mpp
-        The slide's.
-    version : {"0.4", "0.5"}
-
-    Raises
-    ------
-    ValueError
-        An unknown version.
-    OutputError
-        `path` holds something else.
+    `levels` are (channels, rows, columns), the finest first, each with half the resolution of the one before. A pixel
+    of the first is `step` (width, height) level-0 pixels of the slide. An existing image is replaced; anything else at
+    `path` raises OutputError, and an unknown `version` ValueError.
 
     Examples
     --------

@@ -233,12 +233,7 @@ class PatchStore:
     def add(self, name: str, row: tuple[int, ...], dtype: str, about: Mapping[str, Any]) -> None:
         """Add an array, or continue with the existing one.
 
-        Parameters
-        ----------
-        row : tuple of int
-            Shape of one tile's values.
-        about : mapping
-            What decides the values: JSON-able, not empty.
+        `row` is the shape of one tile's values; `about`, JSON-able and not empty, is what decides them.
 
         Raises
         ------

@@ -25,14 +25,7 @@ _REMEDY = "Keep pixels as jpeg or zstd, or lay the grid on the slide's own tiles
 
 
 def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
-    """Return the stored tiles that equal a grid's patches, pixel for pixel.
-
-    Returns
-    -------
-    level : int
-        The pyramid level that ``Slide.read`` would choose.
-    columns, rows : int64 (n,)
-        The level's tile of each patch.
+    """Return the stored tiles that equal a grid's n patches, pixel for pixel: level, columns (n,) and rows (n,).
 
     Raises
     ------
@@ -69,19 +62,10 @@ def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
 def copy_tiles(
     slide: Slide, store: PatchStore, *, threads: int = 1, progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Fill the missing pixels of a verbatim store.
+    """Fill the missing pixels of a store that was created with ``pixels="verbatim"`` for a grid of this slide.
 
     A tile that the slide omits as glass becomes white. One that is cut short is marked in ``unreadable`` and reads as
-    white. Other damage shows only when a tile is decoded.
-
-    Parameters
-    ----------
-    store : PatchStore
-        Created with ``pixels="verbatim"`` for a grid of this slide.
-    threads : int
-        Shards copied at a time.
-    progress : callable
-        Called with the number of tiles done so far.
+    white. Other damage shows only when a tile is decoded. `progress` is called with the number of tiles done so far.
 
     Raises
     ------

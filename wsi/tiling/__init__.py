@@ -22,23 +22,12 @@ from wsi.tiling.cut import Axis, Cut, bytes_under, fresh, off_32
 
 
 class Batch(NamedTuple):
-    """Patches of consecutive tiles.
-
-    Attributes
-    ----------
-    tiles : range
-    rgb : uint8 (n, tile_px, tile_px, 3)
-        Valid until the next batch is taken, which reuses the memory. White where `unreadable`.
-    unreadable : bool (n,)
-        Patches that cannot be decoded completely.
-    problem : str, optional
-        Why the first of them cannot.
-    """
+    """Patches of n consecutive tiles."""
 
     tiles: range
-    rgb: U8
-    unreadable: npt.NDArray[np.bool_]
-    problem: str | None
+    rgb: U8  # (n, tile_px, tile_px, 3), white where `unreadable`; valid until the next batch, which reuses the memory
+    unreadable: npt.NDArray[np.bool_]  # (n,), patches that cannot be decoded completely
+    problem: str | None  # why the first of them cannot
 
 
 def stream(
