@@ -13,7 +13,7 @@ from pathlib import Path
 from wsi.archive.cache import Cache
 from wsi.archive.jobs import Job, ScoreJob, TileJob
 from wsi.archive.slides import SlideRef, find_slides
-from wsi.archive.walk import Summary, nobody, run
+from wsi.archive.walk import Summary, run
 from wsi.archive.workers import Event, Executor, InProcess, Limits, Tell, Workers, default_threads
 from wsi.engine import EngineConfig, ScoreConfig
 from wsi.errors import WsiError
@@ -38,7 +38,7 @@ def score_archive(
     cache: Cache | None = None,
     force: bool = False,
     command: Sequence[str] = (),
-    tell: Tell = nobody,
+    tell: Tell = lambda event: None,
 ) -> Summary:
     """Score slides. A repeated call does only what is missing; several at the same time share the work.
 
@@ -109,7 +109,7 @@ def tile_archive(
     cache: Cache | None = None,
     force: bool = False,
     command: Sequence[str] = (),
-    tell: Tell = nobody,
+    tell: Tell = lambda event: None,
 ) -> Summary:
     """Cut slides into patch stores, ``<folder>/<slide_id>/store.zarr``. A repeated call does only what is missing.
 

@@ -52,22 +52,10 @@ class Summary:
     failed: list[Row] = field(default_factory=list)
 
 
-def nobody(event: Event) -> None:
-    """Ignore an event."""
-
-
 def run(
-    refs: Sequence[SlideRef],
-    folder: Path,
-    job: Job,
-    executor: Executor,
-    *,
-    order: str = "given",
-    cache: Cache | None = None,
-    force: bool = False,
-    command: Sequence[str] = (),
-    tell: Tell = nobody,
-) -> Summary:
+    refs: Sequence[SlideRef], folder: Path, job: Job, executor: Executor, *, order: str, cache: Cache | None,
+    force: bool, command: Sequence[str], tell: Tell,
+) -> Summary:  # fmt: skip
     """Do `job` for all slides with `executor`; other runs may be working on the same results folder."""
     if order not in ORDERS:
         raise WsiError(f"order={order!r}", "no such order", f"Known: {', '.join(ORDERS)}")

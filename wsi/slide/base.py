@@ -22,19 +22,14 @@ U8 = npt.NDArray[np.uint8]
 #: Plausible microns per pixel: no objective reaches 0.05; above 20 is a thumbnail, or the default of 72 or 96 dots per
 #: inch (353 and 265 um).
 MPP_RANGE = (0.05, 20.0)
-
 #: Microns per pixel given by the user and those of the file contradict each other beyond this ratio.
 _CONTRADICTION = 1.1
-
 #: A level may be this much coarser than asked: pyramid sizes are rounded to whole pixels.
 _LEVEL_TOLERANCE = 1.005
-
 #: Larger reads are split into blocks of this many source pixels.
 _BLOCK_PX = 4_000_000
-
 #: Values of `decode`, see ``open_slide``.
 DECODES = ("auto", "full", "fast")
-
 #: A damaged region is split down to parts of this side, to find those that can be read.
 _LEAST_PX = 256
 
@@ -157,12 +152,6 @@ class Slide(ABC):
         x, y = cell_edges(box.x, box.w, out_px[0], scale[0]), cell_edges(box.y, box.h, out_px[1], scale[1])
         shrink = min(self.shrink_along(level, 0, x), self.shrink_along(level, 1, y))
         return level, shrunk(x, shrink), shrunk(y, shrink)
-
-    def cells_along(
-        self, level: int, axis: int, starts: npt.NDArray[np.floating], length: float, n: int
-    ) -> npt.NDArray[np.int64]:
-        """Edges of `n` cells over [start, start + length) level-0 px, in 1/4096 px of a level; one row per start."""
-        return cell_edges(starts[:, None], length, n, self.scale(level)[axis])
 
     def shrink_along(self, level: int, axis: int, edges: npt.NDArray[np.int64]) -> int:
         """Return by how much the decoder may reduce a level for these edges; see `decode` of ``open_slide``."""

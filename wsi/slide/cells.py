@@ -35,7 +35,10 @@ class Cells:
 
 
 def cell_edges(start: float | npt.NDArray[np.floating], length: float, n: int, scale: float) -> npt.NDArray[np.int64]:
-    """Return the edges of `n` equal cells over [start, start + length) level-0 px, in 1/4096 px of a level."""
+    """Return the edges of `n` equal cells over [start, start + length) level-0 px, in 1/4096 px of a level.
+
+    `scale` is the level's pixels per level-0 pixel. Of starts (m, 1) the edges are (m, n + 1).
+    """
     position = (start + np.arange(n + 1) * (length / n)) * (scale * ONE_PX)
     edges: npt.NDArray[np.int64] = np.rint(position).astype(np.int64)
     if (np.diff(edges) < 1).any():

@@ -40,13 +40,10 @@ _MICRONS = ("\N{MICRO SIGN}m", "\N{GREEK SMALL LETTER MU}m", "um")
 #: By how much libjpeg may reduce while decoding, by chroma subsampling: where the PSNR against the area average is over
 #: 45 dB on H&E. 4:2:2 loses chroma rows from 1/4 on.
 _SHRINKS = {"420": (8, 4, 2), "444": (8, 4, 2), "Gray": (8, 4, 2), "422": (2,)}
-
 #: Decoded tiles held at once while a region is assembled.
 _AT_ONCE_BYTES = 1 << 26
-
 #: Limit on a JPEG's scans: encoders write ten at most, and each costs the decoder a pass over all pixels.
 MAX_SCANS = 64
-
 #: Adobe's APP14 marker: the components are RGB, not YCbCr. Aperio omits it.
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 

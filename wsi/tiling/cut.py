@@ -16,7 +16,7 @@ import numpy.typing as npt
 from wsi.grid import TileGrid
 from wsi.slide import Slide
 from wsi.slide.base import U8
-from wsi.slide.cells import ONE_PX, Cells, resample, shrunk
+from wsi.slide.cells import ONE_PX, Cells, cell_edges, resample, shrunk
 
 #: Most tiles or patches in one job of a thread: enough to make the overhead of a job small.
 _RUN = 32
@@ -241,7 +241,8 @@ class Axis:
         self._edges: dict[int, npt.NDArray[np.int64]] = {}
         self._spans: dict[tuple[int, int], _Span] = {}
         there = np.unique(lattice[used])
-        edges = slide.cells_along(level, axis, there * grid.stride[axis], grid.tile[axis], grid.tile_px)
+        starts, scale = there[:, None] * grid.stride[axis], slide.scale(level)[axis]
+        edges = cell_edges(starts, grid.tile[axis], grid.tile_px, scale)
         self.first_tile[there] = np.maximum(edges[:, 0] // ONE_PX, 0) // tile_px
         self.last_tile[there] = (np.minimum(-(edges[:, -1] // -ONE_PX), self._side) - 1) // tile_px
         for i, of_position in zip(there.tolist(), edges, strict=True):
