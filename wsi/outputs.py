@@ -21,7 +21,7 @@ from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.nn.grade import Doubts, SlideGrade, pick_class
 from wsi.result import rounded
 from wsi.sheet import save_sheet
-from wsi.slide import Slide, absolute, facts_of, override_of
+from wsi.slide import Slide, absolute, facts_of, resolution_warnings
 from wsi.stain import StainTransform
 from wsi.stain.range import StainCheck
 from wsi.tissue import TissueMask
@@ -200,12 +200,7 @@ def _warnings(found: Findings, drawn: Drawn, grade: str | None, positive_mm2: fl
     if not len(found.grid):
         advice = f"{_nothing_found(found)}; look at overlay.png, and lower --min-tissue or --stride if there is tissue"
         warnings["no-tile" if found.tissue.mask.any() else "no-tissue"] = found.tissue.dark_field or advice
-    if max(slide.mpp) > model.mpp * 1.1:
-        warnings["upsampled"] = (
-            f"the slide has {max(slide.mpp):.4g} microns per pixel, the model wants {model.mpp:g}: patches are enlarged"
-        )
-    if overridden := override_of(slide):
-        warnings["mpp-overridden"] = overridden
+    warnings |= resolution_warnings(slide, model.mpp, f"the model wants {model.mpp:g}")
     if found.n_unreadable:
         warnings["unreadable-tiles"] = (
             f"{found.n_unreadable} tiles, {found.lost:.2%} of the tissue, cannot be decoded and have no score: "

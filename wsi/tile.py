@@ -20,7 +20,7 @@ from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.heatmap import overlay_bytes, save_overlay
 from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
-from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide, override_of
+from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide, resolution_warnings
 from wsi.store import PatchStore, check_kind, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tiling import stream
 from wsi.tissue import TissueConfig, TissueMask, tissue_of
@@ -223,11 +223,7 @@ def _numbers(
             f"{n_unreadable} tiles are damaged in the slide: they read as white, and are marked; "
             "with a better copy of it use --force"
         )
-    if max(slide.mpp) > store.grid.mpp * 1.1:
-        asked = f"{store.grid.mpp:g} was asked for: patches are enlarged"
-        flagged["upsampled"] = f"the slide has {max(slide.mpp):.4g} microns per pixel, {asked}"
-    if overridden := override_of(slide):
-        flagged["mpp-overridden"] = overridden
+    flagged |= resolution_warnings(slide, store.grid.mpp, f"{store.grid.mpp:g} was asked for")
     nearly = _nearly_stored(slide, store.grid)
     return {
         "slide_id": slide_id,
@@ -252,7 +248,7 @@ def _numbers(
 def _nearly_stored(slide: Slide, grid: TileGrid) -> str | None:
     """Return advice where a level's own pixels are within 2 % of the grid's size and were resampled nevertheless."""
     steps = [side / grid.tile_px for side in grid.tile]  # level-0 pixels per patch pixel
-    level = slide.level_for(max(min(steps), 1e-9))
+    level = slide.level_for(min(steps))
     own = [full / stored for full, stored in zip(slide.size, slide.level_sizes[level], strict=True)]
     off = [step / stored for step, stored in zip(steps, own, strict=True)]
     if not 1e-6 < max(abs(ratio - 1) for ratio in off) <= 0.02:

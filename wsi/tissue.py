@@ -282,7 +282,7 @@ def _overview(slide: Slide, box: Box, w: int, h: int) -> tuple[U8, Bool2d]:
     damage: list[Box] = []
     rgb, unknown = slide.read(box, (w, h), damage=damage), np.zeros((h, w), np.bool_)
     px, py = box.w / w, box.h / h
-    level = slide.level_for(max(min(px, py), 1e-9))
+    level = slide.level_for(min(px, py))
     for bad in damage:
         left, right = max(0, math.floor((bad.x - box.x) / px)), min(w, math.ceil((bad.x + bad.w - box.x) / px))
         top, bottom = max(0, math.floor((bad.y - box.y) / py)), min(h, math.ceil((bad.y + bad.h - box.y) / py))

@@ -22,7 +22,7 @@ from wsi.slide.base import DECODES, GivenMpp, Slide
 
 __all__ = [
     "Slide", "absolute", "check_reading", "facts_of", "file_bytes", "fingerprint", "identity_of", "is_url",
-    "open_slide", "override_of",
+    "open_slide", "resolution_warnings",
 ]  # fmt: skip
 
 #: Names accepted as `reader`. "auto" tries our own TIFF reader, then OpenSlide, then tiffslide.
@@ -161,13 +161,18 @@ def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
     }
 
 
-def override_of(slide: Slide) -> str:
-    """Return a warning if the given microns per pixel contradict the file's own, else an empty string."""
-    if slide.overridden is None:
-        return ""
-    own, given = slide.overridden, f"{slide.mpp.x:g} ({slide.mpp_source})"
-    what = f"the file says {own.x:.4g} x {own.y:.4g} microns per pixel, and {given} was given"
-    return f"{what}, which all numbers are by: if it is not meant, leave it out, and use --force"
+def resolution_warnings(slide: Slide, mpp: float, wanted: str) -> dict[str, str]:
+    """Return warnings, by flag, on a slide's resolution and on patches of `mpp`, which are `wanted`."""
+    warnings = {}
+    if max(slide.mpp) > mpp * 1.1:
+        has = f"the slide has {max(slide.mpp):.4g} microns per pixel"
+        warnings["upsampled"] = f"{has}, {wanted}: patches are enlarged"
+    if slide.overridden is not None:
+        own, given = slide.overridden, f"{slide.mpp.x:g} ({slide.mpp_source})"
+        what = f"the file says {own.x:.4g} x {own.y:.4g} microns per pixel, and {given} was given"
+        remedy = "which all numbers are by: if it is not meant, leave it out, and use --force"
+        warnings["mpp-overridden"] = f"{what}, {remedy}"
+    return warnings
 
 
 def _open_with(reader: str, name: str, given: GivenMpp | None, decode: str) -> Slide:

@@ -133,7 +133,12 @@ class Slide(ABC):
         out_w, out_h = out_px
         if out_w < 1 or out_h < 1 or not (box.w > 0 and box.h > 0):
             raise ValueError(f"cannot read {box} into {out_w} x {out_h} px: all sides must be positive")
-        level, x, y = self.cells(box, out_px, level)
+        if level is None:
+            level = self.level_for(min(box.w / out_w, box.h / out_h))
+        per_px = self.scale(level)
+        edges_x, edges_y = cell_edges(box.x, box.w, out_w, per_px[0]), cell_edges(box.y, box.h, out_h, per_px[1])
+        shrink = min(self.shrink_along(level, 0, edges_x), self.shrink_along(level, 1, edges_y))
+        x, y = shrunk(edges_x, shrink), shrunk(edges_y, shrink)
         if out is None:
             out = np.empty((out_h, out_w, 3), np.uint8)
         for rows in blocks_of(y, _BLOCK_PX // min(_BLOCK_PX, x.last - x.first)):
@@ -143,15 +148,6 @@ class Slide(ABC):
                 source = self._read_padded(level, part_x, part_y, damage)
                 resample(source, part_x, part_y, out[rows, columns])
         return out
-
-    def cells(self, box: Box, out_px: tuple[int, int], level: int | None = None) -> tuple[int, Cells, Cells]:
-        """Choose the level to read `box` from; return it and the output pixels' cells there along x and y."""
-        if level is None:
-            level = self.level_for(max(min(box.w / out_px[0], box.h / out_px[1]), 1e-9))
-        scale = self.scale(level)
-        x, y = cell_edges(box.x, box.w, out_px[0], scale[0]), cell_edges(box.y, box.h, out_px[1], scale[1])
-        shrink = min(self.shrink_along(level, 0, x), self.shrink_along(level, 1, y))
-        return level, shrunk(x, shrink), shrunk(y, shrink)
 
     def shrink_along(self, level: int, axis: int, edges: npt.NDArray[np.int64]) -> int:
         """Return by how much the decoder may reduce a level for these edges; see `decode` of ``open_slide``."""
@@ -201,13 +197,11 @@ class Slide(ABC):
         raise NotImplementedError(f"{self.reader} has no JPEG tiles to give")
 
     def level_for(self, downsample: float) -> int:
-        """Return the coarsest level with at most `downsample` level-0 pixels per pixel."""
-        fine_enough = [
-            level
-            for level, (w, h) in enumerate(self.level_sizes)
-            if max(self.size[0] / w, self.size[1] / h) <= downsample * _LEVEL_TOLERANCE
-        ]
-        return max(fine_enough, default=0, key=lambda level: self.size[0] / self.level_sizes[level][0])
+        """Return the coarsest level with at most `downsample` level-0 pixels per pixel; 0 if there is none."""
+        full_w, full_h = self.size
+        coarseness = {level: max(full_w / w, full_h / h) for level, (w, h) in enumerate(self.level_sizes)}
+        fine_enough = [level for level, px in coarseness.items() if px <= downsample * _LEVEL_TOLERANCE]
+        return max(fine_enough, default=0, key=lambda level: full_w / self.level_sizes[level][0])
 
     def _read_padded(self, level: int, across: Cells, down: Cells, damage: list[Box] | None) -> U8:
         """Read a region of a level, white where it lies outside the level."""

@@ -132,7 +132,6 @@ class TiffReader(Slide):
     def read_tiles(
         self, level: int, shrink: int, tiles: Sequence[tuple[int, int]], out: Sequence[U8]
     ) -> list[str | None]:
-        """See ``Slide.read_tiles``."""
         stored = self._levels[level]
         numbers, counts, blobs = self._blobs(level, tiles)
         problems: list[str | None] = []
@@ -154,11 +153,9 @@ class TiffReader(Slide):
         return problems
 
     def holds_jpeg(self, level: int) -> bool:
-        """Whether the level's tiles are JPEG."""
         return isinstance(self._levels[level].codec, _Jpeg) and not any(self._turn)
 
     def jpeg_tiles(self, level: int, tiles: Sequence[tuple[int, int]]) -> list[bytes | None]:
-        """See ``Slide.jpeg_tiles``."""
         stored = self._levels[level]
         if not isinstance(stored.codec, _Jpeg):
             raise SlideUnreadable(self.path, f"level {level} is not stored as JPEG", "Keep its pixels as zstd or jpeg")

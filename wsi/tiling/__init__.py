@@ -72,7 +72,7 @@ def stream(
         return
     side = grid.tile_px
     buffers = [off_32((batch_size, side, side, 3), empty) for _ in range(min(ahead + 1, len(batches)))]
-    level = slide.level_for(max(min(grid.tile) / side, 1e-9))
+    level = slide.level_for(min(grid.tile) / side)
     at_once = batch_size * len(buffers)  # patches in progress
     axes = None
     if (tile_px := slide.tile_px(level)) is not None:
