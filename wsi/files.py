@@ -125,8 +125,9 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         size = 0 if packed else os.fstat(file.fileno()).st_size
         raw = b"" if size > most_bytes else (gzip.GzipFile(fileobj=file) if packed else file).read(most_bytes + 1)
     if max(size, len(raw)) > most_bytes:
-        told = f"{size / 2**20:,.0f} MiB" if size else f"more than {most_bytes / 2**20:,.0f} MiB unpacked"
-        raise ValueError(f"it is {told}, and at most {most_bytes / 2**20:,.0f} are read")
+        most = f"{most_bytes / 2**20:,.0f}"
+        found = f"{size / 2**20:,.0f} MiB" if size else f"more than {most} MiB unpacked"
+        raise ValueError(f"it is {found}, and at most {most} are read")
     return raw
 
 

@@ -83,13 +83,7 @@ class ScoredSlide:
         return Mpp(*map(float, exact)) if exact else Mpp(self.mpp, self.mpp)
 
     def tiles(self, store: PatchStore) -> ScoredTiles:
-        """Return the tiles that have a score.
-
-        Raises
-        ------
-        ResultsError
-            The folder holds patches without scores (``wsi tile``), or the classes have no names.
-        """
+        """Return the tiles that have a score; raises ResultsError for patches without scores (``wsi tile``)."""
         if not self.class_names or "probabilities" not in store.arrays:
             raise ResultsError(self.folder, "holds no scores", "Score the slide: wsi score")
         readable = np.flatnonzero(~store.get("unreadable"))
@@ -98,13 +92,7 @@ class ScoredSlide:
         return ScoredTiles(store.grid.keep(readable), readable, store.get("probabilities")[readable], attention, alone)
 
     def heatmap(self) -> Heatmap:
-        """Return each tile's summed probability of the positive classes.
-
-        Raises
-        ------
-        ResultsError
-            Neither the model nor the user named positive classes.
-        """
+        """Return each tile's summed probability of the positive classes; raises ResultsError if none are named."""
         if not self.class_names or not self.numbers["positive_classes"]:
             what = "does not say which classes are positive"
             raise ResultsError(self.folder, what, "Score the slide again, with --positive")
@@ -114,10 +102,7 @@ class ScoredSlide:
     def regions(self, threshold: float | None = None) -> list[shapely.Polygon]:
         """Return the areas where the heatmap reaches `threshold` (default: that of the run), in level-0 pixels.
 
-        Raises
-        ------
-        ResultsError
-            As ``heatmap``; or `threshold` is outside 0 to 1.
+        Raises ResultsError like ``heatmap``, or if `threshold` is outside 0 to 1.
         """
         if threshold is not None and not 0 <= threshold <= 1:
             raise ResultsError(f"threshold={threshold:g}", "is no probability", "From 0 to 1")
@@ -129,10 +114,7 @@ class ScoredSlide:
 def scored_slides(folder: Path) -> dict[str, ScoredSlide]:
     """Return the finished slides of a results folder, or of a single slide's folder, by slide id.
 
-    Raises
-    ------
-    ResultsError
-        The folder holds no results, or damaged ones.
+    Raises ResultsError if it holds none, or a damaged one.
 
     Examples
     --------

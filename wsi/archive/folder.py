@@ -68,15 +68,9 @@ def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
 
 
 def bind(
-    folder: Path,
-    refs: Sequence[SlideRef],
-    ids: Sequence[str],
-    *,
-    configuration: Mapping[str, Any],
-    execution: Mapping[str, Any],
-    command: Sequence[str],
-    force: bool,
-) -> None:
+    folder: Path, refs: Sequence[SlideRef], ids: Sequence[str], *, configuration: Mapping[str, Any],
+    execution: Mapping[str, Any], command: Sequence[str], force: bool,
+) -> None:  # fmt: skip
     """Check that the slides' results may go into the folder, and write run.json; with `force` delete old results.
 
     Raises ConfigMismatch if the folder holds results of another configuration (the difference is named), and
@@ -161,7 +155,7 @@ def look_again(own: Path) -> None:
 
 
 def sweep(own: Path) -> None:
-    """Remove incomplete files that a killed process left in a slide's folder. Requires its claim."""
+    """Remove what a killed or failed attempt left in a slide's folder. Requires its claim."""
     if not own.is_dir():
         return
     for pattern in (".*.draft", "*.partial"):  # ours, and Zarr's

@@ -16,40 +16,23 @@ from wsi.slide import absolute, is_url
 #: Suffixes that folders are searched for. DICOM files of one series are levels and parts of one slide.
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".dicom")
 _DICOM = (".dcm", ".dicom")
-
 #: Columns of a manifest; others are ignored.
 COLUMNS = ("slide", "mpp", "mask", "label", "patient")
-
 #: Wrong rows of a manifest that an error lists.
 _MOST_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class SlideRef:
-    """A slide to process, with what the user or a manifest says of it.
-
-    Attributes
-    ----------
-    path : str
-    mpp : float, optional
-        Microns per level-0 pixel; overrides what the file says.
-    mpp_source : str
-        Who gave `mpp`.
-    mask : str, optional
-        An image of the whole slide, of any size; tissue is where it is not black.
-    label, patient : str
-        Copied into slides.csv.
-    local : str, optional
-        A copy on faster storage, to read from instead.
-    """
+    """A slide to process, with what the user or a manifest says of it."""
 
     path: str
-    mpp: float | None = None
-    mpp_source: str = "user"
-    mask: str | None = None
-    label: str = ""
+    mpp: float | None = None  # microns per level-0 pixel; overrides what the file says
+    mpp_source: str = "user"  # who gave `mpp`
+    mask: str | None = None  # an image of the whole slide, of any size; tissue is where it is not black
+    label: str = ""  # like `patient`, copied into slides.csv
     patient: str = ""
-    local: str | None = None
+    local: str | None = None  # a copy on faster storage, to read from instead
 
 
 def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRef]:

@@ -145,7 +145,7 @@ class _Run:
         waiting, found = deque(names), dict.fromkeys(names, None)
         failed: Row | None = None
 
-        def hear(event: Event) -> None:
+        def on_answer(event: Event) -> None:
             nonlocal failed
             if event.kind != "stage":
                 found[event.slide_id] = event.value
@@ -158,7 +158,7 @@ class _Run:
                 name = waiting.popleft()
                 asked.add(name)
                 self._executor.give(Task(name, self._refs[name], str(self._folder / name), question=question))
-            self._executor.wait(hear)
+            self._executor.wait(on_answer)
         if failed is not None and all(value is None for value in found.values()) and question == "triage":
             raise WsiError(failed["slide"], f"no slide can be judged beforehand: {failed['error']}", failed["remedy"])
         return found

@@ -32,27 +32,17 @@ _IDLE_DEATHS = 3
 class Event:
     """Something that happened to a slide.
 
-    Attributes
-    ----------
-    kind : {"begin", "stage", "done", "failed", "lost"}
-        "stage": it has made progress. "lost": another run has taken it over, or its worker died before it began.
-    slide_id : str
-    stage : str
-    done, total : int
-        Progress within the stage, for "stage".
-    record : dict, optional
-        The row of slides.csv or failures.csv, for "done" and "failed".
-    value : float, optional
-        The answer to a question (see ``Task``).
+    `kind` is "begin"; "stage": it has made progress; "done"; "failed"; or "lost": another run has taken it over, or its
+    worker died before it began.
     """
 
     kind: str
     slide_id: str
     stage: str = ""
-    done: int = 0
+    done: int = 0  # of `total`, within the stage
     total: int = 0
-    record: Row | None = None
-    value: float | None = None
+    record: Row | None = None  # its row of slides.csv or failures.csv, for "done" and "failed"
+    value: float | None = None  # the answer to a question (see ``Task``)
 
 
 #: A callback for events.
@@ -61,18 +51,10 @@ Tell = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one slide may take; one that takes more fails, and the run goes on.
+    """What one slide may take; one that takes more fails, and the run continues."""
 
-    Attributes
-    ----------
-    seconds : float, optional
-        Wall time.
-    memory_bytes : int, optional
-        Resident memory of the worker process, including the models.
-    """
-
-    seconds: float | None = None
-    memory_bytes: int | None = None
+    seconds: float | None = None  # wall time
+    memory_bytes: int | None = None  # resident memory of the worker process, including the models
 
 
 class Executor(Protocol):

@@ -107,7 +107,8 @@ class TiffReader(Slide):
             shown = " and ".join(map(str, sorted(orientations | {orientation})))
             raise SlideUnreadable(self.path, f"has TIFF orientation {shown}", "Rewrite it with orientation 1")
         self._turn = _TURNS[orientation]
-        self.level_sizes = tuple(_ordered(level.size, self._turn[0]) for level in self._levels)
+        swap = self._turn[0]
+        self.level_sizes = tuple((h, w) if swap else (w, h) for w, h in (level.size for level in self._levels))
         if self.vendor == "aperio" and any((level.counts == 0).any() for level in self._levels):
             raise UnknownFormat(self.path, "is an Aperio file with missing tiles", _ELSEWHERE)
         self.mpp, self.mpp_source, self.overridden = resolve_mpp(self.path, self._given, found, source)
@@ -464,7 +465,3 @@ def _is_plain(page: tifffile.TiffPage) -> bool:
         and int(page.compression) in {_JPEG, *_LOSSLESS, *_JPEG2000}
         and not page.is_volumetric
     )
-
-
-def _ordered(size: tuple[int, int], swapped: bool) -> tuple[int, int]:
-    return (size[1], size[0]) if swapped else size

@@ -46,13 +46,10 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
 
     ``read_at(offset, length)`` reads from the file, and returns fewer bytes where it ends.
 
-    Raises
-    ------
-    UnknownFormat
-        It is not a TIFF, or longer than a TIFF's offsets reach (NDPI extends them in its own way).
-    SlideUnreadable
-        IFDs form a loop; IFDs, values or tiles lie outside the file; an image has too few tiles; or a ``MAX_...`` of
-        this module is exceeded. Images in strips after the first are thumbnails and may be of any size.
+    Raises UnknownFormat if it is not a TIFF, or longer than a TIFF's offsets reach (NDPI extends them in its own way);
+    and SlideUnreadable if IFDs form a loop, if IFDs, values or tiles lie outside the file, if an image has too few
+    tiles, or if a ``MAX_...`` of this module is exceeded. Images in strips after the first are thumbnails and may be of
+    any size.
 
     Examples
     --------

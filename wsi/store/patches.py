@@ -195,14 +195,9 @@ class PatchStore:
             if attributes["layout"] != LAYOUT:
                 raise StoreError(path, f"has layout {attributes['layout']}, this version reads {LAYOUT}", remedy)
             geometry = attributes["grid"]
-            grid = TileGrid(
-                np.asarray(group["columns"][:], np.int32),  # type: ignore[index]
-                np.asarray(group["rows"][:], np.int32),  # type: ignore[index]
-                (float(geometry["tile"][0]), float(geometry["tile"][1])),
-                (float(geometry["stride"][0]), float(geometry["stride"][1])),
-                int(geometry["tile_px"]),
-                float(geometry["mpp"]),
-            )
+            columns, rows = (np.asarray(group[name][:], np.int32) for name in ("columns", "rows"))  # type: ignore[index]
+            tile, stride = ((float(w), float(h)) for w, h in (geometry["tile"], geometry["stride"]))
+            grid = TileGrid(columns, rows, tile, stride, int(geometry["tile_px"]), float(geometry["mpp"]))
             return cls(path, group, grid)
         except StoreError:
             raise

@@ -57,6 +57,7 @@ class Pixels:
         self._where = folder
         self._n, self._side = n, side
         self._shards = ShardReader(folder, 4, SHARD_TILES)
+        self.is_whole = self._shards.is_whole
         self._encode: Callable[[U8], bytes]
         self._decode: Callable[[memoryview, U8], None]
         if kind == "zstd":
@@ -76,10 +77,6 @@ class Pixels:
             "pixels", shape=(n, *patch), chunks=(1, *patch), shards=(SHARD_TILES, *patch), dtype="uint8",
             fill_value=_WHITE, **encoding,
         )  # fmt: skip
-
-    def is_whole(self, shard: int) -> bool:
-        """Whether a shard exists, with a valid index."""
-        return self._shards.is_whole(shard)
 
     def encode(self, rgb: U8, threads: int = 1) -> list[bytes]:
         """Encode patches, uint8 (m, h, w, 3); the bytes do not depend on `threads`."""

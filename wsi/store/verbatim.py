@@ -27,11 +27,8 @@ _REMEDY = "Keep pixels as jpeg or zstd, or lay the grid on the slide's own tiles
 def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
     """Return the stored tiles that equal a grid's n patches, pixel for pixel: level, columns (n,) and rows (n,).
 
-    Raises
-    ------
-    GridError
-        The reader has no JPEG tiles at that level, they have another size or position than the patches, or a patch
-        reaches over the slide's edge (where stored tiles are padded and patches are white).
+    Raises GridError if the reader has no JPEG tiles at that level, if they have another size or position than the
+    patches, or if a patch reaches over the slide's edge (where stored tiles are padded and patches are white).
     """
     level = slide.level_for(min(grid.tile) / grid.tile_px)
     side = slide.tile_px(level)
@@ -66,15 +63,7 @@ def copy_tiles(
 
     A tile that the slide omits as glass becomes white. One that is cut short is marked in ``unreadable`` and reads as
     white. Other damage shows only when a tile is decoded. `progress` is called with the number of tiles done so far.
-
-    Raises
-    ------
-    GridError
-        See ``stored_tiles``.
-    StoreError
-        The store keeps its pixels in another way.
-    OSError
-        The store cannot be written to.
+    Raises GridError (see ``stored_tiles``), StoreError if the store keeps its pixels in another way, and OSError.
     """
     if store.pixels != "verbatim":
         raise StoreError(store.path, f"keeps its pixels as {store.pixels}", 'Make it with pixels="verbatim"')

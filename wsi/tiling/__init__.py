@@ -47,8 +47,6 @@ def stream(
 
     Parameters
     ----------
-    slide : Slide
-    grid : TileGrid
     runs : sequence of range
         The tiles to read; no batch spans two runs.
     batch_size : int
@@ -62,10 +60,6 @@ def stream(
         kept: at most a band across the slide, one stored tile high.
     empty : callable
         Allocates uint8 memory of a given shape for the batches, such as pinned memory.
-
-    Yields
-    ------
-    Batch
     """
     batches = _split(runs, batch_size)
     if not batches:
