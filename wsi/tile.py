@@ -171,13 +171,9 @@ def lay_grid(slide: Slide, config: TileConfig) -> TileGrid:
 
 
 def keep_tiles(
-    slide: Slide,
-    store: PatchStore,
-    *,
-    threads: int,
-    progress: Callable[[int], None] = lambda done: None,
+    slide: Slide, store: PatchStore, *, threads: int, progress: Callable[[int], None] = lambda done: None,
     spent: dict[str, float] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Fill the missing pixels of a store for a grid of this slide: copied if it is verbatim, else read and encoded.
 
     The bytes do not depend on `threads`. `progress` is called with the number of tiles done so far. To `spent`, this

@@ -75,13 +75,9 @@ class Claims:
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        beat_s: float = BEAT_S,
-        silence_s: float = SILENCE_S,
+        self, folder: str | os.PathLike[str], *, beat_s: float = BEAT_S, silence_s: float = SILENCE_S,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._folder, self._beat_s, self._silence_s, self._clock = Path(folder), beat_s, silence_s, clock
         self.began = 0.0
         self._held: dict[Claim, IO[bytes]] = {}

@@ -25,14 +25,9 @@ _CHUNK_PX = 256
 
 
 def write_multiscale(
-    path: Path,
-    levels: Sequence[npt.NDArray[np.float32]],
-    channels: Sequence[str],
-    *,
-    step: tuple[float, float],
-    mpp: Mpp,
-    version: str = "0.5",
-) -> None:
+    path: Path, levels: Sequence[npt.NDArray[np.float32]], channels: Sequence[str], *, step: tuple[float, float],
+    mpp: Mpp, version: str = "0.5",
+) -> None:  # fmt: skip
     """Write an OME-Zarr image; it appears under its name, ``*.ome.zarr``, only when it is complete.
 
     `levels` are (channels, rows, columns), the finest first, each with half the resolution of the one before. A pixel
