@@ -53,8 +53,8 @@ class Summary:
 
 
 def run(
-    refs: Sequence[SlideRef], folder: Path, job: Job, executor: Executor, *, order: str, cache: Cache | None,
-    force: bool, command: Sequence[str], tell: Tell,
+    refs: Sequence[SlideRef], folder: Path, job: Job, executor: Executor, *, order: str = "given",
+    cache: Cache | None = None, force: bool = False, command: Sequence[str] = (), tell: Tell = lambda event: None,
 ) -> Summary:  # fmt: skip
     """Do `job` for all slides with `executor`; other runs may be working on the same results folder."""
     if order not in ORDERS:
