@@ -1,28 +1,26 @@
-"""Every error this package raises on purpose.
+"""Every error this package raises on purpose. Each says where, what is wrong, and what to do about it.
 
 ::
 
-    WsiError                         where, what, remedy
-    |-- SlideError                   something about one slide
-    |   |-- SlideNotFound            also FileNotFoundError
-    |   |-- SlideUnreadable          also ValueError   not a slide, damaged, or unsupported pixels
+    WsiError                  where, what, remedy
+    |-- SlideError
+    |   |-- SlideNotFound     also FileNotFoundError
+    |   |-- SlideUnreadable   also ValueError
     |   |   |-- UnknownFormat
-    |   |   `-- NotRgb                               channels in pages of their own
-    |   `-- MppError                 also ValueError   no plausible microns per pixel
-    |-- GridError                    also ValueError   tile, stride or mpp that make no grid
-    |-- StainError                   also ValueError   pixels, a matrix or a target that cannot be normalised with
-    |-- StoreError                   also ValueError   a patch store that cannot be trusted
-    |-- ModelError                   also ValueError   a model folder that cannot be used
-    |   `-- ModelNotFound            also LookupError
-    |-- TrainError                   also ValueError   bags, labels or splits that nothing can be learnt from
-    |-- ConfigMismatch               also ValueError   a results folder of another configuration
-    |-- ManifestError                also ValueError   a manifest row that cannot be used
-    |-- AnnotationError              also ValueError   outlines or a mask that cannot be used
-    |-- ResultsError                 also ValueError   a results folder that cannot be used
-    |-- EvaluationError              also ValueError   results and a reference that cannot be compared
-    `-- OutputError                  also OSError      results cannot be written
-
-Each one says where, what, and what to do; each also is the builtin a stranger would catch.
+    |   |   `-- NotRgb
+    |   `-- MppError          also ValueError
+    |-- GridError             also ValueError
+    |-- StainError            also ValueError
+    |-- StoreError            also ValueError
+    |-- ModelError            also ValueError
+    |   `-- ModelNotFound     also LookupError
+    |-- TrainError            also ValueError
+    |-- ConfigMismatch        also ValueError
+    |-- ManifestError         also ValueError
+    |-- AnnotationError       also ValueError
+    |-- ResultsError          also ValueError
+    |-- EvaluationError       also ValueError
+    `-- OutputError           also OSError
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ class WsiError(Exception):
 
     Parameters
     ----------
-    where : str
+    where : str or path
         The file, argument or object at fault.
     what : str
         What is wrong with it.
@@ -57,11 +55,11 @@ class WsiError(Exception):
 
 
 class SlideError(WsiError):
-    """Something is wrong with one slide."""
+    """Something is wrong with one slide or with how it is to be read."""
 
 
 class SlideNotFound(SlideError, FileNotFoundError):
-    """There is no such slide."""
+    """There is no slide at this path."""
 
 
 class SlideUnreadable(SlideError, ValueError):
@@ -73,7 +71,7 @@ class UnknownFormat(SlideUnreadable):
 
 
 class NotRgb(SlideUnreadable):
-    """Channels in pages of their own: fluorescence, or a heatmap."""
+    """The file stores its channels as separate pages: fluorescence, or a heatmap."""
 
 
 class MppError(SlideError, ValueError):
@@ -81,11 +79,11 @@ class MppError(SlideError, ValueError):
 
 
 class GridError(WsiError, ValueError):
-    """Tile size, stride or resolution that make no grid."""
+    """A tile size, stride, level or resolution from which no grid can be made."""
 
 
 class StainError(WsiError, ValueError):
-    """Pixels, a stain matrix or a target that stain normalisation cannot work with."""
+    """Pixels, a stain matrix or a target that stain normalisation cannot use."""
 
 
 class StoreError(WsiError, ValueError):
@@ -101,7 +99,7 @@ class ModelNotFound(ModelError, LookupError):
 
 
 class TrainError(WsiError, ValueError):
-    """Bags, labels or splits that nothing can be learnt from."""
+    """Bags, labels or splits that cannot be trained on."""
 
 
 class ConfigMismatch(WsiError, ValueError):
@@ -125,11 +123,11 @@ class EvaluationError(WsiError, ValueError):
 
 
 class OutputError(WsiError, OSError):
-    """Results cannot be written: permission, full disk, or a path in the way."""
+    """Results cannot be written: no permission, a full disk, or a file in the way."""
 
     @classmethod
     def of(cls, error: OSError, path: str | os.PathLike[str]) -> OutputError:
-        """Translate an ``OSError`` met while writing `path` into a line a user can act on."""
+        """Translate an ``OSError`` raised while writing `path` into an error with a remedy."""
         remedies = {
             errno.ENOSPC: "Free some space and run the same command again: it resumes",
             errno.EDQUOT: "Your quota is used up; free some space and run the same command again: it resumes",
@@ -146,8 +144,13 @@ class OutputError(WsiError, OSError):
         return mapped
 
 
+def brief(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters; the name of its type if it has none."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
 def is_output_error(error: OSError, folder: str | os.PathLike[str]) -> bool:
-    """Whether an ``OSError`` says that `folder` cannot be written to (and not that something cannot be read)."""
+    """Whether an ``OSError`` means that `folder` cannot be written to, rather than that something cannot be read."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
         return True
     inside = Path(os.fsdecode(error.filename or "")).absolute().is_relative_to(Path(folder).absolute())

@@ -1,4 +1,4 @@
-"""Writing files that are either whole or not there."""
+"""Files: written atomically (complete, or not there at all), read within limits."""
 
 from __future__ import annotations
 
@@ -22,12 +22,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; sync and rename it when the block ends well, else remove it.
+    """Open a temporary file beside `path`; sync and rename it when the block succeeds, else remove it.
 
-    Parameters
-    ----------
-    sync : bool
-        Wait until the disk has it. Without, a power cut may leave a file that is short: for files that tell.
+    Without `sync`, a power cut may leave a file cut short: only for files whose readers detect that.
 
     Examples
     --------
@@ -50,9 +47,9 @@ def replacing(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO
 
 @contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Name a temporary folder beside `path` that takes its place when the block ends well; else it is removed.
+    """Name a temporary folder beside `path` that replaces it when the block succeeds; else it is removed.
 
-    What stood there before stays until then. Killed between the two renames, the next call brings it back first.
+    A folder already at `path` stays until then. If a kill interrupts the replacement, the next call restores it first.
 
     Examples
     --------
@@ -78,7 +75,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_folder(path: str | os.PathLike[str]) -> None:
-    """Remove a folder, if it is there, under a temporary name: a kill leaves no half of it under its own.
+    """Remove a folder, if there is one. It is renamed first, so that a kill leaves no incomplete folder at `path`.
 
     Examples
     --------
@@ -91,10 +88,10 @@ def remove_folder(path: str | os.PathLike[str]) -> None:
 
 
 def time_beside(path: str | os.PathLike[str]) -> float:
-    """Return what time it is by the file system that `path` is on: of a file made beside it, and removed.
+    """Return the current time of the file system that holds `path`, in seconds, from a file made beside it and removed.
 
-    Named as ``replacing`` does, not with ``tempfile``: NFS has no files without a name, and what a kill leaves is to be
-    known as ours.
+    The file is named as by ``replacing``, not by ``tempfile``: NFS has no unnamed files, and a sweep must recognise one
+    that a kill leaves.
 
     Examples
     --------
@@ -109,19 +106,14 @@ def time_beside(path: str | os.PathLike[str]) -> float:
 
 
 def _draft(path: str | os.PathLike[str]) -> Path:
-    """Name a temporary file."""
     return Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:12]}.draft")
 
 
 def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
-    """Read a file, unpacked where it is gzipped, and no more of it than `most_bytes`.
+    """Read a file of at most `most_bytes`, decompressed if it is gzip.
 
-    Raises
-    ------
-    ValueError
-        It is longer; a bomb is not unpacked further than the limit.
-    OSError
-        It cannot be read, or is no whole gzip file.
+    Raises ValueError if it is longer (decompression stops at the limit), and OSError if it cannot be read or is an
+    incomplete gzip file.
 
     Examples
     --------
@@ -133,17 +125,18 @@ def read_unpacked(path: str | os.PathLike[str], most_bytes: int) -> bytes:
         size = 0 if packed else os.fstat(file.fileno()).st_size
         raw = b"" if size > most_bytes else (gzip.GzipFile(fileobj=file) if packed else file).read(most_bytes + 1)
     if max(size, len(raw)) > most_bytes:
-        told = f"{size / 2**20:,.0f} MiB" if size else f"more than {most_bytes / 2**20:,.0f} MiB unpacked"
-        raise ValueError(f"it is {told}, and at most {most_bytes / 2**20:,.0f} are read")
+        most = f"{most_bytes / 2**20:,.0f}"
+        found = f"{size / 2**20:,.0f} MiB" if size else f"more than {most} MiB unpacked"
+        raise ValueError(f"it is {found}, and at most {most} are read")
     return raw
 
 
-def in_one_go(spans: Iterable[tuple[int, int, int]], gap: int, most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Group (offset, length, mark), sorted, by what one read covers: nearer than `gap`, and up to `most` bytes at once.
+def coalesce(spans: Iterable[tuple[int, int, int]], gap: int, most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Group sorted (offset, length, mark) into reads of up to `most` bytes: spans at most `gap` bytes apart.
 
     Examples
     --------
-    >>> list(in_one_go([(0, 9, 0), (10, 5, 1), (90, 5, 2)], 4, 1000))
+    >>> list(coalesce([(0, 9, 0), (10, 5, 1), (90, 5, 2)], 4, 1000))
     [[(0, 9, 0), (10, 5, 1)], [(90, 5, 2)]]
     """
     run: list[tuple[int, int, int]] = []
@@ -174,13 +167,9 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Open a picture for a block, in which its pixels are read.
+    """Open an image with Pillow; its pixels must be read inside the block.
 
-    Raises
-    ------
-    ValueError
-        It is no picture, damaged, or far larger than a picture is.
-    FileNotFoundError
+    Raises FileNotFoundError, and ValueError if it is not an image, damaged, or too large (a decompression bomb).
 
     Examples
     --------
@@ -200,7 +189,7 @@ def opened_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause garbage collection while millions of long-lived objects are built, which it would scan again and again.
+    """Pause garbage collection while millions of long-lived objects are built, which it would scan repeatedly.
 
     Examples
     --------
@@ -218,16 +207,16 @@ def collector_paused() -> Iterator[None]:
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Write indented JSON; NaN and infinity are refused."""
+    """Write indented JSON; NaN and infinity raise ``ValueError``."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as file:
-        file.write(text.encode(errors="backslashreplace"))  # paths that are not UTF-8: as JSON escapes them
+        file.write(text.encode(errors="backslashreplace"))  # of paths that are not UTF-8
 
 
 def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table; None is an empty cell."""
+    """Write a CSV table; None is an empty cell."""
     lines: list[str] = []
-    # It quotes the characters of its line ends alone: given both, no cell breaks a row.
+    # csv quotes only cells that hold a character of its line end: with both, no cell breaks a row for any reader.
     sink = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
     writer = csv.DictWriter(sink, columns, restval="", lineterminator="\r\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Where the tiles are: pure geometry, no pixels."""
+"""Positions of tiles on a slide: pure geometry, no pixels."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import shapely
 from wsi.errors import GridError
 from wsi.units import Box, Mpp
 
-#: So many tiles are cut with an area at once.
+#: `TileGrid.covered` stops halving a group of tiles at this size.
 _FEW_TILES = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TileGrid:
-    """Tiles of one size at one resolution, laid on a slide.
+    """Tiles of one size at one resolution, on a regular lattice over a slide.
 
     Attributes
     ----------
     columns, rows : int32 (n,)
         Position of each tile on the lattice; row by row, then column by column.
     tile : (float, float)
-        Width and height of a tile in level-0 pixels; not rounded.
+        Width and height of a tile in level-0 pixels; fractional.
     stride : (float, float)
-        Distance between tiles in level-0 pixels; not rounded.
+        Distance between tiles in level-0 pixels; fractional.
     tile_px : int
-        Side of a tile in pixels at `mpp`.
+        Side of a tile's patch in pixels at `mpp`.
     mpp : float
-        Microns per pixel of the patches cut.
+        Microns per pixel of the patches.
     """
 
     columns: npt.NDArray[np.int32]
@@ -46,7 +46,7 @@ class TileGrid:
     def cover(
         cls, size: tuple[int, int], *, slide_mpp: Mpp, mpp: float, tile_px: int, stride_px: int | None = None
     ) -> Self:
-        """Lay tiles over a slide so that every pixel lies in one (or a gap, if asked for); the last may reach outside.
+        """Lay tiles over a whole slide; those at the right and bottom edge may reach outside.
 
         Parameters
         ----------
@@ -59,12 +59,12 @@ class TileGrid:
         tile_px : int
             Side of a patch in pixels.
         stride_px : int, optional
-            Distance between patches in pixels at `mpp`; default `tile_px`. Smaller overlaps, larger leaves gaps.
+            Distance between patches in pixels at `mpp`; default `tile_px`. Smaller: tiles overlap; larger: gaps.
 
         Raises
         ------
         GridError
-            A size, stride or resolution that is not positive, or a tile larger than the slide.
+            A size, stride or resolution is not positive, or the tile is larger than the slide.
 
         Examples
         --------
@@ -78,15 +78,10 @@ class TileGrid:
 
     @classmethod
     def of_level(
-        cls,
-        size: tuple[int, int],
-        level_size: tuple[int, int],
-        *,
-        slide_mpp: Mpp,
-        tile_px: int,
+        cls, size: tuple[int, int], level_size: tuple[int, int], *, slide_mpp: Mpp, tile_px: int,
         stride_px: int | None = None,
-    ) -> Self:
-        """Lay tiles over a slide at the very resolution of a pyramid level: no pixel of it is resampled.
+    ) -> Self:  # fmt: skip
+        """Lay tiles over a slide at exactly the resolution of a pyramid level, so that no pixel is resampled.
 
         Parameters
         ----------
@@ -119,19 +114,18 @@ class TileGrid:
         if tile_px < 1:
             raise GridError(f"tile={tile_px}", "a tile must be at least 1 px wide")
         if stride_px < 1:
-            raise GridError(
-                f"stride={stride_px}", "the stride must be at least 1 px", "Leave it out for tiles side by side"
-            )
+            remedy = "Leave it out for tiles side by side"
+            raise GridError(f"stride={stride_px}", "the stride must be at least 1 px", remedy)
         tile = tile_px * scale[0], tile_px * scale[1]
         stride = stride_px * scale[0], stride_px * scale[1]
-        # Rounded before comparing: 0.1 + 0.2 must neither refuse a slide of one tile nor make an extra column.
+        # Rounded before comparing: float error must neither refuse a slide of one tile nor add a column.
         if round(tile[0] - size[0], 6) > 0 or round(tile[1] - size[1], 6) > 0:
             raise GridError(
                 f"slide of {size[0]} x {size[1]} px",
                 f"is smaller than one tile of {tile_px} px at {mpp:g} mpp ({tile[0]:.1f} x {tile[1]:.1f} level-0 px)",
                 "Use a smaller tile, or check the slide's microns per pixel",
             )
-        # The last tile is the first to reach the end; with gaps there may be none, and none starts outside.
+        # The last tile is the first that reaches the edge; with gaps, the last that starts inside.
         n_columns, n_rows = (
             min(1 + math.ceil(round((size[i] - tile[i]) / stride[i], 6)), math.ceil(round(size[i] / stride[i], 6)))
             for i in (0, 1)
@@ -159,19 +153,20 @@ class TileGrid:
         return np.asarray(shapely.box(x, y, x + w, y + h))
 
     def inside(self, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-        """Tell which tiles lie wholly inside a slide of `size`, bool (n,)."""
+        """Return which tiles lie entirely inside a slide of `size`, bool (n,)."""
         boxes = self.boxes()
         return np.asarray((np.round(boxes[:, :2] + boxes[:, 2:] - size, 6) <= 0).all(axis=1))
 
     def covered(self, area: shapely.Geometry) -> npt.NDArray[np.float64]:
-        """Return the part of each tile that an area covers, float64 (n,).
+        """Return the fraction of each tile that an area covers, float64 (n,).
 
-        The area is cut with ever fewer tiles: against each tile by itself, outlines of 200,000 points take hours.
+        Tiles are halved recursively and the area is clipped to each half: intersecting every tile with the whole area
+        takes hours for outlines of 200,000 points.
 
         Parameters
         ----------
         area : shapely.Geometry
-            Level-0 pixels; valid. Points and lines cover nothing.
+            Valid, in level-0 pixels. Points and lines cover nothing.
 
         Examples
         --------
@@ -198,5 +193,5 @@ class TileGrid:
         return np.asarray(share / (self.tile[0] * self.tile[1]))
 
     def keep(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.integer]) -> Self:
-        """Return the grid of the chosen tiles only (mask or indices)."""
+        """Return the grid of the chosen tiles (a mask or indices) only."""
         return type(self)(self.columns[chosen], self.rows[chosen], self.tile, self.stride, self.tile_px, self.mpp)

@@ -1,9 +1,9 @@
-"""What people look at of a scored slide: tiles and regions for QuPath, the overlay, and the numbers of result.json."""
+"""What a scored slide leaves for people: GeoJSON for QuPath, the overlay, the contact sheet, and result.json."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,79 +20,73 @@ from wsi.grid import TileGrid
 from wsi.heatmap import Heatmap, major_axis_um, save_overlay
 from wsi.nn.grade import Doubts, SlideGrade, pick_class
 from wsi.result import rounded
-from wsi.slide import Slide, absolute, facts_of, override_of
+from wsi.sheet import save_sheet
+from wsi.slide import Slide, absolute, facts_of, resolution_warnings
 from wsi.stain import StainTransform
 from wsi.stain.range import StainCheck
 from wsi.tissue import TissueMask
 
 
-class Drawn(NamedTuple):
-    """Outlines in level-0 pixels.
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """All that a run knows of a slide once its tiles are scored."""
 
-    Attributes
-    ----------
-    tissue, positive : list of shapely.Polygon
-    alone : list of shapely.Polygon, optional
-        Where tiles are positive before they inform each other; None where they do not.
-    suppressed : list of shapely.Polygon
-        Tiles that are positive alone, and no longer in their context.
-    """
+    folder: Path  # its name is the slide's id
+    slide: Slide
+    engine: Engine
+    config: ScoreConfig
+    tissue: TissueMask
+    stain: StainTransform | None
+    stained: StainCheck
+    grid: TileGrid  # the n tiles that could be read
+    probabilities: npt.NDArray[np.float32]  # (n, k)
+    alone: npt.NDArray[np.float32] | None  # (n, k), before context; None where none was applied
+    grade: SlideGrade | None  # None where no MIL model graded the slide
+    doubts: Doubts | None
+    n_unreadable: int
+    lost: float  # the part of the tissue that could not be read
+
+    @property
+    def positive(self) -> tuple[str, ...]:
+        """Names of the positive classes."""
+        return self.config.positive or self.engine.model.config.positive_classes
+
+    @property
+    def threshold(self) -> float:
+        """Probability from which on a tile is positive."""
+        return self.engine.model.config.threshold if self.config.threshold is None else self.config.threshold
+
+
+class Drawn(NamedTuple):
+    """Outlines in level-0 pixels."""
 
     tissue: list[shapely.Polygon]
     positive: list[shapely.Polygon]
-    alone: list[shapely.Polygon] | None
-    suppressed: list[shapely.Polygon]
+    alone: list[shapely.Polygon] | None  # positive regions before context; None where none was applied
+    suppressed: list[shapely.Polygon]  # tiles that are positive before context and negative after
 
 
-def write_outputs(
-    folder: Path,
-    slide: Slide,
-    tissue: TissueMask,
-    grid: TileGrid,
-    probabilities: npt.NDArray[np.float32],
-    alone: npt.NDArray[np.float32] | None,
-    slide_scores: SlideGrade | None,
-    engine: Engine,
-    config: ScoreConfig,
-) -> Drawn:
-    """Write a slide's GeoJSON and overlay into its folder, and return the outlines that the numbers are of.
-
-    Parameters
-    ----------
-    folder : Path
-        Its name is the slide's id.
-    grid : TileGrid
-        The n tiles that could be read.
-    probabilities : float32 (n, k)
-    alone : float32 (n, k), optional
-        The same before tiles informed each other; None where they did not.
-    slide_scores : SlideGrade, optional
-        None where no MIL model graded the slide.
-    """
-    model = engine.model.config
-    names = model.class_names
-    positive, threshold = _positive_of(engine, config)
-    metadata = {"model": engine.model.name, "model_sha256": engine.model.sha256, "use": "research only"}
-    called = pick_class(probabilities, replace(model, positive_classes=positive), threshold)
+def write_outputs(found: Findings) -> Drawn:
+    """Write a slide's GeoJSON and pictures into its folder; return the outlines that result.json measures."""
+    folder, slide, grid, probabilities, alone = found.folder, found.slide, found.grid, found.probabilities, found.alone
+    model, mil, positive, threshold = found.engine.model, found.engine.mil, found.positive, found.threshold
+    names = model.config.class_names
+    about: dict[str, Any] = {
+        "bounds": slide.bounds,
+        "slide_id": folder.name,
+        "metadata": {"model": model.name, "model_sha256": model.sha256, "use": "research only"},
+    }
 
     measurements: dict[str, npt.NDArray[Any]] = {f"prob_{name}": probabilities[:, i] for i, name in enumerate(names)}
     if alone is not None:
         measurements |= probabilities_alone(names, np.isin(names, positive), alone)
-    if slide_scores is not None:
-        measurements["attention_percentile"] = percentile_rank(slide_scores.attention)
+    if found.grade is not None:
+        measurements["attention_percentile"] = percentile_rank(found.grade.attention)
     classes = path_classes(names, positive)
-    write_tiles(
-        folder / "tiles.geojson.gz",
-        grid.boxes(),
-        classes,
-        called,
-        measurements,
-        bounds=slide.bounds,
-        slide_id=folder.name,
-        metadata=metadata,
-    )
+    called = pick_class(probabilities, replace(model.config, positive_classes=positive), threshold)
+    write_tiles(folder / "tiles.geojson.gz", grid.boxes(), classes, called, measurements, **about)
 
-    tissue_outlines = tissue.outlines()
+    tissue_outlines = found.tissue.outlines()
     regions = tissue_regions(tissue_outlines, slide.mpp)
     outlines: list[shapely.Polygon] = []
     before: list[shapely.Polygon] | None = None
@@ -108,157 +102,136 @@ def write_outputs(
             suppressed = list(grid.keep((each.values >= threshold) & (heatmap.values < threshold)).polygons())
         path_class = next(c for c, name in zip(classes, names, strict=True) if name == positive[0])
         regions += positive_regions(outlines, heatmap, positive=positive, path_class=path_class, mpp=slide.mpp)
-    write_regions(folder / "regions.geojson", regions, bounds=slide.bounds, slide_id=folder.name, metadata=metadata)
+    write_regions(folder / "regions.geojson", regions, **about)
+    label = f"probability of {' or '.join(positive)}" if positive else ""
     save_overlay(
-        folder / "overlay.png",
-        slide,
-        heatmap,
-        regions=outlines,
-        tissue_outlines=tissue_outlines,
-        label=f"probability of {' or '.join(positive)}" if positive else "",
-        threshold=threshold,
-    )
+        folder / "overlay.png", slide, heatmap,
+        regions=outlines, tissue_outlines=tissue_outlines, label=label, threshold=threshold,
+    )  # fmt: skip
+    if mil is not None and found.grade is not None:
+        save_sheet(folder / "tiles.png", slide, grid, mil.evidence(found.grade))
     return Drawn(tissue_outlines, outlines, before, suppressed)
 
 
-def numbers_of(
-    slide: Slide,
-    slide_id: str,
-    engine: Engine,
-    config: ScoreConfig,
-    *,
-    mpp_given: float | None,
-    mask: str | None,
-    tissue: TissueMask,
-    grid: TileGrid,
-    drawn: Drawn,
-    slide_scores: SlideGrade | None,
-    doubts: Doubts | None,
-    stain: StainTransform | None,
-    stained: StainCheck,
-    n_unreadable: int,
-    lost: float,
-) -> dict[str, Any]:
-    """Assemble result.json: what was asked, found and doubted; what is undefined is None, and `reasons` says why."""
-    model, mil = engine.model.config, engine.mil
-    (positive, threshold), outlines = _positive_of(engine, config), drawn.positive
-    flags: list[str] = []
-    warnings: list[str] = []
-    reasons: dict[str, str] = {}
-    nothing = "no tile holds enough tissue" if tissue.mask.any() else "no tissue"
-    if not len(grid):
-        flags.append("no-tile" if tissue.mask.any() else "no-tissue")
-        advice = f"{nothing}; look at overlay.png, and lower --min-tissue or --stride if there is tissue"
-        warnings.append(tissue.dark_field or advice)
-    if max(slide.mpp) > model.mpp * 1.1:
-        flags.append("upsampled")
-        warnings.append(
-            f"the slide has {max(slide.mpp):.4g} microns per pixel, the model wants {model.mpp:g}: patches are enlarged"
-        )
-    if overridden := override_of(slide):
-        flags.append("mpp-overridden")
-        warnings.append(overridden)
-    names, called = (mil.config.class_names, mil.config.positive_classes) if mil else ((), ())
-    said = {} if slide_scores is None else dict(zip(names, slide_scores.probabilities.tolist(), strict=True))
-    if slide_scores is None:
-        why = "no MIL model" if mil is None else nothing
-        reasons |= dict.fromkeys(("grade", "probabilities", "positive_probability", "uncertainty"), why)
-    elif not called:
-        reasons["positive_probability"] = "the head names no positive classes"
-    grade_threshold = None if mil is None else mil.grade_threshold
-    if grade_threshold is None:
-        no_positive = "the head names no positive classes, or all: no threshold decides the grade"
-        reasons["grade_threshold"] = "no MIL model" if mil is None else no_positive
-    reasons |= {} if doubts is None else doubts.reasons()
-    if not positive:
-        reasons["positive_mm2"] = reasons["largest_region_um"] = "the model names no positive classes; use --positive"
-    elif not len(grid):
-        reasons["positive_mm2"] = reasons["largest_region_um"] = nothing
-    elif not outlines:
-        reasons["largest_region_um"] = "no positive region"
-    if n_unreadable:
-        flags.append("unreadable-tiles")
-        warnings.append(
-            f"{n_unreadable} tiles, {lost:.2%} of the tissue, cannot be decoded and have no score: "
-            "`unreadable` in store.zarr marks them"
-        )
-    if stained.undefined:
-        reasons["stain_distance"] = stained.undefined
-    if stained.outside:
-        flags.append("stain-outside")
-        warnings.append(stained.outside)
-    if doubts is not None and doubts.abstain:
-        flags.append("abstain")
-        warnings.append(f"the grade should not be used: {doubts.abstain}")
-    if stain is not None and stain.fallback:
-        flags.append("stain-fallback")
-        warnings.append(f"stains could not be measured ({stain.fallback}): tiles are as scanned")
-
-    def tissue_mm2(tiles: list[shapely.Polygon]) -> float:  # what of regions, which are whole tiles, is tissue
-        common = shapely.intersection(shapely.union_all(tiles), shapely.union_all(drawn.tissue))
-        return rounded(_mm2(common, slide))
-
-    if drawn.alone is None:
-        no_context = "scored without context" if model.context is not None else "the model has no context"
-        reasons["positive_alone_mm2"] = reasons.get("positive_mm2", f"{no_context}: positive_mm2 is of each tile alone")
-    grade = mil.grade(slide_scores.probabilities) if mil and slide_scores else None
-    found_mm2 = None if "positive_mm2" in reasons else tissue_mm2(outlines)
-    if grade is not None and grade not in called and set(called) & set(positive) and found_mm2:
-        flags.append("grade-and-tiles-disagree")
-        warnings.append(f"the grade is {grade!r}, and {found_mm2:g} mm2 are {' or '.join(positive)} by their tiles")
-    if drawn.suppressed:
-        flags.append("context-suppressed")
-        warnings.append(
-            f"{len(drawn.suppressed)} tiles with {tissue_mm2(drawn.suppressed):g} mm2 of tissue are positive alone, "
-            "and not among their neighbours: a small focus looks like that, and so do errors; see positive_alone_mm2 "
-            "and the tiles' probability alone, or score with --no-context"
-        )
+def numbers_of(found: Findings, drawn: Drawn, *, mpp_given: float | None, mask: str | None) -> dict[str, Any]:
+    """Assemble result.json. What is undefined is None, and `reasons` says why."""
+    slide, model, mil, stain = found.slide, found.engine.model, found.engine.mil, found.stain
+    names, positive_grades = (mil.config.class_names, mil.config.positive_classes) if mil else ((), ())
+    by_class = {} if found.grade is None else dict(zip(names, found.grade.probabilities.tolist(), strict=True))
+    grade = mil.grade(found.grade.probabilities) if mil and found.grade else None
+    reasons = _reasons(found, drawn)
+    positive_mm2 = None if "positive_mm2" in reasons else _tissue_mm2(drawn.positive, drawn, slide)
+    longest_um = max((major_axis_um(outline, slide.mpp) for outline in drawn.positive), default=None)
+    warnings = _warnings(found, drawn, grade, positive_mm2)
     return {
-        "slide_id": slide_id,
+        "slide_id": found.folder.name,
         "slide": absolute(slide.path),
         "mpp_given": mpp_given,
         "stain": None if stain is None else json.loads(stain.to_json()),
         "use": "research only",
         "grade": grade,
-        "probabilities": {name: rounded(said[name]) if said else None for name in names} if mil else None,
-        "positive_probability": rounded(sum(said[name] for name in called)) if said and called else None,
-        "grade_threshold": grade_threshold,  # of the slide's positive_probability; `threshold` is of tiles
-        "uncertainty": None if doubts is None else doubts.as_json(),
-        "n_tiles": len(grid),
-        "tissue_mm2": rounded(tissue.area_mm2),
-        "positive_mm2": found_mm2,
-        "positive_alone_mm2": None if drawn.alone is None else tissue_mm2(drawn.alone),
-        "largest_region_um": (
-            rounded(max(major_axis_um(outline, slide.mpp) for outline in outlines)) if outlines else None
+        "probabilities": {name: rounded(by_class[name]) if by_class else None for name in names} if mil else None,
+        "positive_probability": (
+            rounded(sum(by_class[name] for name in positive_grades)) if by_class and positive_grades else None
         ),
-        "class_names": list(model.class_names),
-        "positive_classes": list(positive),
-        "threshold": threshold,
+        "grade_threshold": None if mil is None else mil.grade_threshold,  # of positive_probability
+        "uncertainty": None if found.doubts is None else found.doubts.as_json(),
+        "n_tiles": len(found.grid),
+        "tissue_mm2": rounded(found.tissue.area_mm2),
+        "positive_mm2": positive_mm2,
+        "positive_alone_mm2": None if drawn.alone is None else _tissue_mm2(drawn.alone, drawn, slide),
+        "largest_region_um": None if longest_um is None else rounded(longest_um),
+        "class_names": list(model.config.class_names),
+        "positive_classes": list(found.positive),
+        "threshold": found.threshold,  # of tiles
         **facts_of(slide, "GeoJSON: level-0 pixels minus bounds_px, as QuPath shows the slide; store: level-0 pixels"),
-        "flags": flags,
-        "warnings": warnings,
+        "flags": list(warnings),
+        "warnings": list(warnings.values()),
         "reasons": reasons,
         "provenance": {
             "wsi": __version__,
-            "model": engine.model.name,
-            "model_sha256": engine.model.sha256,
+            "model": model.name,
+            "model_sha256": model.sha256,
             "mil_sha256": mil.sha256 if mil else None,
-            "precision": engine.model.precision,
+            "precision": model.precision,
         },
-        "n_unreadable": n_unreadable,
-        "unreadable_tissue": rounded(lost),
-        "stain_distance": stained.distance,
+        "n_unreadable": found.n_unreadable,
+        "unreadable_tissue": rounded(found.lost),
+        "stain_distance": found.stained.distance,
         "mask": mask and absolute(mask),
         "mask_sha256": mask and sha256_of(mask),
     }
 
 
-def _positive_of(engine: Engine, config: ScoreConfig) -> tuple[tuple[str, ...], float]:
-    """Which classes are positive, and from which probability on."""
-    model = engine.model.config
-    threshold = model.threshold if config.threshold is None else config.threshold
-    return config.positive or model.positive_classes, threshold
+def _reasons(found: Findings, drawn: Drawn) -> dict[str, str]:
+    """Why numbers of result.json are undefined, by key."""
+    reasons: dict[str, str] = {}
+    mil, nothing = found.engine.mil, _nothing_found(found)
+    if found.grade is None:
+        why = "no MIL model" if mil is None else nothing
+        reasons |= dict.fromkeys(("grade", "probabilities", "positive_probability", "uncertainty"), why)
+    elif mil is None or not mil.config.positive_classes:
+        reasons["positive_probability"] = "the head names no positive classes"
+    if mil is None:
+        reasons["grade_threshold"] = "no MIL model"
+    elif mil.grade_threshold is None:
+        reasons["grade_threshold"] = "the head names no positive classes, or all: no threshold decides the grade"
+    if found.doubts is not None:
+        reasons |= found.doubts.reasons()
+    if not found.positive:
+        reasons["positive_mm2"] = reasons["largest_region_um"] = "the model names no positive classes; use --positive"
+    elif not len(found.grid):
+        reasons["positive_mm2"] = reasons["largest_region_um"] = nothing
+    elif not drawn.positive:
+        reasons["largest_region_um"] = "no positive region"
+    if found.stained.undefined:
+        reasons["stain_distance"] = found.stained.undefined
+    if drawn.alone is None:
+        has_context = found.engine.model.config.context is not None
+        no_context = "scored without context" if has_context else "the model has no context"
+        reasons["positive_alone_mm2"] = reasons.get("positive_mm2", f"{no_context}: positive_mm2 is of each tile alone")
+    return reasons
 
 
-def _mm2(outline: shapely.Geometry, slide: Slide) -> float:
-    return slide.mpp.area_um2(outline.area) / 1e6
+def _warnings(found: Findings, drawn: Drawn, grade: str | None, positive_mm2: float | None) -> dict[str, str]:
+    """What a reader of the results should know, by flag."""
+    warnings: dict[str, str] = {}
+    slide, model, positive = found.slide, found.engine.model.config, found.positive
+    if not len(found.grid):
+        advice = f"{_nothing_found(found)}; look at overlay.png, and lower --min-tissue or --stride if there is tissue"
+        warnings["no-tile" if found.tissue.mask.any() else "no-tissue"] = found.tissue.dark_field or advice
+    warnings |= resolution_warnings(slide, model.mpp, f"the model wants {model.mpp:g}")
+    if found.n_unreadable:
+        warnings["unreadable-tiles"] = (
+            f"{found.n_unreadable} tiles, {found.lost:.2%} of the tissue, cannot be decoded and have no score: "
+            "`unreadable` in store.zarr marks them"
+        )
+    if found.stained.outside:
+        warnings["stain-outside"] = found.stained.outside
+    if found.doubts is not None and found.doubts.abstain:
+        warnings["abstain"] = f"the grade should not be used: {found.doubts.abstain}"
+    if found.stain is not None and found.stain.fallback:
+        warnings["stain-fallback"] = f"stains could not be measured ({found.stain.fallback}): tiles are as scanned"
+    graded = found.engine.mil.config.positive_classes if found.engine.mil else ()
+    if grade is not None and grade not in graded and set(graded) & set(positive) and positive_mm2:
+        warnings["grade-and-tiles-disagree"] = (
+            f"the grade is {grade!r}, and {positive_mm2:g} mm2 are {' or '.join(positive)} by their tiles"
+        )
+    if drawn.suppressed:
+        mm2 = _tissue_mm2(drawn.suppressed, drawn, slide)
+        warnings["context-suppressed"] = (
+            f"{len(drawn.suppressed)} tiles with {mm2:g} mm2 of tissue are positive alone, "
+            "and not among their neighbours: a small focus looks like that, and so do errors; see positive_alone_mm2 "
+            "and the tiles' probability alone, or score with --no-context"
+        )
+    return warnings
+
+
+def _nothing_found(found: Findings) -> str:
+    return "no tile holds enough tissue" if found.tissue.mask.any() else "no tissue"
+
+
+def _tissue_mm2(tiles: list[shapely.Polygon], drawn: Drawn, slide: Slide) -> float:
+    """Area of the tissue inside regions, which are whole tiles, in square millimetres."""
+    common = shapely.intersection(shapely.union_all(tiles), shapely.union_all(drawn.tissue))
+    return rounded(slide.mpp.area_um2(common.area) / 1e6)

@@ -1,4 +1,4 @@
-"""What is known of a slide when a run is done with it, and how long it took."""
+"""The result of a finished slide, and the time it took."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from wsi.files import write_json
 
 #: The picture that ``wsi score --explain`` adds to a slide's folder.
 EXPLAINED = "explained.png"
-#: Called with the stage, and how much of it is done out of how much.
+#: Called with the stage, the amount done and the total.
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class SlideResult:
-    """What is known of a finished slide: the content of result.json, and the seconds each stage took."""
+    """A finished slide: the content of result.json, and the seconds that each stage took."""
 
     numbers: dict[str, Any]
     seconds: dict[str, float]
@@ -37,7 +37,7 @@ def write_result(folder: Path, result: SlideResult) -> None:
 
 
 def read_result(folder: Path) -> SlideResult | None:
-    """Return what an earlier run found of a slide, or None where it is not finished."""
+    """Return the result in a slide's folder, or None if the slide is not finished."""
     try:
         numbers = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
@@ -47,7 +47,7 @@ def read_result(folder: Path) -> SlideResult | None:
 
 
 def rounded(value: float) -> float:
-    """Six significant digits: what is printed is what was measured.
+    """Round to six significant digits.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def rounded(value: float) -> float:
 
 
 class Stopwatch:
-    """Seconds by name, added up over all threads that measure something.
+    """Seconds by name, summed over all threads that measure.
 
     Examples
     --------
@@ -86,7 +86,7 @@ class Stopwatch:
 
 
 class Laps:
-    """Where the time of a loop goes: each call adds what has passed since the last one to a name."""
+    """Where the time of a loop goes: each call adds the time since the last call to a name."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds, self._last = seconds, time.perf_counter()
@@ -99,19 +99,10 @@ class Laps:
 
 
 def called(probabilities: npt.NDArray[Any], positive: npt.NDArray[np.bool_], threshold: float) -> npt.NDArray[np.int64]:
-    """Return the class that each tile or slide is called: a positive one where these together reach the threshold.
+    """Return the class, int64 (n,), of tiles or slides with `probabilities` (n, k).
 
-    Parameters
-    ----------
-    probabilities : float (n, k)
-    positive : bool (k,)
-        With none, or with all, it is the likeliest class.
-    threshold : float
-
-    Returns
-    -------
-    int64 (n,)
-        Of the positive classes the likeliest, and else of the others the likeliest.
+    It is the likeliest `positive` class, bool (k,), where the positive classes together reach the threshold, and else
+    the likeliest of the others. If none or all are positive, it is simply the likeliest class.
 
     Examples
     --------
@@ -126,7 +117,7 @@ def called(probabilities: npt.NDArray[Any], positive: npt.NDArray[np.bool_], thr
 
 
 class Clock(Stopwatch):
-    """Seconds spent in each stage, told to whoever watches."""
+    """Seconds spent in each stage, with progress reports."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__()
@@ -134,7 +125,7 @@ class Clock(Stopwatch):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """Time a stage; what is given reports how much of it is done out of how much."""
+        """Time a stage, and yield a function that reports the amount done and the total."""
         with self(name):
             self._progress(name, 0, 0)
             yield lambda done, total: self._progress(name, done, total)

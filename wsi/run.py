@@ -1,7 +1,7 @@
 """One slide through all stages, into one folder.
 
-``score_slide`` is the walk of the data: open, tissue, grid, tiles, grade, heatmap, exports. Each
-stage is a plain function elsewhere; this file only strings them together and keeps the books.
+``score_slide`` follows the data: open, tissue, grid, tiles, context, grade, exports. Each stage is a plain function
+elsewhere; this file calls them in order and times them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from wsi.infer import score_tiles
 from wsi.nn.checkpoint import ModelConfig
 from wsi.nn.gradcam import grad_cam
 from wsi.nn.grade import SlideGrade
-from wsi.nn.patch import PatchModel
-from wsi.outputs import numbers_of, write_outputs
+from wsi.outputs import Findings, numbers_of, write_outputs
 from wsi.result import EXPLAINED, Clock, Progress, SlideResult, write_result
-from wsi.sheet import Look, save_sheet
+from wsi.sheet import save_sheet
 from wsi.slide import Slide, identity_of, open_slide
 from wsi.stain import FitConfig, StainTransform, fit
 from wsi.stain.pixels import density_of
@@ -40,9 +39,9 @@ from wsi.store import PatchStore, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tissue import TissueMask, tissue_of
 from wsi.units import Box
 
-#: What a tile takes in GeoJSON: about what was seen.
+#: Bytes of one tile in GeoJSON, about.
 _OUTLINE_BYTES = 60
-#: Tiles that a slide is judged by before it is scored.
+#: Tiles that `triage` scores.
 _TRIAGE_TILES = 64
 
 
@@ -58,32 +57,31 @@ def score_slide(
     local: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
-    """Score one slide into `folder`, or go on where an earlier run was stopped.
+    """Score one slide into `folder`, or resume a run that was stopped.
 
     Parameters
     ----------
     path : str
         The slide.
-    folder : Path
-        Its results: store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, with a MIL head tiles.png, with
-        `explain` explained.png, and last result.json. Its name is the slide's id.
+    folder : path
+        Receives store.zarr, tiles.geojson.gz, regions.geojson, overlay.png, with a MIL head tiles.png, with `explain`
+        explained.png, and last result.json. Its name is the slide's id.
     engine : Engine
     config : ScoreConfig, optional
     mpp : float, optional
-        Microns per level-0 pixel, where the file's own are missing or wrong.
+        Microns per level-0 pixel; overrides what the file says.
     mpp_source : str
         Who gave `mpp`.
     mask : str, optional
-        An image that says where tissue is, see ``tissue_in_image``; default: it is looked for.
+        An image that marks the tissue, see ``tissue_in_image``; default: tissue is detected.
     local : str, optional
-        A copy of the slide, nearer by, to read from.
+        A copy of the slide on faster storage, which is read in its place.
     progress : callable
-        Called with the stage, and how much of it is done out of how much.
+        Called with the stage, the amount done and the total.
 
     Raises
     ------
     SlideError, GridError, ModelError, StoreError, ConfigMismatch
-        One line each that says what to do.
     OSError
         `folder` cannot be written to; what was written stays.
     """
@@ -113,15 +111,9 @@ def score_slide(
             if config.pixels == "verbatim":
                 copy_tiles(slide, store, threads=engine.threads)
             problem = score_tiles(
-                slide,
-                store,
-                engine.model,
-                batch_size=engine.batch_size,
-                threads=engine.threads,
-                stain=stain,
-                progress=lambda done: report(done, len(grid)),
-                spent=clock.seconds,
-            )
+                slide, store, engine.model, batch_size=engine.batch_size, threads=engine.threads, stain=stain,
+                progress=lambda done: report(done, len(grid)), spent=clock.seconds,
+            )  # fmt: skip
             clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
             unreadable = store.get("unreadable")
         total = float(share.sum())
@@ -129,63 +121,60 @@ def score_slide(
         if lost > config.max_unreadable:
             remove_folder(store.path)  # a better copy of the slide must not meet the marks of this one
             why = f" ({problem})" if problem else ""
-            raise SlideUnreadable(
-                path,
-                f"{lost:.1%} of its tissue cannot be decoded{why}",
-                "Copy it from the source again, or allow more with --max-unreadable",
-            )
+            what = f"{lost:.1%} of its tissue cannot be decoded{why}"
+            raise SlideUnreadable(path, what, "Copy it from the source again, or allow more with --max-unreadable")
         readable = ~unreadable
+        scored = grid.keep(readable)
         context, alone = config.context_of(engine.model.config), None
         if context is not None:
             with clock.stage("context"):
-                everywhere = np.full((len(store), 2), np.nan, np.float32)
                 alone = store.get("probabilities_alone")[readable]
-                everywhere[readable] = in_context(alone, grid.keep(readable), context)
-                store.put("probabilities", everywhere)
+                _put(store, "probabilities", readable, in_context(alone, scored, context))
         with clock.stage("grade"):
-            slide_scores = doubts = None
+            grade = doubts = None
             if engine.mil is not None and readable.any():
                 features = store.get("features")
                 features = features if readable.all() else features[readable]  # no copy where none is needed
-                slide_scores = engine.mil(features, grid.keep(readable).boxes())
-                doubts = engine.mil.doubts(slide_scores, features, unreadable=lost, stain=stained.outside)
-                attention = np.full(len(store), np.nan, np.float32)
-                attention[readable] = slide_scores.attention
-                store.put("attention", attention)
+                grade = engine.mil(features, scored.boxes())
+                doubts = engine.mil.doubts(grade, features, unreadable=lost, stain=stained.outside)
+                _put(store, "attention", readable, grade.attention)
         with clock.stage("export"):
-            probabilities, scored = store.get("probabilities")[readable], grid.keep(readable)
-            drawn = write_outputs(folder, slide, tissue, scored, probabilities, alone, slide_scores, engine, config)
-            if engine.mil is not None and slide_scores is not None:
-                save_sheet(folder / "tiles.png", slide, scored, engine.mil.evidence(slide_scores))
-            if config.explain and len(scored):
-                _explain(folder, slide, scored, probabilities, slide_scores, engine, config, stain)
-            numbers = numbers_of(
-                slide, folder.name, engine, config, mpp_given=mpp, mask=mask, tissue=tissue, grid=scored, drawn=drawn,
-                slide_scores=slide_scores, doubts=doubts, stain=stain, stained=stained,
-                n_unreadable=int(unreadable.sum()), lost=lost,
+            found = Findings(
+                folder, slide, engine, config, tissue, stain, stained, scored, store.get("probabilities")[readable],
+                alone, grade, doubts, n_unreadable=int(unreadable.sum()), lost=lost,
             )  # fmt: skip
+            drawn = write_outputs(found)
+            if config.explain and len(scored):
+                _explain(folder, slide, scored, found.probabilities, grade, engine, config, stain)
+            numbers = numbers_of(found, drawn, mpp_given=mpp, mask=mask)
     result = SlideResult(numbers, clock.seconds)
     progress("finish", 0, 0)  # the last chance to stop
     write_result(folder, result)
     return result
 
 
+def _put(store: PatchStore, name: str, readable: npt.NDArray[np.bool_], values: npt.NDArray[np.float32]) -> None:
+    """Store values of the readable tiles, and NaN for the others."""
+    everywhere = np.full((len(store), *values.shape[1:]), np.nan, np.float32)
+    everywhere[readable] = values
+    store.put(name, everywhere)
+
+
 def explain_slide(
     path: str, folder: str | os.PathLike[str], engine: Engine, config: ScoreConfig, *, mpp: float | None = None,
     local: str | None = None, progress: Progress = lambda stage, done, total: None,
 ) -> None:  # fmt: skip
-    """Add explained.png to what ``score_slide`` left, with the same engine and configuration; nothing else changes.
+    """Add explained.png to what ``score_slide`` wrote with the same engine and configuration; change nothing else.
 
     Raises
     ------
     SlideError, ModelError, StoreError
-        One line each that says what to do.
     """
     folder = Path(folder)
     store = PatchStore.open(folder / "store.zarr")
     readable = ~store.get("unreadable")
-    grid, said = store.grid.keep(readable), store.attributes.get("stain")
-    stain = None if said is None else StainTransform.from_json(json.dumps(said))
+    grid, stored = store.grid.keep(readable), store.attributes.get("stain")
+    stain = None if stored is None else StainTransform.from_json(json.dumps(stored))
     progress("explain", 0, 0)
     grade = engine.mil(store.get("features")[readable], grid.boxes()) if engine.mil is not None else None
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode, local=local) as slide:
@@ -196,51 +185,50 @@ def explain_slide(
 
 
 def _explain(
-    folder: Path,
-    slide: Slide,
-    grid: TileGrid,
-    probabilities: npt.NDArray[Any],
-    grade: SlideGrade | None,
-    engine: Engine,
-    config: ScoreConfig,
-    stain: StainTransform | None,
-) -> None:
-    """Write explained.png, of the tiles that spoke most for a class, or without a head of those likeliest of it."""
+    folder: Path, slide: Slide, grid: TileGrid, probabilities: npt.NDArray[Any], grade: SlideGrade | None,
+    engine: Engine, config: ScoreConfig, stain: StainTransform | None,
+) -> None:  # fmt: skip
+    """Write explained.png: Grad-CAM of the tiles with most evidence for a class, or else the highest probability.
+
+    Shown is where the model sees its first positive class or, if there is none, each tile's likeliest class.
+    """
+    model = engine.model
+    names, positive = model.config.class_names, config.positive or model.config.positive_classes
     if engine.mil is not None and grade is not None:
         evidence = engine.mil.evidence(grade)
     else:
-        names = engine.model.config.class_names
-        shown = config.positive or engine.model.config.positive_classes or names
-        evidence = {name: probabilities[:, names.index(name)] for name in shown}
-    save_sheet(folder / EXPLAINED, slide, grid, evidence, look=_look(engine.model, config, stain))
+        evidence = {name: probabilities[:, names.index(name)] for name in positive or names}
+
+    def look(rgb: npt.NDArray[np.uint8]) -> tuple[list[str], npt.NDArray[np.float32]]:
+        seen = rgb if stain is None else stain.apply(rgb)
+        likeliest = model(seen).probabilities.argmax(1).tolist()
+        targets = [positive[0] if positive else names[i] for i in likeliest]
+        return targets, grad_cam(model, seen, targets)
+
+    save_sheet(folder / EXPLAINED, slide, grid, evidence, look=look)
 
 
 def estimate_bytes(
     path: str, engine: Engine, config: ScoreConfig, *, mpp: float | None = None, mask: str | None = None
 ) -> int:
-    """Say about how many bytes `score_slide` will write for a slide; errors are its own."""
+    """Estimate how many bytes `score_slide` will write for a slide; raises the same errors."""
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
         tissue = tissue_of(slide, config.tissue, mask)
         n = len(_lay_grid(slide, tissue, engine.model.config, config)[0])
         pictures = 2 * overlay_bytes(slide)  # and tiles.png
-    said = 2 if config.context_of(engine.model.config) is not None else 1  # with what each tile says alone
-    numbers = 4 * len(engine.model.config.class_names) * said + 2 * (engine.model.num_features or 0) + 4
+    copies = 2 if config.context_of(engine.model.config) is not None else 1  # probabilities with and without context
+    numbers = 4 * len(engine.model.config.class_names) * copies + 2 * (engine.model.num_features or 0) + 4
     return pictures + n * (numbers + _OUTLINE_BYTES) + pixel_bytes(config.pixels, n, engine.model.config.tile_px)
 
 
 def triage(
     path: str, engine: Engine, config: ScoreConfig, *, mpp: float | None = None, mask: str | None = None
 ) -> float:
-    """Guess before a slide is scored: the mean probability of the positive classes in the likeliest of a few tiles.
+    """Estimate how likely a slide is positive from a few tiles, to sort slides before they are scored.
 
-    A look at low magnification chooses which: half of them are those with most dense haematoxylin, half lie all over
-    the tissue. The model then sees them at its own microns per pixel, the only ones it is right at; those that cannot
-    be decoded are passed over. For sorting slides, and nothing else.
-
-    Raises
-    ------
-    ModelError
-        The model names no positive classes, and the configuration neither.
+    Half of the tiles are those with most dense haematoxylin at low magnification, half are spread over the tissue. The
+    model scores them at its own resolution; those that cannot be decoded are skipped. Returned is the mean probability
+    of the positive classes in the top eighth. Raises ModelError if no positive classes are named.
     """
     positive = config.positive or engine.model.config.positive_classes
     if not positive:
@@ -267,7 +255,7 @@ def triage(
 
 
 def _dense(slide: Slide, tissue: TissueMask) -> TissueMask:
-    """Of the tissue, at the mask's low magnification, what holds more haematoxylin than the rest (Otsu)."""
+    """Return the part of the tissue with more haematoxylin than the rest (Otsu), at the mask's resolution."""
     h, w = tissue.mask.shape
     rgb = slide.read(tissue.box, (w, h), damage=[])
     amount = np.zeros((h, w))
@@ -280,7 +268,7 @@ def _dense(slide: Slide, tissue: TissueMask) -> TissueMask:
 def _lay_grid(
     slide: Slide, tissue: TissueMask, model: ModelConfig, config: ScoreConfig
 ) -> tuple[TileGrid, npt.NDArray[np.float64]]:
-    """Tiles that hold enough tissue, and the share of each that is."""
+    """Return the tiles that hold enough tissue, and the tissue share of each."""
     grid = TileGrid.cover(
         slide.size, slide_mpp=slide.mpp, mpp=model.mpp, tile_px=model.tile_px, stride_px=config.stride_px
     )
@@ -288,23 +276,10 @@ def _lay_grid(
     return grid.keep(share >= config.min_tissue), share[share >= config.min_tissue]
 
 
-def _look(model: PatchModel, config: ScoreConfig, stain: StainTransform | None) -> Look:
-    """Where the model looks for its first positive class; if it has none, for the likeliest class of each tile."""
-    names, positive = model.config.class_names, config.positive or model.config.positive_classes
-
-    def look(rgb: npt.NDArray[np.uint8]) -> tuple[list[str], npt.NDArray[np.float32]]:
-        seen = rgb if stain is None else stain.apply(rgb)
-        likeliest = model(seen).probabilities.argmax(1).tolist()
-        targets = [positive[0] if positive else names[i] for i in likeliest]
-        return targets, grad_cam(model, seen, targets)
-
-    return look
-
-
 def _store(
     path: Path, grid: TileGrid, slide: Slide, stain: StainTransform | None, engine: Engine, config: ScoreConfig
 ) -> PatchStore:
-    """Open what an earlier run left, if it is of the same slide, grid and model, or make an empty store."""
+    """Resume the store of an earlier run on the same slide, grid and model, or create an empty one."""
     identity = {
         **identity_of(slide),
         "model_sha256": engine.model.sha256,

@@ -1,4 +1,4 @@
-"""What ``wsi score`` left of a slide: the one way in for whoever reads results."""
+"""What ``wsi score`` wrote for a slide: exports and evaluation read results through this module only."""
 
 from __future__ import annotations
 
@@ -21,30 +21,18 @@ from wsi.units import Box, Mpp
 
 @dataclass(frozen=True, eq=False)
 class ScoredTiles:
-    """The tiles of a slide that have a score.
-
-    Attributes
-    ----------
-    grid : TileGrid
-    rows : int64 (n,)
-        Their numbers in the store, which also holds tiles that the slide could not be read at.
-    probabilities : float32 (n, k)
-    attention : float32 (n,), optional
-        Sums to 1; None where no MIL model graded the slide.
-    alone : float32 (n, k), optional
-        What the model said of each tile before they informed each other; None where they did not.
-    """
+    """The n tiles of a slide that have a score."""
 
     grid: TileGrid
-    rows: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float32]
-    attention: npt.NDArray[np.float32] | None
-    alone: npt.NDArray[np.float32] | None = None
+    rows: npt.NDArray[np.int64]  # (n,), their row numbers in the store, which also holds unreadable tiles
+    probabilities: npt.NDArray[np.float32]  # (n, k)
+    attention: npt.NDArray[np.float32] | None  # (n,), sums to 1; None where no MIL model graded the slide
+    alone: npt.NDArray[np.float32] | None = None  # (n, k), probabilities before context; None where none was applied
 
 
 @dataclass(frozen=True)
 class ScoredSlide:
-    """A slide that ``wsi score`` is done with: its folder and the content of result.json."""
+    """A slide that ``wsi score`` has finished: its folder and the content of result.json."""
 
     slide_id: str
     folder: Path
@@ -67,7 +55,7 @@ class ScoredSlide:
 
     @property
     def origin(self) -> tuple[float, float]:
-        """Corner from which QuPath counts."""
+        """Top left corner of `bounds`, from which QuPath counts."""
         return self.bounds.x, self.bounds.y
 
     @property
@@ -82,26 +70,20 @@ class ScoredSlide:
 
     @property
     def positive(self) -> npt.NDArray[np.bool_]:
-        """Which classes the heatmap shows, bool (k,)."""
+        """Which classes are positive, bool (k,)."""
         return np.array([name in self.numbers["positive_classes"] for name in self.class_names], bool)
 
     def store(self) -> PatchStore:
-        """Open what was computed for each tile."""
+        """Open the patch store."""
         return PatchStore.open(self.folder / "store.zarr")
 
     def pixel_size(self, store: PatchStore) -> Mpp:
-        """Microns per level-0 pixel along both axes, exactly; result.json has them rounded to six digits."""
+        """Microns per level-0 pixel along x and y, exactly; result.json rounds their mean to six digits."""
         exact = store.attributes.get("slide", {}).get("mpp")
         return Mpp(*map(float, exact)) if exact else Mpp(self.mpp, self.mpp)
 
     def tiles(self, store: PatchStore) -> ScoredTiles:
-        """Return the tiles that have a score.
-
-        Raises
-        ------
-        ResultsError
-            The folder holds patches without scores (``wsi tile``), or the classes have no names.
-        """
+        """Return the tiles that have a score; raises ResultsError for patches without scores (``wsi tile``)."""
         if not self.class_names or "probabilities" not in store.arrays:
             raise ResultsError(self.folder, "holds no scores", "Score the slide: wsi score")
         readable = np.flatnonzero(~store.get("unreadable"))
@@ -110,27 +92,17 @@ class ScoredSlide:
         return ScoredTiles(store.grid.keep(readable), readable, store.get("probabilities")[readable], attention, alone)
 
     def heatmap(self) -> Heatmap:
-        """Return the probability of the positive classes on the tiles.
-
-        Raises
-        ------
-        ResultsError
-            Nobody said which classes are positive.
-        """
+        """Return each tile's summed probability of the positive classes; raises ResultsError if none are named."""
         if not self.class_names or not self.numbers["positive_classes"]:
-            raise ResultsError(
-                self.folder, "does not say which classes are positive", "Score the slide again, with --positive"
-            )
+            what = "does not say which classes are positive"
+            raise ResultsError(self.folder, what, "Score the slide again, with --positive")
         tiles = self.tiles(self.store())
         return Heatmap.of(tiles.grid, tiles.probabilities, self.positive)
 
     def regions(self, threshold: float | None = None) -> list[shapely.Polygon]:
-        """Return the areas where the positive classes reach `threshold`, default that of the run, in level-0 pixels.
+        """Return the areas where the heatmap reaches `threshold` (default: that of the run), in level-0 pixels.
 
-        Raises
-        ------
-        ResultsError
-            As ``heatmap``; or a threshold outside 0 to 1.
+        Raises ResultsError like ``heatmap``, or if `threshold` is outside 0 to 1.
         """
         if threshold is not None and not 0 <= threshold <= 1:
             raise ResultsError(f"threshold={threshold:g}", "is no probability", "From 0 to 1")
@@ -140,12 +112,9 @@ class ScoredSlide:
 
 
 def scored_slides(folder: Path) -> dict[str, ScoredSlide]:
-    """Return what is finished in a results folder, or in that of a single slide, by slide id.
+    """Return the finished slides of a results folder, or of a single slide's folder, by slide id.
 
-    Raises
-    ------
-    ResultsError
-        No results there.
+    Raises ResultsError if it holds none, or a damaged one.
 
     Examples
     --------

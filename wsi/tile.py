@@ -1,4 +1,4 @@
-"""One slide into a patch store: which patches, and how they are kept. No model has a say."""
+"""One slide into a patch store: which patches, and how they are kept. No model is involved."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from wsi.files import sha256_of
 from wsi.grid import TileGrid
 from wsi.heatmap import overlay_bytes, save_overlay
 from wsi.result import Clock, Laps, Progress, SlideResult, rounded, write_result
-from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide, override_of
+from wsi.slide import Slide, absolute, check_reading, facts_of, identity_of, open_slide, resolution_warnings
 from wsi.store import PatchStore, check_kind, copy_tiles, pixel_bytes, stored_tiles
 from wsi.tiling import stream
 from wsi.tissue import TissueConfig, TissueMask, tissue_of
 
-#: Where neither a resolution nor a level is asked for, and a slide has no tiles of its own to go by.
+#: Used where neither a resolution nor a level is asked for, and the slide has no stored tiles to match.
 DEFAULT_MPP, DEFAULT_TILE_PX = 0.5, 256
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """What decides the patches; the same values on the same slide give the same bytes.
+    """What decides the patches: the same values on the same slide give the same bytes.
 
     Attributes
     ----------
     mpp : float, optional
         Microns per pixel of the patches; None for the level's own, or 0.5 where no level is named.
     level : int, optional
-        Pyramid level whose pixels the patches are, not resampled; None for 0 with verbatim pixels and no `mpp`.
+        Pyramid level whose pixels are taken without resampling; None is 0 with verbatim pixels and no `mpp`.
     tile_px : int, optional
-        Side of a patch; None for that of the level's own tiles where they are known, else 256.
+        Side of a patch; None for that of the level's stored tiles where it is known, else 256.
     stride_px : int, optional
-        Distance between patches in their pixels; None for side by side.
+        Distance between patches in their own pixels; None for side by side.
     min_tissue : float
         Share of a patch's area that must be tissue; 0 keeps every patch.
     pixels : str
@@ -63,7 +63,7 @@ class TileConfig:
     tissue: TissueConfig = field(default_factory=TissueConfig)
 
     def check(self) -> None:
-        """Refuse what no slide could be cut with."""
+        """Raise ``GridError``, ``StoreError`` or ``SlideError`` for values that suit no slide."""
         check_reading(self.reader, self.decode)
         check_kind(self.pixels)
         if self.mpp is not None and self.level is not None:
@@ -91,20 +91,20 @@ def tile_slide(
     local: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> SlideResult:
-    """Cut one slide into ``folder/store.zarr``, or go on where an earlier run was stopped.
+    """Cut one slide into ``folder/store.zarr``, or resume a run that was stopped.
 
     Parameters
     ----------
     path : str
         The slide.
     folder : path
-        Its store, the tissue's outlines (regions.geojson), a picture of them and of the tiles (overlay.png), and last
-        result.json; its name is the slide's id.
+        Receives store.zarr, the tissue's outlines (regions.geojson), a picture of outlines and tiles (overlay.png), and
+        last result.json. Its name is the slide's id.
     config : TileConfig, optional
     threads : int
-        Reading, decoding and encoding at a time.
+        Threads that read, decode and encode.
     mpp, mpp_source, mask, local, progress
-        As for ``score_slide``, and so are the errors.
+        As for ``score_slide``, which also lists the errors.
     """
     config = config or TileConfig()
     config.check()
@@ -122,9 +122,7 @@ def tile_slide(
         with clock.stage("tiles") as report:
             identity = {**identity_of(slide), "wsi_version": __version__}
             store = PatchStore.resume(folder / "store.zarr", grid, {}, pixels=config.pixels, attributes=identity)
-            keep_tiles(
-                slide, store, threads=threads, progress=lambda done: report(done, len(grid)), spent=clock.seconds
-            )
+            keep_tiles(slide, store, threads=threads, progress=lambda n: report(n, len(grid)), spent=clock.seconds)
             clock.seconds |= {f"threads_{name}": value for name, value in slide.spent.seconds.items()}
         with clock.stage("export"):
             outlines = tissue.outlines()
@@ -139,7 +137,7 @@ def tile_slide(
 
 
 def estimate_tiled_bytes(path: str, config: TileConfig, *, mpp: float | None = None, mask: str | None = None) -> int:
-    """Say about how many bytes `tile_slide` will write for a slide; errors are its own."""
+    """Estimate how many bytes `tile_slide` will write for a slide; raises the same errors."""
     with open_slide(path, config.reader, mpp=mpp, decode=config.decode) as slide:
         tissue = tissue_of(slide, config.tissue, mask)
         grid = lay_grid(slide, config)
@@ -148,69 +146,39 @@ def estimate_tiled_bytes(path: str, config: TileConfig, *, mpp: float | None = N
 
 
 def lay_grid(slide: Slide, config: TileConfig) -> TileGrid:
-    """Lay the patches that `config` asks for, on tissue or not.
+    """Lay the patches that `config` asks for over the whole slide, tissue or not.
 
-    With verbatim pixels only patches that lie wholly inside the slide: its own tiles are padded beyond.
-
-    Raises
-    ------
-    GridError
-        No such level, no such grid, or with verbatim pixels one that is not the slide's own tiles.
+    With verbatim pixels, patches that reach over the slide's edge are left out: stored tiles are padded there. Raises
+    GridError if there is no such level or grid, or, with verbatim pixels, if patches are not the slide's stored tiles.
     """
     verbatim = config.pixels == "verbatim"
     level = 0 if verbatim and config.level is None and config.mpp is None else config.level
     if level is None:
-        grid = TileGrid.cover(
-            slide.size,
-            slide_mpp=slide.mpp,
-            mpp=config.mpp or DEFAULT_MPP,
-            tile_px=config.tile_px or DEFAULT_TILE_PX,
-            stride_px=config.stride_px,
-        )
+        mpp, tile_px = config.mpp or DEFAULT_MPP, config.tile_px or DEFAULT_TILE_PX
+        grid = TileGrid.cover(slide.size, slide_mpp=slide.mpp, mpp=mpp, tile_px=tile_px, stride_px=config.stride_px)
     elif level < len(slide.level_sizes):
         own = slide.tile_px(level)
+        tile_px, level_size = config.tile_px or (own[0] if own else DEFAULT_TILE_PX), slide.level_sizes[level]
         grid = TileGrid.of_level(
-            slide.size,
-            slide.level_sizes[level],
-            slide_mpp=slide.mpp,
-            tile_px=config.tile_px or (own[0] if own else DEFAULT_TILE_PX),
-            stride_px=config.stride_px,
+            slide.size, level_size, slide_mpp=slide.mpp, tile_px=tile_px, stride_px=config.stride_px
         )
     else:
         raise GridError(slide.path, f"has no level {level}", f"Its levels: 0 to {len(slide.level_sizes) - 1}")
     if verbatim:
         grid = grid.keep(grid.inside(slide.size))
-        stored_tiles(slide, grid)  # refuses before anything is made
+        stored_tiles(slide, grid)  # raises before anything is written
     return grid
 
 
 def keep_tiles(
-    slide: Slide,
-    store: PatchStore,
-    *,
-    threads: int,
-    progress: Callable[[int], None] = lambda done: None,
+    slide: Slide, store: PatchStore, *, threads: int, progress: Callable[[int], None] = lambda done: None,
     spent: dict[str, float] | None = None,
-) -> None:
-    """Fill the missing pixels of a store, shard by shard: copied where it is verbatim, else read and encoded.
+) -> None:  # fmt: skip
+    """Fill the missing pixels of a store for a grid of this slide: copied if it is verbatim, else read and encoded.
 
-    Parameters
-    ----------
-    store : PatchStore
-        Made for a grid of this slide; one that keeps no pixels is left as it is.
-    threads : int
-        The bytes written do not depend on it.
-    progress : callable
-        Called with the number of tiles done in all.
-    spent : dict, optional
-        Seconds of this thread are added under ``tiles_waiting`` (for patches), ``tiles_encode`` and ``tiles_write``.
-
-    Raises
-    ------
-    GridError
-        A verbatim store whose patches are not the slide's own tiles.
-    OSError
-        The store cannot be written to.
+    The bytes do not depend on `threads`. `progress` is called with the number of tiles done so far. To `spent`, this
+    thread's seconds are added as ``tiles_waiting`` (for patches), ``tiles_encode`` and ``tiles_write``. Raises
+    GridError (see ``stored_tiles``), and OSError if the store cannot be written to.
     """
     if store.pixels == "verbatim":
         copy_tiles(slide, store, threads=threads, progress=progress)
@@ -241,28 +209,18 @@ def _numbers(
     slide: Slide, slide_id: str, tissue: TissueMask, store: PatchStore, mpp_given: float | None, mask: str | None
 ) -> dict[str, Any]:
     """Assemble result.json."""
-    flags, warnings = [], []
+    flagged: dict[str, str] = {}  # warnings by flag
     n_unreadable = int(store.get("unreadable").sum())
     if not len(store):
-        flags.append("no-tile" if tissue.mask.any() else "no-tissue")
-        warnings.append(tissue.dark_field or "no tile holds enough tissue; lower --min-tissue if there is some")
+        advice = "no tile holds enough tissue; lower --min-tissue if there is some"
+        flagged["no-tile" if tissue.mask.any() else "no-tissue"] = tissue.dark_field or advice
     if n_unreadable:
-        flags.append("unreadable-tiles")
-        warnings.append(
+        flagged["unreadable-tiles"] = (
             f"{n_unreadable} tiles are damaged in the slide: they read as white, and are marked; "
             "with a better copy of it use --force"
         )
-    if max(slide.mpp) > store.grid.mpp * 1.1:
-        flags.append("upsampled")
-        warnings.append(
-            f"the slide has {max(slide.mpp):.4g} microns per pixel, {store.grid.mpp:g} was asked for: "
-            "patches are enlarged"
-        )
-    if overridden := override_of(slide):
-        flags.append("mpp-overridden")
-        warnings.append(overridden)
-    if nearly := _nearly_stored(slide, store.grid):
-        warnings.append(nearly)
+    flagged |= resolution_warnings(slide, store.grid.mpp, f"{store.grid.mpp:g} was asked for")
+    nearly = _nearly_stored(slide, store.grid)
     return {
         "slide_id": slide_id,
         "slide": absolute(slide.path),
@@ -275,8 +233,8 @@ def _numbers(
         "pixels": store.pixels,
         "tissue_mm2": rounded(tissue.area_mm2),
         **facts_of(slide, "level-0 pixels"),
-        "flags": flags,
-        "warnings": warnings,
+        "flags": list(flagged),
+        "warnings": [*flagged.values(), *([nearly] if nearly else [])],
         "provenance": {"wsi": __version__},
         "mask": mask and absolute(mask),
         "mask_sha256": mask and sha256_of(mask),
@@ -284,9 +242,9 @@ def _numbers(
 
 
 def _nearly_stored(slide: Slide, grid: TileGrid) -> str | None:
-    """What to do where a level's own pixels are within 2 % of those of `grid`, and were resampled."""
-    steps = [side / grid.tile_px for side in grid.tile]  # level-0 pixels a patch pixel
-    level = slide.level_for(max(min(steps), 1e-9))
+    """Return advice where a level's own pixels are within 2 % of the grid's size and were resampled nevertheless."""
+    steps = [side / grid.tile_px for side in grid.tile]  # level-0 pixels per patch pixel
+    level = slide.level_for(min(steps))
     own = [full / stored for full, stored in zip(slide.size, slide.level_sizes[level], strict=True)]
     off = [step / stored for step, stored in zip(steps, own, strict=True)]
     if not 1e-6 < max(abs(ratio - 1) for ratio in off) <= 0.02:

@@ -1,10 +1,10 @@
-"""Where the tissue is: one low-resolution look at the slide, and exact areas from it.
+"""Tissue detection at low resolution, and exact areas of tissue.
 
-Stained tissue is *coloured* and glass, dust, shadow and coverslip edges are grey, so the slide is balanced
-on its own glass and tissue is where the optical density differs between the channels (Lambert-Beer: the
-difference grows with the amount of stain, however dark or faint). Otsu's threshold is used, but only within
-a range where tissue is known to begin: a blank slide stays empty and a slide full of tissue is not cut in
-two. Marker ink is told from stain by ratios of the three densities that H&E and DAB do not reach.
+Stained tissue is *coloured*; glass, dust, shadows and coverslip edges are grey. So colours are balanced on the slide's
+own glass, and tissue is where the optical density differs between the channels (Lambert-Beer: the difference grows with
+the amount of stain). Otsu's threshold is used within a range in which tissue is known to begin: a blank slide stays
+empty, and a slide full of tissue is not divided. Marker ink differs from stain by ratios of the three densities that
+H&E and DAB do not reach.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from wsi.units import Box, Mpp
 Bool2d = npt.NDArray[np.bool_]
 Float2d = npt.NDArray[np.float32]
 
-#: A mask holds at most this many pixels; a larger slide is looked at more coarsely.
+#: A mask has at most this many pixels; a larger slide gets coarser ones.
 _MAX_MASK_PX = 16_000_000
-#: A small region is looked at more finely, up to this many pixels along its longer side (never enlarged).
+#: A small region gets finer pixels, up to this many along its longer side (but no finer than the slide's).
 _MIN_SIDE_PX = 256
 
-#: Added to every intensity before the logarithm, so that noise in near-black pixels is not taken for colour.
+#: Added to every intensity before the logarithm, so that noise in near-black pixels does not look like colour.
 _DARK_OFFSET = 16.0
-#: Range for the threshold on the difference between channel densities. Below is compression noise; above
-#: lies tissue already (fat: median 0.04 with its empty cells; stroma 0.16; tumour 0.19 in public H&E tiles).
+#: Range of the threshold on the difference between channel densities. Below is compression noise, above is tissue
+#: (medians in public H&E tiles: fat 0.04, including its empty cells; stroma 0.16; tumour 0.19).
 _CHROMA_RANGE = (0.02, 0.05)
-#: Tissue's densities differ by at least this part of their mean; grey dust and shadows stay below.
+#: Densities of tissue differ by at least this fraction of their mean; those of grey dust and shadows do not.
 _MIN_RELATIVE_CHROMA = 0.15
 
-#: A scanner's black: no channel brighter, and no more colour than this (8-bit levels).
+#: A scanner's black: every channel below the first, and channels no further apart than the second (8-bit levels).
 _BLACK_LEVEL, _BLACK_SPREAD = 48, 16
 
 
 @dataclass(frozen=True)
 class TissueConfig:
-    """How tissue is looked for.
+    """Parameters of tissue detection.
 
     Attributes
     ----------
     mpp : float
-        Microns per mask pixel. Coarser on slides that are coarser or of more than 16 Mpx at this
-        resolution, finer on regions of less than 256 px.
+        Microns per mask pixel. Coarser on slides that are themselves coarser or would have more than 16 Mpx, finer on
+        regions of less than 256 px.
     min_area_um2 : float
-        Smaller pieces are debris. On a region below 400 times this area, 1/400 of the region instead.
+        Smaller pieces are dropped as debris. On a region of less than 400 times this area: 1/400 of the region.
     min_hole_um2 : float
-        Smaller holes (vessels, glands, fat cells) belong to the tissue.
+        Smaller holes (vessels, glands, fat cells) count as tissue.
     exclude_pen : bool
-        Leave out what lies under marker ink (blue, green, red, black). Turn off for stains that are as green
-        or blue as ink (trichrome, Alcian blue).
+        Exclude tissue under marker ink (blue, green, red, black). Turn off for stains as green or blue as ink
+        (trichrome, Alcian blue).
 
     Examples
     --------
@@ -95,8 +95,8 @@ class TissueMask:
     mpp : Mpp
         Microns per level-0 pixel.
     luminance : float, optional
-        Median of the picture that was looked at, 0 to 255 (ITU-R BT.601), without pure white, which the reader fills
-        in where nothing was scanned; None where there is no such picture.
+        Median luminance of the overview image, 0 to 255 (ITU-R BT.601), without pure white, which marks areas that were
+        not scanned; None if there is no such image.
 
     Examples
     --------
@@ -119,7 +119,7 @@ class TissueMask:
 
     @property
     def dark_field(self) -> str:
-        """Say that this does not look like brightfield, where it is too dark for it; else empty."""
+        """A warning if the slide is too dark for brightfield, else an empty string."""
         if self.luminance is None or self.luminance >= _BLACK_LEVEL:
             return ""
         what = "it looks like fluorescence or another dark-field image, which this package does not score"
@@ -131,14 +131,14 @@ class TissueMask:
         return self.mpp.area_um2(float(np.count_nonzero(self.mask)) * self._pixel[0] * self._pixel[1]) / 1e6
 
     def fraction(self, boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Return the part of each box's area that is tissue.
+        """Return the fraction of each box that is tissue.
 
-        Exact for any position: between grid points the summed-area table of a pixel image is bilinear.
+        Exact for any position: between pixel corners, the summed-area table of a pixel image is bilinear.
 
         Parameters
         ----------
         boxes : float64 (n, 4)
-            x, y, w, h in level-0 pixels; may be fractional. What lies outside the mask is no tissue.
+            x, y, w, h in level-0 pixels; may be fractional. Outside the mask there is no tissue.
 
         Returns
         -------
@@ -148,7 +148,7 @@ class TissueMask:
         Raises
         ------
         ValueError
-            Not (n, 4), or a side that is not positive.
+            The shape is not (n, 4), or a side is not positive.
 
         References
         ----------
@@ -160,18 +160,16 @@ class TissueMask:
         px, py = self._pixel
         x, y = (boxes[:, 0] - self.box.x) / px, (boxes[:, 1] - self.box.y) / py
         w, h = boxes[:, 2] / px, boxes[:, 3] / py
-        covered = (self._below(x + w, y + h) - self._below(x, y + h) - self._below(x + w, y) + self._below(x, y)) / (
-            w * h
-        )
-        return np.clip(covered, 0.0, 1.0)
+        covered = self._below(x + w, y + h) - self._below(x, y + h) - self._below(x + w, y) + self._below(x, y)
+        return np.clip(covered / (w * h), 0.0, 1.0)
 
     def outlines(self) -> list[shapely.Polygon]:
-        """Return the outline of each piece of tissue, by the exact edges of mask pixels.
+        """Return the outline of each piece of tissue, along the edges of mask pixels.
 
         Returns
         -------
         list of shapely.Polygon
-            Level-0 pixels; valid, holes kept; largest first. Pixels that share an edge are one piece.
+            In level-0 pixels; valid, with holes; largest first. Pixels that share an edge are one piece.
         """
         scale, shift = np.array(self._pixel), np.array([self.box.x, self.box.y])
         return [shapely.transform(p, lambda xy: xy * scale + shift) for p in mask_polygons(self.mask)]
@@ -183,7 +181,7 @@ class TissueMask:
 
     @cached_property
     def _sums(self) -> npt.NDArray[np.int32]:
-        """Tissue pixels above and left of each grid point, (h + 1, w + 1)."""
+        """Summed-area table: tissue pixels above and left of each pixel corner, (h + 1, w + 1)."""
         sums = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int32)
         np.cumsum(self.mask, axis=0, dtype=np.int32, out=sums[1:, 1:])
         np.cumsum(sums[1:, 1:], axis=1, out=sums[1:, 1:])
@@ -201,31 +199,22 @@ class TissueMask:
 
 
 def tissue_of(slide: Slide, config: TissueConfig | None = None, mask: str | None = None) -> TissueMask:
-    """Take the tissue from the image `mask` where there is one (``tissue_in_image``); else ``find_tissue``."""
+    """Return ``tissue_in_image(mask)`` if a mask is given, else ``find_tissue``."""
     return tissue_in_image(mask, slide) if mask else find_tissue(slide, config)
 
 
 def tissue_in_image(path: str, slide: Slide) -> TissueMask:
-    """Take the tissue from an image of the whole slide instead of looking for it.
+    """Take the tissue from a mask image (PNG, TIFF or the like) of the whole slide: tissue is where it is not black.
 
-    Parameters
-    ----------
-    path : str
-        PNG, TIFF or the like, of any size but the slide's shape: where it is not black is tissue.
-    slide : Slide
-
-    Raises
-    ------
-    SlideError
-        It is no image, or of another shape than the slide: more than a pixel of it, or 1 %, apart.
+    It may have any size, but must have the slide's aspect ratio (to one pixel or 1 %). Raises SlideError if it has
+    not, or cannot be read as an image.
     """
     try:
         with opened_image(path) as image:
             mask = np.asarray(image.convert("RGB"), np.uint8).max(axis=2) > 0
     except (FileNotFoundError, ValueError) as error:
-        raise SlideError(
-            path, f"is no mask that can be read ({error})", "Give a PNG or TIFF of a few megapixels"
-        ) from error
+        remedy = "Give a PNG or TIFF of a few megapixels"
+        raise SlideError(path, f"is no mask that can be read ({error})", remedy) from error
     (h, w), (width, height) = mask.shape, slide.size
     if abs(w * height / width - h) > max(1.0, 0.01 * h):
         what = f"is {w} x {h} px, and the slide {width} x {height}: not the same shape"
@@ -245,7 +234,7 @@ def find_tissue(slide: Slide, config: TissueConfig | None = None) -> TissueMask:
     Returns
     -------
     TissueMask
-        Empty where the slide shows no tissue: that is an answer, not an error.
+        Empty if the slide shows no tissue.
 
     Raises
     ------
@@ -254,9 +243,12 @@ def find_tissue(slide: Slide, config: TissueConfig | None = None) -> TissueMask:
 
     Notes
     -----
-    What is damaged in the level looked at is read from finer ones; what is damaged there too counts as tissue.
-    Optical density and its use to tell stain from glass: Ruifrok and Johnston, Anal Quant Cytol Histol 23
-    (2001) 291. Threshold: Otsu, IEEE Trans SMC 9 (1979) 62.
+    Areas that are damaged at low resolution are read from finer levels; those damaged at all levels count as tissue.
+
+    References
+    ----------
+    Optical density: Ruifrok and Johnston, Anal Quant Cytol Histol 23 (2001) 291. Threshold: Otsu, IEEE Trans SMC 9
+    (1979) 62.
 
     Examples
     --------
@@ -270,36 +262,33 @@ def find_tissue(slide: Slide, config: TissueConfig | None = None) -> TissueMask:
     size_um = box.w * slide.mpp.x, box.h * slide.mpp.y
     mpp = min(config.mpp, max(size_um) / _MIN_SIDE_PX)
     mpp = max(mpp, math.sqrt(size_um[0] * size_um[1] / _MAX_MASK_PX))
-    # Never finer than the slide itself, along either axis.
+    # Never finer than the slide, along either axis.
     w, h = (max(1, min(round(side / mpp), math.floor(px))) for side, px in zip(size_um, (box.w, box.h), strict=True))
     rgb, unknown = _overview(slide, box, w, h)
     pixel_um = size_um[0] / w
     mask, pen = _segment(rgb, pixel_um, config)
-    mask |= unknown  # perhaps tissue: its tiles will be looked at, and counted as unreadable
-    some = rgb[::4, ::4]
-    seen = some[(some < 255).any(axis=2)]
-    luminance = float(np.median(seen @ np.array([0.299, 0.587, 0.114], np.float32))) if len(seen) else None
+    mask |= unknown  # possibly tissue: these tiles are tried, and counted as unreadable
+    sample = rgb[::4, ::4]
+    scanned = sample[(sample < 255).any(axis=2)]
+    luminance = float(np.median(scanned @ np.array([0.299, 0.587, 0.114], np.float32))) if len(scanned) else None
     return TissueMask(mask, pen, box, slide.mpp, luminance)
 
 
 def _overview(slide: Slide, box: Box, w: int, h: int) -> tuple[U8, Bool2d]:
-    """Read a picture of `box`, (h, w, 3), and where nothing is known of it, bool (h, w).
+    """Read an image of `box`, uint8 (h, w, 3), using finer levels where its level is damaged.
 
-    What is damaged in the level that the picture is made of is read from finer ones.
+    Also return where all levels are damaged, bool (h, w).
     """
     damage: list[Box] = []
     rgb, unknown = slide.read(box, (w, h), damage=damage), np.zeros((h, w), np.bool_)
-    px = box.w / w, box.h / h
-    level = slide.level_for(max(min(px), 1e-9))
+    px, py = box.w / w, box.h / h
+    level = slide.level_for(min(px, py))
     for bad in damage:
-        left, top = max(0, math.floor((bad.x - box.x) / px[0])), max(0, math.floor((bad.y - box.y) / px[1]))
-        right, bottom = (
-            min(w, math.ceil((bad.x + bad.w - box.x) / px[0])),
-            min(h, math.ceil((bad.y + bad.h - box.y) / px[1])),
-        )
+        left, right = max(0, math.floor((bad.x - box.x) / px)), min(w, math.ceil((bad.x + bad.w - box.x) / px))
+        top, bottom = max(0, math.floor((bad.y - box.y) / py)), min(h, math.ceil((bad.y + bad.h - box.y) / py))
         if left >= right or top >= bottom:
             continue
-        part = Box(box.x + left * px[0], box.y + top * px[1], (right - left) * px[0], (bottom - top) * px[1])
+        part = Box(box.x + left * px, box.y + top * py, (right - left) * px, (bottom - top) * py)
         for finer in range(level - 1, -1, -1):
             still: list[Box] = []
             pixels = slide.read(part, (right - left, bottom - top), damage=still, level=finer)
@@ -312,16 +301,9 @@ def _overview(slide: Slide, box: Box, w: int, h: int) -> tuple[U8, Bool2d]:
 
 
 def mask_polygons(mask: Bool2d) -> list[shapely.Polygon]:
-    """Return the exact pixel-edge outline of each edge-connected piece of a mask.
+    """Return the outline of each edge-connected piece of a mask, bool (h, w), along pixel edges.
 
-    Parameters
-    ----------
-    mask : bool (h, w)
-
-    Returns
-    -------
-    list of shapely.Polygon
-        In pixels, (0, 0) the top left corner of the first; valid, holes kept; by falling area, then x and y.
+    Polygons are valid, with holes, in pixels from the top left corner; sorted by decreasing area, then by x and y.
 
     Examples
     --------
@@ -332,19 +314,19 @@ def mask_polygons(mask: Bool2d) -> list[shapely.Polygon]:
     edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, starts = np.nonzero(edges == 1)
     stops = np.nonzero(edges == -1)[1]
-    # Piece by piece: uniting a hundred thousand specks that meet at corners would take minutes.
+    # Piece by piece: the union of a hundred thousand specks that touch at corners would take minutes.
     order = np.argsort(labels := ndimage.label(mask)[0][rows, starts], kind="stable")
     runs = np.split(shapely.box(starts, rows, stops, rows + 1)[order], np.flatnonzero(np.diff(labels[order])) + 1)
     pieces = [run[0] if len(run) == 1 else shapely.union_all(run) for run in runs if len(run)]
-    # On whole pixels collinear points are exactly collinear, so a tolerance of 0 drops them and nothing else.
+    # At integer coordinates, a tolerance of 0 removes exactly the collinear points.
     return sorted(shapely.simplify(pieces, 0.0), key=lambda p: (-p.area, *p.bounds))
 
 
 def _segment(rgb: U8, pixel_um: float, config: TissueConfig) -> tuple[Bool2d, Bool2d]:
-    """Tissue and ink of an image whose pixels measure `pixel_um`."""
-    channels = rgb.transpose(2, 0, 1)
-    # Channel by channel: reductions along an axis of length 3 are ten times slower.
-    darkest, brightest = np.minimum.reduce([*channels]), np.maximum.reduce([*channels])
+    """Return tissue and ink of an image with pixels of `pixel_um`."""
+    # Channel by channel: a reduction along an axis of length 3 is ten times slower.
+    channels = [*rgb.transpose(2, 0, 1)]
+    darkest, brightest = np.minimum.reduce(channels), np.maximum.reduce(channels)
     density = _optical_density(rgb, _glass_colour(rgb, darkest, brightest))
     density = ndimage.gaussian_filter(density, (0, sigma := min(1.0, 8.0 / pixel_um), sigma))
     mean = density.mean(axis=0)
@@ -353,29 +335,29 @@ def _segment(rgb: U8, pixel_um: float, config: TissueConfig) -> tuple[Bool2d, Bo
     black = _opened((brightest < _BLACK_LEVEL) & (brightest - darkest < _BLACK_SPREAD), _px(16.0, pixel_um))
     pen, rim = np.zeros_like(black), max(1, _px(24.0, pixel_um))
     if config.exclude_pen:
-        # Black that reaches the edge of the picture is the scanner's, not a marker's; both are left out.
+        # Black connected to the image's border is the scanner's, not a marker's; both are excluded.
         pen = _ink(density, mean, chroma, pixel_um) & ~_grown(_components(black, seeds=_frame(black.shape)), rim)
-    # A stroke ends in a blurred rim that is too faint for ink and coloured enough for tissue.
+    # A stroke has a blurred rim, too faint for ink but coloured enough for tissue.
     excluded = _grown(pen | black, rim)
 
     low, high = _CHROMA_RANGE
     otsu = threshold_otsu(chroma)  # type: ignore[no-untyped-call]
     tissue = (chroma > np.clip(otsu, low, high)) & (chroma > _MIN_RELATIVE_CHROMA * mean) & ~excluded
-    # Closing joins what sectioning tore by a cell or two; opening then drops threads and coloured edges.
+    # Closing joins tears of a cell or two; opening removes threads and coloured edges.
     tissue = _opened(~_opened(~tissue, _px(20.0, pixel_um)), min(1, _px(8.0, pixel_um))) & ~excluded
     holes = ndimage.binary_fill_holes(tissue) & ~tissue
     tissue |= holes & ~_components(holes, math.ceil(config.min_hole_um2 / pixel_um**2)) & ~excluded
     min_area_um2 = min(config.min_area_um2, tissue.size * pixel_um**2 / 400)
     tissue = _components(tissue, math.ceil(min_area_um2 / pixel_um**2))
-    if pen.any():  # pieces that are nothing but the halo of a stroke
+    if pen.any():  # drop pieces that are only the halo of a stroke
         far = tissue & ~_grown(pen, _px(250.0, pixel_um))
         tissue = _components(tissue, seeds=far)
     return tissue, pen
 
 
 def _glass_colour(rgb: U8, darkest: U8, brightest: U8) -> npt.NDArray[np.float32]:
-    """Colour of the empty glass, float32 (3,): the commonest among the brightest greyish pixels."""
-    inside = darkest < 255  # pure white is what the reader fills in where nothing was scanned
+    """Return the colour of empty glass, float32 (3,): the most common of the brightest greyish pixels."""
+    inside = darkest < 255  # pure white: not scanned
     if not inside.any():
         return np.full(3, 255, np.float32)
     top = float(np.percentile(darkest[inside], 99.5))
@@ -388,26 +370,26 @@ def _glass_colour(rgb: U8, darkest: U8, brightest: U8) -> npt.NDArray[np.float32
 
 
 def _optical_density(rgb: U8, glass: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Optical density against the glass, float32 (3, h, w); not negative."""
-    # All 256 levels of a channel, then a look-up: no logarithm a pixel.
+    """Return the optical density relative to the glass, float32 (3, h, w), not negative."""
+    # A table of all 256 levels of a channel: no logarithm per pixel.
     levels = np.log10((glass[:, None] + _DARK_OFFSET) / (np.arange(256, dtype=np.float32) + _DARK_OFFSET))
     levels = np.maximum(levels, 0).astype(np.float32)
     return np.stack([levels[c][rgb[..., c]] for c in range(3)])
 
 
 def _ink(density: npt.NDArray[np.float32], mean: Float2d, chroma: Float2d, pixel_um: float) -> Bool2d:
-    """Marker ink: broad strokes that hold a spot which no stain explains, with all the paler ink around it.
+    """Return marker ink: broad strokes with a spot that no stain explains, and all the paler ink around it.
 
-    Haematoxylin, eosin and blood absorb green most, DAB blue. Green and blue markers absorb red most; a red one
-    absorbs no red at all, at a density blood does not reach in a section; a black one is dark in all three.
-    Nuclei resemble these for a pixel or two, never over the width of a stroke. The ratios were set on public H&E
-    patches of 207 patients; none of their tissue is taken for ink. Common red markers are scored as tissue: clots of
-    three of these patients (186, 56, 69; 203, 58, 67 on glass of 243) have their colour, and tissue lost is worse.
+    Haematoxylin, eosin and blood absorb green most, and DAB blue. Green and blue markers absorb red most. A red marker
+    absorbs no red, at a density that blood does not reach in a section. A black one absorbs all three. Nuclei resemble
+    these over a pixel or two, but not over the width of a stroke. The ratios were set on public H&E patches of 207
+    patients, and take none of their tissue for ink. Common red markers count as tissue: clots of three patients have
+    the same colour (186, 56, 69; 203, 58, 67 on glass of 243), and losing tissue is worse.
     """
     r, g, b = density
-    # The denser a blue, the less of it can be haematoxylin: at 8 um/px that ends at a density of 0.64.
+    # Haematoxylin does not exceed 0.64 at 8 um/px: the denser a blue, the more certainly it is ink.
     dark_blue = ((r > 0.5) & (b < 0.3 * r) & (g < 0.95 * r)) | ((r > 0.65) & (b < 0.45 * r) & (g < r))
-    markers = (  # green, blue, red, black: (ink however pale, a spot that is surely ink)
+    markers = (  # green, blue, red, black: (possibly pale ink, certainly ink)
         ((r - g > 0.05) & (r > b) & (b > 0.8 * g), (r - g > 0.12) & (r > 1.3 * b) & (b > 0.8 * g)),
         (
             (r > 0.15) & (b < 0.35 * r) & (g < 0.9 * r) | dark_blue,
@@ -424,7 +406,7 @@ def _ink(density: npt.NDArray[np.float32], mean: Float2d, chroma: Float2d, pixel
 
 
 def _components(mask: Bool2d, min_px: int = 1, *, seeds: Bool2d | None = None, min_seeds: int = 1) -> Bool2d:
-    """Keep the edge-connected pieces of `mask` with at least `min_px` pixels (and `min_seeds` of `seeds`)."""
+    """Return the edge-connected pieces of `mask` with at least `min_px` pixels and `min_seeds` pixels of `seeds`."""
     labels, n = ndimage.label(mask)
     keep = np.bincount(labels.ravel(), minlength=n + 1) >= min_px
     if seeds is not None:
@@ -434,22 +416,22 @@ def _components(mask: Bool2d, min_px: int = 1, *, seeds: Bool2d | None = None, m
 
 
 def _px(length_um: float, pixel_um: float) -> int:
-    """Whole mask pixels in `length_um`."""
+    """Return `length_um` in mask pixels, rounded."""
     return round(length_um / pixel_um)
 
 
 def _grown(mask: Bool2d, radius: int) -> Bool2d:
-    """Dilate by a square of 2 * radius + 1 pixels; squares are separable, and the radii are a few pixels."""
+    """Dilate by a square of 2 * radius + 1 pixels."""
     return np.asarray(ndimage.maximum_filter(mask, 2 * radius + 1, mode="constant", cval=0))
 
 
 def _opened(mask: Bool2d, radius: int) -> Bool2d:
-    """Erode, then dilate; what lies outside the image counts as part of `mask` for the erosion."""
+    """Erode, then dilate; for the erosion, the outside of the image counts as part of `mask`."""
     return _grown(np.asarray(ndimage.minimum_filter(mask, 2 * radius + 1, mode="constant", cval=1)), radius)
 
 
 def _frame(shape: tuple[int, ...]) -> Bool2d:
-    """The outermost pixels of an image."""
+    """Return the outermost pixels of an image."""
     frame = np.ones(shape, np.bool_)
     frame[1:-1, 1:-1] = False
     return frame

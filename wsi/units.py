@@ -1,4 +1,4 @@
-"""The two units everything is said in: level-0 pixels and microns per pixel."""
+"""The two units used everywhere: level-0 pixels (``Box``) and microns per pixel (``Mpp``)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ class Mpp(NamedTuple):
     y: float
 
     def area_um2(self, area_px: float) -> float:
-        """Area in square microns of `area_px` level-0 pixels."""
+        """Convert an area from level-0 pixels to square microns."""
         return area_px * self.x * self.y
 
 
 class Box(NamedTuple):
-    """A rectangle in level-0 pixels, origin at the slide's top left corner.
+    """A rectangle in level-0 pixels; the origin is the slide's top left corner, and pixel (0, 0) spans [0, 1) x [0, 1).
 
-    Sides and position may be fractional: a tile of 224 px at 0.5 mpp on a slide of 0.2431 mpp is
-    460.715... level-0 px wide, and stays exactly that. Pixel (0, 0) spans [0, 1) x [0, 1).
+    Position and sides may be fractional: 224 px at 0.5 mpp on a slide of 0.2431 mpp are 460.715... level-0 px.
 
     Examples
     --------
@@ -40,7 +39,7 @@ class Box(NamedTuple):
     h: float
 
     def intersect(self, other: Box) -> Box:
-        """Return the common part; width or height 0 where there is none."""
+        """Return the intersection; its width or height is 0 if there is none."""
         x, y = max(self.x, other.x), max(self.y, other.y)
         right = min(self.x + self.w, other.x + other.w)
         bottom = min(self.y + self.h, other.y + other.h)

@@ -191,7 +191,7 @@ def test_a_worker_that_is_killed_between_two_slides_costs_neither(slides: Path, 
 def test_a_limit_met_in_the_last_moment_does_not_fail_the_next_slide(slides: Path, tmp_path: Path) -> None:
     def tell(event: Event) -> None:
         if event.stage == "finish" and event.slide_id == "s0":
-            while not executor._said.qsize():  # it has ended, which we have not heard yet
+            while not executor._messages.qsize():  # it has ended, which we have not heard yet
                 os.sched_yield()
             executor._workers[0].check(Limits(seconds=0))
 

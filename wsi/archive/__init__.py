@@ -1,7 +1,7 @@
-"""Many slides into one results folder: one broken slide is a row in failures.csv, not the end of the run.
+"""Many slides into one results folder: a broken slide becomes a row of failures.csv and does not end the run.
 
-``walk.run`` is the walk. `folder` says what lies in the results folder, `claims` how several runs share it, `jobs` what
-is done to a slide, `workers` and `cluster` by whom, `cache` where slow slides are copied to.
+``walk.run`` is the main loop. `folder` is the results folder, `claims` how several runs share it, `jobs` what is done
+to a slide, `workers` and `cluster` the processes that do it, and `cache` the local copies of slides on slow storage.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from wsi.archive.cache import Cache
 from wsi.archive.jobs import Job, ScoreJob, TileJob
 from wsi.archive.slides import SlideRef, find_slides
-from wsi.archive.walk import Summary, nobody, run
+from wsi.archive.walk import Summary, run
 from wsi.archive.workers import Event, Executor, InProcess, Limits, Tell, Workers, default_threads
 from wsi.engine import EngineConfig, ScoreConfig
 from wsi.errors import WsiError
@@ -38,49 +38,49 @@ def score_archive(
     cache: Cache | None = None,
     force: bool = False,
     command: Sequence[str] = (),
-    tell: Tell = nobody,
+    tell: Tell = lambda event: None,
 ) -> Summary:
-    """Score slides; the same call again does only what is missing, and several at once share the work.
+    """Score slides. A repeated call does only what is missing; several at the same time share the work.
 
     Parameters
     ----------
     refs : sequence of SlideRef
     folder : path
-        The results folder; made where it is not there.
+        The results folder; created if needed.
     engine : EngineConfig
     config : ScoreConfig, optional
     workers : int, optional
-        Processes of this machine that do slides; default: one a GPU, or one. 0: this process itself, without limits,
-        and a crash of a decoder ends it.
+        Worker processes on this machine; default: one per GPU, or one. 0: this process, without `limits`; a crash in a
+        library then ends it.
     scheduler : str, optional
         Use Dask instead (extra ``cluster``): an address such as "tcp://host:8786", or "local" for a cluster of
         `workers` on this machine.
     limits : Limits
-        What one slide may take; not with `workers` 0 or `scheduler`.
+        Time and memory that one slide may take; ignored with `workers` 0 or `scheduler`.
     order : {"given", "size", "triage"}
-        As given; largest first, so that no long slide is left for the end; or (scoring) likely positive ones first,
-        by a look at low magnification and at a few tiles of each (see ``wsi.run.triage``).
+        As given; largest first, so that no long slide is left for the end; or (scoring only) likely positive slides
+        first, see ``wsi.run.triage``.
     cache : Cache, optional
-        Where slides are copied to before they are worked on, on this machine: for slow storage. Of schedulers only with
-        "local", whose workers see the copies.
+        Copies slides from slow storage to this machine first. Not with a scheduler other than "local", whose workers
+        could not read the copies.
     force : bool
-        Throw earlier results of these slides away; those of other slides stay.
+        Delete earlier results of these slides; those of other slides stay.
     command : sequence of str
         Recorded in run.json.
     tell : callable
-        Is told what happens, see ``Event``.
+        Called with every ``Event``.
 
     Returns
     -------
     Summary
-        Of these slides, whoever did them.
+        The outcome of these slides, including those that other runs processed.
 
     Raises
     ------
     ConfigMismatch
-        The folder holds results of another configuration; the difference is named, and nothing is touched.
+        The folder holds results of another configuration; the difference is named, and nothing is changed.
     OutputError
-        The folder cannot be written to (full, read-only): going on would be of no use.
+        The folder cannot be written to (full, read-only); the run ends.
     ModelError
         The models cannot be loaded.
 
@@ -109,11 +109,11 @@ def tile_archive(
     cache: Cache | None = None,
     force: bool = False,
     command: Sequence[str] = (),
-    tell: Tell = nobody,
+    tell: Tell = lambda event: None,
 ) -> Summary:
-    """Cut slides into patch stores, ``<folder>/<slide_id>/store.zarr``; the same call again does only what is missing.
+    """Cut slides into patch stores, ``<folder>/<slide_id>/store.zarr``. A repeated call does only what is missing.
 
-    Parameters and errors are those of ``score_archive``, with what ``tile_slide`` takes in place of the engine.
+    Parameters and errors are those of ``score_archive``, and `config` and `threads` those of ``tile_slide``.
     """
     if order == "triage":
         raise WsiError("order='triage'", "needs a model, and patches are cut without one", "Use given or size")

@@ -1,4 +1,4 @@
-"""Copies of slides on fast local storage, made while the slides before them are worked on."""
+"""Copies of slides on fast local storage, made while earlier slides are processed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,15 @@ import fsspec
 from wsi.archive.claims import Claims
 from wsi.slide import is_url
 
-#: Slides of several files whose names do not tell which: they are read where they are.
+#: Formats of several files whose names do not show which belong together: these are read in place.
 _IN_PLACE = (".vms", ".vmu", ".dcm", ".dicom")
 
 
 class Cache:
-    """A folder for copies, of at most so many bytes in all.
+    """A folder for copies, of at most `max_bytes` in total.
 
-    Each run has a folder of its own in it, which is deleted in the end; those of runs that were killed are deleted by
-    the next.
-
-    Parameters
-    ----------
-    max_bytes : int
-        A slide that is larger is read where it is; one for which there is no room now waits.
+    A slide larger than that is read in place; one for which there is no room now has to wait. Each run has its own
+    subfolder and deletes it at the end. Subfolders of killed runs are deleted by the next run.
     """
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
@@ -55,12 +50,12 @@ class Cache:
         self._claims.__exit__(*error)
 
     def has_room(self, path: str) -> bool:
-        """Whether a copy can begin now; also where there will be none."""
+        """Whether ``fetch`` may be called now: there is room for a copy, or none will be made."""
         size = _size(path)
         return size is None or size > self._max_bytes or sum(self._held.values()) + size <= self._max_bytes
 
     def fetch(self, path: str) -> Future[str | None]:
-        """Begin to copy a slide; the future gives the copy's path, or None where it is to be read in place."""
+        """Begin to copy a slide; the future gives the copy's path, or None if it is to be read in place."""
         size = _size(path)
         if size is None or size > self._max_bytes:
             done: Future[str | None] = Future()
@@ -90,14 +85,14 @@ class Cache:
             beside = Path(path).with_suffix("")
             if copy.suffix.lower() == ".mrxs" and beside.is_dir():
                 shutil.copytree(beside, copy.with_suffix(""))
-        except Exception:  # noqa: BLE001 - a full cache, a slide that cannot be read: the reader will say so better
+        except Exception:  # noqa: BLE001 - full disk, unreadable slide: the reader will report it better
             shutil.rmtree(place, ignore_errors=True)
             return None
         return str(copy)
 
 
 def _size(path: str) -> int | None:
-    """Bytes of a slide; None where that cannot be told, or it cannot be copied."""
+    """Return the bytes of a slide; None if they are unknown or it cannot be copied."""
     suffix = Path(path).suffix.lower()
     if suffix in _IN_PLACE:
         return None
@@ -109,5 +104,5 @@ def _size(path: str) -> int | None:
         beside = Path(path).with_suffix("")
         parts = beside.rglob("*") if suffix == ".mrxs" and beside.is_dir() else ()
         return Path(path).stat().st_size + sum(part.stat().st_size for part in parts)
-    except Exception:  # noqa: BLE001 - fsspec's file systems raise what they like
+    except Exception:  # noqa: BLE001 - fsspec's file systems may raise anything
         return None

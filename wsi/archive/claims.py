@@ -1,11 +1,11 @@
-"""Who works on which slide: leases in a folder that several processes or machines share, without a server.
+"""Leases on slides: how processes and machines that share a folder divide the work, without a server.
 
-A claim is a file ``NAME.TOKEN``, made exclusively (``O_EXCL``: atomic on local disks and on NFS since version 3). The
-highest token of a name holds. Its owner writes a new beat into it every few seconds. Whoever wants the name takes
-the next token when the owner is dead: at once where its process is known to have ended on this machine, else (it may
-be stopped) after the file has stayed the same for a while *on the contender's own monotonic clock*. No two clocks are
-ever compared, so none can be wrong. A slow owner that wakes up finds a higher token, or its file gone, and gives up
-before it writes a result: the token is what Kleppmann calls a fencing token (2016, "How to do distributed locking").
+A claim is a file ``NAME.TOKEN``, created exclusively (``O_EXCL``: atomic on local disks and on NFS since version 3).
+The highest token of a name is valid. Its owner writes a heartbeat into the file every few seconds. A contender takes
+the next token once the owner is dead: at once if its process is known to have ended on this machine, else after the
+file has not changed for a while *by the contender's own monotonic clock*. The clocks of two machines are never
+compared. An owner that was only suspended finds a higher token, or its file gone, and gives up before it writes a
+result: the token is a fencing token (Kleppmann 2016, "How to do distributed locking").
 """
 
 from __future__ import annotations
@@ -25,36 +25,28 @@ from typing import IO, Self
 
 from wsi.files import time_beside
 
-#: Seconds between two beats, and of silence after which an owner elsewhere counts as dead: several lost beats, and
-#: more than NFS keeps attributes for (60).
+#: Seconds between heartbeats, and of silence after which an owner counts as dead: several missed beats, and more than
+#: NFS caches attributes for (60).
 BEAT_S, SILENCE_S = 10.0, 90.0
 
-_AGAIN_S = 0.05  # between two looks at a claim that is waited for
-_GONE = (errno.ENOENT, errno.ESTALE)  # ESTALE: removed by another machine while we looked (NFS)
-_BYTES = 512  # of a claim file, so that a beat is one write in place
+_AGAIN_S = 0.05  # between two attempts to take a claim
+_GONE = (errno.ENOENT, errno.ESTALE)  # ESTALE: another machine has just removed the file (NFS)
+_BYTES = 512  # of a claim file, so that a heartbeat is one write in place
 
 
 class ClaimLost(Exception):
-    """Another process has taken the slide over: what was done stays, and nothing more is to be written."""
+    """Another process has taken the slide over: nothing more may be written to its folder."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A name that is ours, until ``holds`` says otherwise.
-
-    Attributes
-    ----------
-    path : str
-        Its file.
-    nonce : str
-        What only its owner writes into it.
-    """
+    """A claim that we have made on a name. `nonce` identifies us in its file `path`."""
 
     path: str
     nonce: str
 
     def holds(self) -> bool:
-        """Whether nobody has taken over."""
+        """Whether the claim is still ours."""
         path = Path(self.path)
         name, token = _parts(path.name)
         if _read(path).get("nonce") != self.nonce:
@@ -62,27 +54,16 @@ class Claim:
         return max(_tokens(path.parent, name), default=0) == token
 
     def confirm(self) -> None:
-        """Raise ``ClaimLost`` where somebody has."""
+        """Raise ``ClaimLost`` if it is not."""
         if not self.holds():
             raise ClaimLost(self.path)
 
 
 class Claims:
-    """The claims of one run in one folder; while it is open a thread keeps them alive.
+    """The claims of one run in one folder; while it is open, a thread writes their heartbeats.
 
-    Parameters
-    ----------
-    folder : path
-        Made where it is not there, and removed when empty.
-    beat_s, silence_s : float
-        Seconds between beats, and of silence after which an owner is dead.
-    clock : callable
-        Monotonic seconds.
-
-    Attributes
-    ----------
-    began : float
-        When the run began, in the file system's own time.
+    The folder is created if needed, and removed when empty. `clock` gives monotonic seconds. `began` is when the run
+    began, by the file system's clock.
 
     Examples
     --------
@@ -94,13 +75,9 @@ class Claims:
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        beat_s: float = BEAT_S,
-        silence_s: float = SILENCE_S,
+        self, folder: str | os.PathLike[str], *, beat_s: float = BEAT_S, silence_s: float = SILENCE_S,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._folder, self._beat_s, self._silence_s, self._clock = Path(folder), beat_s, silence_s, clock
         self.began = 0.0
         self._held: dict[Claim, IO[bytes]] = {}
@@ -120,20 +97,14 @@ class Claims:
         self._thread.join()
         for claim in list(self._held):
             self.release(claim)
-        with suppress(OSError):  # others' claims are in it, or it is gone
-            for path in self._folder.iterdir():  # of who was killed just after its slide was done
+        with suppress(OSError):  # others' claims are in the folder, or it is gone
+            for path in self._folder.iterdir():  # claims of processes killed just after their slide was done
                 if self._is_dead(path):
                     path.unlink(missing_ok=True)
             self._folder.rmdir()
 
     def take(self, name: str) -> Claim | None:
-        """Claim a name; None where somebody alive has it.
-
-        Raises
-        ------
-        OSError
-            The folder cannot be written to.
-        """
+        """Claim a name; None if a living owner has it. Raises OSError if the folder cannot be written to."""
         tokens = _tokens(self._folder, name)
         highest = max(tokens, default=0)
         if highest and not self._is_dead(self._folder / f"{name}.{highest}"):
@@ -148,20 +119,20 @@ class Claims:
             _write(file, claim.nonce, 0)
             with self._lock:
                 self._held[claim] = file
-        except BaseException:  # a full disk: empty, it would have to be waited for
+        except BaseException:  # a full disk: others would have to wait for the silence of an empty claim
             file.close()
             path.unlink(missing_ok=True)
             raise
         for token in tokens:
             (self._folder / f"{name}.{token}").unlink(missing_ok=True)
-        if not claim.holds():  # someone was as quick, with a later token
+        if not claim.holds():  # someone else took a higher token meanwhile
             self.release(claim)
             return None
         return claim
 
     @contextmanager
     def holding(self, name: str) -> Iterator[Claim]:
-        """Claim a name for a block, once whoever has it is done with it or dead."""
+        """Claim a name for a block; wait until its owner has released it or is dead."""
         while (claim := self.take(name)) is None:
             self._end.wait(_AGAIN_S)
         try:
@@ -170,7 +141,7 @@ class Claims:
             self.release(claim)
 
     def release(self, claim: Claim) -> None:
-        """Give a name back."""
+        """Release a claim."""
         with self._lock:
             file = self._held.pop(claim, None)
         if file is not None:
@@ -180,14 +151,14 @@ class Claims:
             path.unlink(missing_ok=True)
 
     def beat(self) -> None:
-        """Say that we are alive, once. Writing to a file that was taken away harms nobody."""
+        """Write one heartbeat into each claim. A claim that we have lost is a deleted file, where that does no harm."""
         with self._lock:
             for claim, file in self._held.items():
-                with suppress(OSError):  # a lost claim shows when it is confirmed
+                with suppress(OSError):  # a lost claim is noticed by `confirm`
                     _write(file, claim.nonce, time.monotonic_ns())
 
     def _make(self, path: Path) -> IO[bytes]:
-        """Make a file that is not there; and the folder, which a run that ends may remove at any moment."""
+        """Create a file, and the folder, which another run may remove at any moment as it ends."""
         for _ in range(100):
             self._folder.mkdir(exist_ok=True)
             with suppress(FileNotFoundError):
@@ -200,20 +171,20 @@ class Claims:
 
     def _is_dead(self, path: Path) -> bool:
         try:
-            said = path.read_text(errors="replace")
+            text = path.read_text(errors="replace")
         except OSError as error:
             if error.errno in _GONE:
                 return True
             raise
-        owner = _owner(said)
+        owner = _owner(text)
         known = owner.get("host") == _host() and owner.get("began") is not None and owner.get("pid") is not None
         if known and _began(int(owner["pid"])) != owner["began"]:
             return True
         now = self._clock()
         earlier, since = self._seen.get(path.name, ("", now))
-        if said != earlier:
+        if text != earlier:
             since = now
-        self._seen[path.name] = said, since
+        self._seen[path.name] = text, since
         return now - since >= self._silence_s
 
 
@@ -239,9 +210,9 @@ def _read(path: Path) -> dict[str, str]:
         return {}
 
 
-def _owner(said: str) -> dict[str, str]:
+def _owner(text: str) -> dict[str, str]:
     try:
-        found = json.loads(said)
+        found = json.loads(text)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -250,11 +221,11 @@ def _owner(said: str) -> dict[str, str]:
 def _write(file: IO[bytes], nonce: str, beat: int) -> None:
     owner = {"nonce": nonce, "host": _host(), "pid": os.getpid(), "began": _began(os.getpid()), "beat": beat}
     os.pwrite(file.fileno(), json.dumps(owner).encode().ljust(_BYTES), 0)
-    os.fsync(file.fileno())  # readers on other machines see what has been synced
+    os.fsync(file.fileno())  # other machines see only what has been synced
 
 
 def _host() -> str:
-    """Name this machine since its start, and the space that its process numbers are of (a container has its own)."""
+    """Identify this machine, its current boot, and its space of process ids (a container has its own)."""
     known = [platform.node()]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with suppress(OSError):
@@ -263,7 +234,7 @@ def _host() -> str:
 
 
 def _began(pid: int) -> str | None:
-    """When a process of this machine began; None where it is not there, or the machine does not tell (no /proc)."""
+    """Return when a process of this machine began; None if it does not exist or there is no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

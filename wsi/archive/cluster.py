@@ -1,4 +1,4 @@
-"""Slides on a Dask cluster: the same tasks, in processes on other machines that see the same folders."""
+"""Slides on a Dask cluster: the same tasks, in processes on machines that share the folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wsi.errors import WsiError
 from wsi.slide import absolute
 
 _loaded: dict[str, Ready] = {}
-_lock = threading.Lock()  # a process does one slide at a time, whatever its number of threads
+_lock = threading.Lock()  # one slide at a time per process, however many threads it has
 
 
 def _prepare(job: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -29,7 +29,7 @@ def _prepare(job: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _do(job: str, task: dict[str, Any]) -> dict[str, Any]:
-    """Do one slide, in a worker of the cluster. Done twice it does no harm: what is there already is not done again."""
+    """Do one slide in a worker of the cluster. Dask may run it twice: a finished slide is not done again."""
     _prepare(job)
     with _lock:
         try:
@@ -39,14 +39,9 @@ def _do(job: str, task: dict[str, Any]) -> dict[str, Any]:
 
 
 class Cluster:
-    """Workers of a Dask cluster; see ``wsi.archive.workers.Executor``.
+    """Workers of a Dask cluster, see ``wsi.archive.workers.Executor``.
 
-    Parameters
-    ----------
-    address : str
-        Of the scheduler; or "local": a cluster of `workers` on this machine, for as long as the run takes.
-    workers : int, optional
-        Of a local cluster; default 1.
+    `address` is the scheduler's, or "local" for a temporary cluster of `workers` (default 1) on this machine.
     """
 
     def __init__(self, job: Job, address: str, workers: int | None) -> None:
@@ -64,7 +59,7 @@ class Cluster:
             what, remedy = "needs Dask distributed, which is not here", "Install it with: pip install 'wsi[cluster]'"
             raise WsiError(f"scheduler={self._address!r}", what, remedy) from error
         if self._address == "local":
-            # A slide that has ended two workers would end the next one too.
+            # A slide that has crashed two workers would crash a third.
             with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
                 self._cluster = distributed.LocalCluster(
                     n_workers=self._n or 1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,
@@ -80,7 +75,7 @@ class Cluster:
         return configuration, {**execution, "scheduler": self._address}
 
     def free(self) -> bool:
-        """See ``Executor``. No slide waits at a worker: Dask would blame it for the death of that worker too."""
+        """See ``Executor``. No slide may queue at a worker: if that worker dies, Dask blames the queued slides too."""
         return len(self._running) < len(self._client.ncores())
 
     def give(self, task: Task) -> None:
@@ -99,10 +94,9 @@ class Cluster:
             return
         task = self._running.pop(future)
         if future.status == "finished":
-            said = future.result()
-            tell(Event(slide_id=task.slide_id, **said))
+            tell(Event(slide_id=task.slide_id, **future.result()))
             return
-        if future.status == "lost":  # with the worker that had done it, which the next slide has ended
+        if future.status == "lost":  # done, but its worker was crashed by the next slide
             tell(Event("lost", task.slide_id))
             return
         error = future.exception() if future.status == "error" else None

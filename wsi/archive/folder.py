@@ -1,16 +1,15 @@
-"""A results folder: whose it is, what lies in it, and its tables.
+"""The results folder: the configuration it is bound to, the slides' folders, and the tables.
 
 ::
 
     RESULTS/
       run.json         configuration, versions, model hashes, command line
-      slides.csv       a row a finished slide, grows as slides finish; slides.parquet: the same, at the end of a run
+      slides.csv       one row per finished slide, updated during a run; slides.parquet: the same, at the end of a run
       failures.csv     slide, stage, error, remedy
-      <slide_id>/      what is known of one slide: the files of its job, seconds.json, and last result.json;
-                       or failure.json
-      .claims/         who works on which slide, while somebody does
+      <slide_id>/      the files of one slide: those of its job, seconds.json and last result.json; or failure.json
+      .claims/         claims of running processes on slides
 
-The tables are made of what lies in the slides' folders, so they can be lost, edited, or written by two runs at once.
+The tables are derived from the slides' folders: they may be lost, edited, or written by two runs at once.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ from wsi.result import SlideResult, read_result
 from wsi.slide import absolute
 
 CLAIMS = ".claims"
-#: Whoever writes run.json and the tables claims this name; no slide has it.
+#: The claim needed to write run.json and the tables; no slide has this name.
 TABLES_CLAIM = ".books"
 _FAILURE = "failure.json"
-_MAX_STEM = 200  # bytes, of the 255 that file systems take
+_MAX_STEM = 200  # bytes; file systems allow 255
 _TABLES = ("slides.csv", "slides.parquet", "failures.csv")
 _OUR_FILES = ("run.json", *_TABLES)
-_SAID = ("label", "patient")  # by manifests, of slides
+_FROM_MANIFEST = ("label", "patient")  # columns copied into slides.csv
+_START_OVER = "Choose another folder with -o, or start these slides over with --force"
 _FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")
 
 Row = dict[str, Any]
 
 
 def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
-    """Name each slide's results: the file's stem, with a hash of its place where another slide has that name.
+    """Return an id for each slide: its file's stem, plus a hash of its path if another slide has the same stem.
 
-    Where the stem cannot be a folder's name (hidden, or so long that names made of it would be refused), likewise.
-
-    A slide keeps the name under which `folder` already holds its results, or has begun to.
+    The hash is also added if the stem is no usable folder name: hidden, too long, or one of our files. A slide keeps
+    the id under which `folder` already holds its results or a part of them.
     """
     stems = [Path(ref.path.rstrip("/")).stem for ref in refs]
     count = Counter(stem.lower() for stem in stems)
@@ -69,27 +68,16 @@ def slide_ids(refs: Sequence[SlideRef], folder: Path) -> list[str]:
 
 
 def bind(
-    folder: Path,
-    refs: Sequence[SlideRef],
-    ids: Sequence[str],
-    *,
-    configuration: Mapping[str, Any],
-    execution: Mapping[str, Any],
-    command: Sequence[str],
-    force: bool,
-) -> None:
-    """Write run.json, or refuse a folder of another configuration before anything is touched.
+    folder: Path, refs: Sequence[SlideRef], ids: Sequence[str], *, configuration: Mapping[str, Any],
+    execution: Mapping[str, Any], command: Sequence[str], force: bool,
+) -> None:  # fmt: skip
+    """Check that the slides' results may go into the folder, and write run.json; with `force` delete old results.
 
-    Raises
-    ------
-    ConfigMismatch
-        The folder holds results of another configuration; the difference is named.
-    OutputError
-        It holds what is not ours.
+    Raises ConfigMismatch if the folder holds results of another configuration (the difference is named), and
+    OutputError if it holds files that are not ours. Then nothing is changed.
     """
     identity = json.loads(json.dumps(configuration))
     path = folder / "run.json"
-    remedy = "Choose another folder with -o, or start these slides over with --force"
     foreign = sorted(slide_id for slide_id in ids if (folder / slide_id).exists() and not _is_ours(folder / slide_id))
     if foreign:  # --force would delete it
         what = f"holds a folder {foreign[0]!r} that is not results of ours"
@@ -113,26 +101,34 @@ def bind(
         if others and force:
             what = f"{what}; and of other slides ({', '.join(others[:3])})"
             raise ConfigMismatch(folder, what, "Choose another folder")
-        raise ConfigMismatch(folder, what, remedy)
+        raise ConfigMismatch(folder, what, _START_OVER)
     for ref, slide_id in zip(refs, ids, strict=True):
-        own = folder / slide_id
-        result = None if force else read_result(own)
         if force:
-            _throw_away(own)
-        elif result is not None and result.numbers.get("mpp_given") != ref.mpp:
-            given = [value or "the file's own" for value in (result.numbers.get("mpp_given"), ref.mpp)]
-            raise ConfigMismatch(own, f"was made at {given[0]} microns per pixel, now {given[1]} is asked for", remedy)
-        elif result is not None and result.numbers.get("mask") != (masked := ref.mask and absolute(ref.mask)):
-            given = [value or "none" for value in (result.numbers.get("mask"), masked)]
-            raise ConfigMismatch(own, f"was made with the mask {given[0]}, now {given[1]} is asked for", remedy)
-        elif result is not None and ref.mask and result.numbers.get("mask_sha256") not in (None, sha256_of(ref.mask)):
-            raise ConfigMismatch(own, f"was made with the mask {masked} as it was then; it has changed", remedy)
+            _throw_away(folder / slide_id)
+        else:
+            _check_same_input(folder / slide_id, ref)
     about = {"configuration": identity, "command": list(command), "execution": execution, "versions": _versions()}
     write_json(path, {"use": "research only", **about})
 
 
+def _check_same_input(own: Path, ref: SlideRef) -> None:
+    """Raise ``ConfigMismatch`` if a slide's result was made with another `mpp` or mask."""
+    if (result := read_result(own)) is None:
+        return
+    mpp, mask = result.numbers.get("mpp_given"), result.numbers.get("mask")
+    masked = ref.mask and absolute(ref.mask)
+    if mpp != ref.mpp:
+        given = [value or "the file's own" for value in (mpp, ref.mpp)]
+        raise ConfigMismatch(own, f"was made at {given[0]} microns per pixel, now {given[1]} is asked for", _START_OVER)
+    if mask != masked:
+        what = f"was made with the mask {mask or 'none'}, now {masked or 'none'} is asked for"
+        raise ConfigMismatch(own, what, _START_OVER)
+    if ref.mask and result.numbers.get("mask_sha256") not in (None, sha256_of(ref.mask)):
+        raise ConfigMismatch(own, f"was made with the mask {masked} as it was then; it has changed", _START_OVER)
+
+
 def _throw_away(own: Path) -> None:
-    """Remove a slide's folder, so that a kill leaves neither what counts as done nor what is not known as ours."""
+    """Delete a slide's folder in an order in which a kill leaves nothing that looks finished or foreign."""
     (own / "result.json").unlink(missing_ok=True)
     for path in own.glob("*"):
         if path.name != "store.zarr":
@@ -142,24 +138,24 @@ def _throw_away(own: Path) -> None:
 
 
 def sweep_tables(folder: Path) -> None:
-    """Remove half-written tables that a killed process left. Only for who has claimed ``TABLES_CLAIM``."""
+    """Remove incomplete tables that a killed process left. Requires ``TABLES_CLAIM``."""
     for name in (*_OUR_FILES, CLAIMS):
         for path in folder.glob(f".{name}.*.draft"):
             path.unlink(missing_ok=True)
 
 
 def look_again(own: Path) -> None:
-    """Make and remove a file in a slide's folder, which invalidates the NFS client's cache of missing names.
+    """Refresh the NFS client's view of a slide's folder by making and removing a file in it. Requires its claim.
 
-    For up to a minute it believes its own memory of names that were missing (nfs(5), acdirmax), and another machine may
-    have finished the slide since. Only for who has claimed the slide.
+    For up to a minute an NFS client remembers that a file was missing (nfs(5), acdirmax); meanwhile another machine may
+    have finished the slide.
     """
     own.mkdir(exist_ok=True)
     time_beside(own / "result.json")
 
 
 def sweep(own: Path) -> None:
-    """Remove half-written files that a killed process left in a slide's folder. Only for who has claimed the slide."""
+    """Remove what a killed or failed attempt left in a slide's folder. Requires its claim."""
     if not own.is_dir():
         return
     for pattern in (".*.draft", "*.partial"):  # ours, and Zarr's
@@ -172,13 +168,13 @@ def sweep(own: Path) -> None:
 
 
 def write_failure(own: Path, failure: Row) -> None:
-    """Leave in a slide's folder why it has no result."""
+    """Record in a slide's folder why it has no result."""
     own.mkdir(exist_ok=True)
     write_json(own / _FAILURE, failure)
 
 
 def read_failure(own: Path, *, since: float = 0.0) -> Row | None:
-    """Return why a slide has no result, or no explanation, if written at `since` (the file system's time) or later."""
+    """Return why a slide failed, if that was recorded at `since` (by the file system's clock) or later."""
     try:
         if (own / _FAILURE).stat().st_mtime < since:
             return None
@@ -189,16 +185,10 @@ def read_failure(own: Path, *, since: float = 0.0) -> Row | None:
 
 
 class Tables:
-    """slides.csv and failures.csv, kept in step with the slides' folders.
+    """slides.csv and failures.csv, derived from the slides' folders.
 
-    Parameters
-    ----------
-    columns : sequence of str
-        Of slides.csv, by names of result.json; "probabilities" stands for one column a class.
-    status : str
-        Of a finished slide.
-    refs : mapping of slide id to SlideRef
-        Whose `label` and `patient` the rows carry; other slides keep what the table says.
+    `columns` of slides.csv are keys of result.json ("probabilities" becomes one column per class); finished slides get
+    `status`. Labels and patients are those of `refs`, by slide id; for other slides, those in the table are kept.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str], status: str, refs: Mapping[str, SlideRef]) -> None:
@@ -207,11 +197,11 @@ class Tables:
         self._written, self._took = -1e9, 0.0
 
     def row(self, result: SlideResult) -> Row:
-        """Make a row of a result, and keep it for the next writing."""
+        """Return the row of a result, and keep it for the next ``write``."""
         numbers = result.numbers
         row = {"slide_id": numbers["slide_id"], "slide": numbers["slide"], "status": self._status}
         ref = self._refs.get(row["slide_id"])
-        row |= {name: value for name in _SAID if ref and (value := getattr(ref, name))}
+        row |= {name: value for name in _FROM_MANIFEST if ref and (value := getattr(ref, name))}
         for name in self._columns:
             if name == "probabilities":
                 row |= {f"prob_{kind}": value for kind, value in (numbers[name] or {}).items()}
@@ -222,11 +212,11 @@ class Tables:
         return row
 
     def is_due(self) -> bool:
-        """Whether to write again: seldom, when many slides have made that slow."""
+        """Whether to write again: less often the longer writing takes."""
         return time.monotonic() - self._written > max(1.0, 20 * self._took)
 
     def write(self, *, last: bool = False) -> None:
-        """Write both tables; the last time with all that happened in the folder. Only for who has ``TABLES_CLAIM``."""
+        """Write both tables; if `last`, from all slides' folders afresh. Requires ``TABLES_CLAIM``."""
         now = time.monotonic()
         if last:
             self._rows.clear()
@@ -245,8 +235,8 @@ class Tables:
                 self.row(result)
             if (failure := read_failure(own)) is not None:
                 failures.append(failure)
-        said = _labels(self._folder / "slides.csv")
-        rows = [self._rows[name] | ({} if name in self._refs else said.get(name, {})) for name in sorted(self._rows)]
+        kept = _labels(self._folder / "slides.csv")
+        rows = [self._rows[name] | ({} if name in self._refs else kept.get(name, {})) for name in sorted(self._rows)]
         columns = self._all_columns(rows)
         write_csv(self._folder / "slides.csv", columns, rows)
         write_csv(self._folder / "failures.csv", _FAILURE_COLUMNS, failures)
@@ -257,18 +247,18 @@ class Tables:
 
     def _all_columns(self, rows: Sequence[Row]) -> list[str]:
         found = dict.fromkeys(key for row in rows for key in row)  # in their order
-        named = ["slide_id", "slide", "status", *(name for name in _SAID if name in found)]
+        named = ["slide_id", "slide", "status", *(name for name in _FROM_MANIFEST if name in found)]
         for name in self._columns:
             named += sorted(key for key in found if key.startswith("prob_")) if name == "probabilities" else [name]
         return [*named, *(key for key in found if key.startswith("seconds_"))]
 
 
 def _labels(path: Path) -> dict[str, Row]:
-    """What another run's manifest said of its slides, by slide id."""
+    """Return labels and patients of an earlier slides.csv, by slide id."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
-            return {row["slide_id"]: {name: row[name] for name in _SAID if row.get(name)} for row in rows}
+            return {row["slide_id"]: {name: row[name] for name in _FROM_MANIFEST if row.get(name)} for row in rows}
     except (FileNotFoundError, ValueError, KeyError, csv.Error):
         return {}
 
@@ -277,7 +267,7 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> N
     import pyarrow
     import pyarrow.parquet
 
-    def cell(value: object) -> object:  # as in the CSV, where a path is not UTF-8
+    def cell(value: object) -> object:  # paths that are not UTF-8, as in the CSV
         return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
     table = pyarrow.table({name: [cell(row.get(name)) for row in rows] for name in columns})
@@ -286,7 +276,7 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> N
 
 
 def owner_of(own: Path) -> str | None:
-    """Return the path of the slide whose folder it is: finished, failed, or begun; None where it does not say."""
+    """Return the path of the slide that a slide's folder belongs to (finished, failed or begun); None if unknown."""
     result = read_result(own)
     known = _failure(own) if result is None else result.numbers
     if known is not None:
@@ -306,7 +296,7 @@ def _failure(folder: Path) -> Row | None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a slide's folder holds what this package writes, or nothing yet."""
+    """Whether a folder may be a slide's: it is empty or holds files of this package."""
     names = {child.name for child in folder.iterdir()} if folder.is_dir() else {folder.name}
     return not {name for name in names if name[0] != "."} or bool({"store.zarr", "result.json", _FAILURE} & names)
 

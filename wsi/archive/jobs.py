@@ -1,4 +1,4 @@
-"""What is done to each slide of an archive, in a form that can be sent to another process as JSON."""
+"""Jobs: what is done to each slide of an archive, in a form that can be sent to another process as JSON."""
 
 from __future__ import annotations
 
@@ -26,52 +26,32 @@ from wsi.stain import TARGETS
 from wsi.tile import TileConfig, estimate_tiled_bytes, tile_slide
 from wsi.tissue import TissueConfig
 
-#: Seconds that a process which does slides may take to end well when it is told to.
+#: Seconds that a worker may take to end when it is told to.
 END_S = 3.0
 
-#: Slides after which what they left in cycles is collected: matplotlib leaves 6 MB a slide, of so few objects that
-#: Python would wait for hundreds; looking takes 9 ms.
+#: Slides between garbage collections: matplotlib leaves 6 MB a slide in cycles, of so few objects that Python would
+#: collect after hundreds of slides only. A collection takes 9 ms.
 _COLLECT = 8
 _performed = itertools.count(1)
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A job whose models are loaded.
+    """A job whose models are loaded."""
 
-    Attributes
-    ----------
-    work : callable
-        Does a slide, given its place and what is known of it, its own folder, and whom to tell; or goes on where it was
-        stopped.
-    answers : mapping
-        What can be asked of a slide before: "bytes" that its results will take, and for some jobs "triage", how
-        urgent it seems.
-    configuration : dict
-        What decides the results: a results folder is bound to it.
-    execution : dict
-        What does not.
-    """
-
+    #: Processes a slide, given its folder and a progress callback, or resumes it.
     work: Callable[[SlideRef, Path, Progress], object]
+    #: Estimates before a slide is processed: "bytes" of its results and, for some jobs, its priority by "triage".
     answers: Mapping[str, Callable[[SlideRef], float]]
+    #: What decides the results: a results folder is bound to it.
     configuration: dict[str, Any]
+    #: What does not decide them.
     execution: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """``score_slide`` for each.
-
-    Attributes
-    ----------
-    engine : EngineConfig
-    config : ScoreConfig
-    status : str
-        Of a finished slide, in the table.
-    columns : tuple of str
-        The table's columns, by names of result.json.
-    """
+    """``score_slide`` for each slide. `status` and `columns` are for slides.csv, see ``Tables``."""
 
     engine: EngineConfig
     config: ScoreConfig
@@ -82,25 +62,26 @@ class ScoreJob:
     )  # fmt: skip
 
     def finished(self, own: Path) -> SlideResult | None:
-        """Return what a slide's folder says, or None where something is still to do."""
+        """Return the result in a slide's folder, or None if something is still to do."""
         result = read_result(own)
         explained = not self.config.explain or (own / EXPLAINED).is_file()
         return result if explained or result is None or not result.numbers["n_tiles"] else None
 
     def load(self) -> Ready:
-        """Load the models; errors are those of ``load_patch_model``, ``ScoreConfig.check`` and ``check_maps``."""
+        """Load the models; raises what ``EngineConfig.load``, ``ScoreConfig.check`` and ``check_maps`` raise."""
         from wsi.nn.gradcam import check_maps
-        from wsi.run import estimate_bytes, explain_slide, score_slide, triage  # torch, which patch stores do without
+        from wsi.run import estimate_bytes, explain_slide, score_slide, triage  # torch, which ``TileJob`` does not need
 
         engine, config = self.engine.load(), self.config
         config.check(engine.model.config)
         if config.explain:
             check_maps(engine.model)
         numbers = asdict(config)
-        unbound = {name: numbers.pop(name) for name in ("max_unreadable", "explain")}  # which decide no number
-        del numbers["context"]  # bound below, where the model has one
-        said = [asdict(replace(each.config, folder=Path())) for each in (engine.model, engine.mil) if each is not None]
-        numbers["model_config"] = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
+        unbound = {name: numbers.pop(name) for name in ("max_unreadable", "explain")}  # these decide no number
+        del numbers["context"]  # added below if the model has one
+        configs = [model.config for model in (engine.model, engine.mil) if model is not None]
+        models = [asdict(replace(config_of, folder=Path())) for config_of in configs]
+        numbers["model_config"] = hashlib.sha256(json.dumps(models, default=str).encode()).hexdigest()[:12]
         if config.stain is not None and config.stain_target not in TARGETS:
             numbers["stain_target_sha256"] = sha256_of(config.stain_target)
         if engine.stain_range is not None:
@@ -109,7 +90,7 @@ class ScoreJob:
             numbers["context"] = asdict(engine.model.config.context) if config.context else None
 
         def work(ref: SlideRef, own: Path, progress: Progress) -> None:
-            if read_result(own) is not None:  # all that is missing is its explanation
+            if read_result(own) is not None:  # only explained.png is missing
                 explain_slide(ref.path, own, engine, config, mpp=ref.mpp, local=ref.local, progress=progress)
                 return
             score_slide(
@@ -142,7 +123,7 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class TileJob:
-    """``tile_slide`` for each."""
+    """``tile_slide`` for each slide."""
 
     config: TileConfig
     threads: int
@@ -152,7 +133,7 @@ class TileJob:
     )  # fmt: skip
 
     def finished(self, own: Path) -> SlideResult | None:
-        """Return what a slide's folder says, or None where it is still to do."""
+        """Return the result in a slide's folder, or None."""
         return read_result(own)
 
     def load(self) -> Ready:
@@ -174,50 +155,38 @@ Job = ScoreJob | TileJob
 
 
 def to_json(job: Job) -> dict[str, Any]:
-    """Describe a job so that ``from_json`` can make it again elsewhere."""
+    """Return a job's description, from which ``from_json`` makes it again."""
     return {"job": type(job).__name__, **asdict(job)}
 
 
-def from_json(said: dict[str, Any]) -> Job:
-    """Make a job of its description."""
-    config = {**said["config"], "tissue": TissueConfig(**said["config"]["tissue"])}
-    if said["job"] == "TileJob":
-        return TileJob(TileConfig(**config), said["threads"])
+def from_json(described: dict[str, Any]) -> Job:
+    """Make a job from its description."""
+    config = {**described["config"], "tissue": TissueConfig(**described["config"]["tissue"])}
+    if described["job"] == "TileJob":
+        return TileJob(TileConfig(**config), described["threads"])
     config["positive"] = tuple(config["positive"])
-    return ScoreJob(EngineConfig(**said["engine"]), ScoreConfig(**config))
+    return ScoreJob(EngineConfig(**described["engine"]), ScoreConfig(**config))
 
 
 @dataclass(frozen=True)
 class Task:
-    """One slide: to be done, claimed, with the folder its results go to; or to be asked about.
-
-    Attributes
-    ----------
-    slide_id : str
-    ref : SlideRef
-    own : str
-        Its folder.
-    claim : Claim, optional
-        Needed to do it.
-    question : str
-        What is asked (see ``Ready.answers``); empty where it is to be done.
-    """
+    """One slide to process, or a question about it."""
 
     slide_id: str
     ref: SlideRef
-    own: str
-    claim: Claim | None = None
-    question: str = ""
+    own: str  # the slide's folder
+    claim: Claim | None = None  # needed to process it
+    question: str = ""  # one of ``Ready.answers``; empty: process the slide
 
     @classmethod
-    def from_json(cls, said: dict[str, Any]) -> Self:
+    def from_json(cls, described: dict[str, Any]) -> Self:
         """Undo ``dataclasses.asdict``."""
-        claim = Claim(**said["claim"]) if said["claim"] else None
-        return cls(said["slide_id"], SlideRef(**said["ref"]), said["own"], claim, said["question"])
+        ref, claim = SlideRef(**described["ref"]), described["claim"]
+        return cls(**{**described, "ref": ref, "claim": Claim(**claim) if claim else None})
 
 
 def is_of(result: SlideResult, ref: SlideRef) -> bool:
-    """Whether a result is of this slide, and of its file as it is now, as far as its fingerprint tells."""
+    """Whether a result is of this slide and, by its fingerprint, of its present file."""
     if result.numbers.get("slide") != absolute(ref.path):
         return False
     prints = result.numbers.get("file_fingerprint"), fingerprint(ref.path)
@@ -225,19 +194,11 @@ def is_of(result: SlideResult, ref: SlideRef) -> bool:
 
 
 def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
-    """Do one slide, or answer about it: the one place where a slide may fail.
+    """Process one slide, or answer a question about it; this is the only place where a slide may fail.
 
-    Returns
-    -------
-    dict
-        ``kind`` "done", with the answer as ``value``; or "failed", with ``record``, a row of failures.csv.
-
-    Raises
-    ------
-    ClaimLost
-        Somebody else has taken it over.
-    OutputError
-        Nothing can be written: going on would be of no use.
+    Returned are arguments of ``Event``: `kind` "done", with an answer as `value`; or "failed", with a row of
+    failures.csv as `record`. Raises ClaimLost if another process has taken the slide over, and OutputError if the
+    results folder cannot be written to, so that the run must end.
     """
     stage, own = "", Path(task.own)
 
@@ -254,11 +215,8 @@ def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
             return {"kind": "done", "value": float(ready.answers[task.question](task.ref))}
         earlier = read_result(own)
         if earlier is not None and not is_of(earlier, task.ref):
-            raise ConfigMismatch(
-                own,
-                "is of another file than lies there now under the slide's name",
-                "Delete that folder, or run this slide alone with --force",
-            )
+            what = "is of another file than lies there now under the slide's name"
+            raise ConfigMismatch(own, what, "Delete that folder, or run this slide alone with --force")
         ready.work(task.ref, own, watch)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, WsiError) and is_output_error(error, own.parent):
@@ -273,21 +231,21 @@ def perform(ready: Ready, task: Task, progress: Progress) -> dict[str, Any]:
 
 
 def failure(task: Task, stage: str, error: Exception) -> Row:
-    """Make a row of failures.csv of an exception; one that nobody foresaw shows its traceback."""
+    """Return an exception as a row of failures.csv; print the traceback of an unexpected one."""
     if isinstance(error, WsiError):
         return failure_row(task, stage, f"{error.where}: {error.what}", error.remedy)
     if isinstance(error, UnicodeEncodeError):
         return failure_row(task, stage, f"{task.ref.path}: its path is not UTF-8 text", "Rename it")
-    said = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or "out of memory" in said.lower():
-        return failure_row(task, stage, said, "Lower --batch-size or --threads, or use a machine with more memory")
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or "out of memory" in what.lower():
+        return failure_row(task, stage, what, "Lower --batch-size or --threads, or use a machine with more memory")
     if isinstance(error, OSError):
-        return failure_row(task, stage, said, "The file system failed: try again, or copy the slide nearer")
-    traceback.print_exception(error, file=sys.stderr)  # a bug, or a library's: the table has no room for where
-    return failure_row(task, stage, said, "Please report this: it should not happen")
+        return failure_row(task, stage, what, "The file system failed: try again, or copy the slide nearer")
+    traceback.print_exception(error, file=sys.stderr)  # a bug of ours or of a library
+    return failure_row(task, stage, what, "Please report this: it should not happen")
 
 
 def failure_row(task: Task, stage: str, error: str, remedy: str) -> Row:
-    """Make a row of failures.csv."""
+    """Return a row of failures.csv."""
     place = {"slide_id": task.slide_id, "slide": absolute(task.ref.path)}
     return {**place, "stage": stage, "error": error, "remedy": remedy}

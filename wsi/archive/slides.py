@@ -1,4 +1,4 @@
-"""Which slides: files, folders, patterns and CSV manifests into one list, each slide once."""
+"""Find the slides to process: files, folders, patterns and CSV manifests into one list, each slide once."""
 
 from __future__ import annotations
 
@@ -13,43 +13,26 @@ from pathlib import Path
 from wsi.errors import ManifestError, SlideNotFound
 from wsi.slide import absolute, is_url
 
-#: What a folder is searched for. DICOM files of one series are levels and parts of one slide.
+#: Suffixes that folders are searched for. DICOM files of one series are levels and parts of one slide.
 SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm", ".dicom")
 _DICOM = (".dcm", ".dicom")
-
-#: Columns of a manifest; it may have others.
+#: Columns of a manifest; others are ignored.
 COLUMNS = ("slide", "mpp", "mask", "label", "patient")
-
-#: Of the wrong rows of a manifest.
+#: Wrong rows of a manifest that an error lists.
 _MOST_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class SlideRef:
-    """A slide to work on, and what a manifest says of it.
-
-    Attributes
-    ----------
-    path : str
-    mpp : float, optional
-        Microns per level-0 pixel, where somebody gave them.
-    mpp_source : str
-        Who.
-    mask : str, optional
-        An image of the whole slide, of any size: where it is not black is what counts as tissue.
-    label, patient : str
-        Copied into slides.csv.
-    local : str, optional
-        A copy of the slide, nearer by, to read from.
-    """
+    """A slide to process, with what the user or a manifest says of it."""
 
     path: str
-    mpp: float | None = None
-    mpp_source: str = "user"
-    mask: str | None = None
-    label: str = ""
+    mpp: float | None = None  # microns per level-0 pixel; overrides what the file says
+    mpp_source: str = "user"  # who gave `mpp`
+    mask: str | None = None  # an image of the whole slide, of any size; tissue is where it is not black
+    label: str = ""  # like `patient`, copied into slides.csv
     patient: str = ""
-    local: str | None = None
+    local: str | None = None  # a copy on faster storage, to read from instead
 
 
 def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRef]:
@@ -57,19 +40,19 @@ def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRe
 
     Parameters
     ----------
-    inputs : paths
-        A slide, a URL, a folder (searched through, by suffix), a pattern such as ``"archive/**/*.svs"``, or a ``.csv``
-        with a column ``slide`` and optionally ``mpp``, ``mask``, ``label``, ``patient``; relative paths in it are
-        relative to the CSV.
+    inputs : iterable of str
+        Each a slide, a URL, a folder (searched recursively, by suffix), a pattern such as ``"archive/**/*.svs"``, or a
+        ``.csv`` with a column ``slide`` and optionally ``mpp``, ``mask``, ``label``, ``patient``; its relative paths
+        are relative to the CSV.
     mpp : float, optional
-        Microns per level-0 pixel of every slide that the manifest gives none for.
+        Microns per level-0 pixel of every slide for which a manifest gives none.
 
     Raises
     ------
     SlideNotFound
-        Nothing is at a path, or no slide in a folder.
+        A path does not exist, or a folder holds no slide.
     ManifestError
-        Rows are wrong; their numbers are named.
+        Rows of a manifest are wrong; their line numbers are named.
     """
     found: dict[str, SlideRef] = {}
     for name in inputs:
@@ -96,7 +79,7 @@ def find_slides(inputs: Iterable[str], mpp: float | None = None) -> list[SlideRe
 
 
 def _joined(one: SlideRef, other: SlideRef) -> SlideRef:
-    """What is said of a slide that is named twice: in a folder, say, and in a manifest with its label."""
+    """Merge two entries of one slide, which may be given by its folder and in a manifest, say."""
     for name in ("mpp", "mask", "label", "patient"):
         first, second = getattr(one, name), getattr(other, name)
         if first and second and first != second:
@@ -118,17 +101,16 @@ def _in_folder(folder: Path) -> list[Path]:
             series.setdefault((path.parent, uid), []).append((not is_volume, -n_px, path))
         else:
             slides.append(path)
-    # A series is named by its finest level, which stays when labels and overviews are deleted.
+    # A series is named after its finest level, which remains if labels and overviews are deleted.
     return sorted([*slides, *(min(instances)[2] for instances in series.values())])
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """Give all files below, through links too, each folder once; nothing hidden, nothing that `wsi` has written."""
+    """Yield all files below a folder, following links, each folder once; skip hidden files and results of ours."""
 
     def refuse(error: OSError) -> None:
-        raise SlideNotFound(
-            error.filename, f"cannot be searched ({error.strerror})", "Check its permissions"
-        ) from error
+        what = f"cannot be searched ({error.strerror})"
+        raise SlideNotFound(error.filename, what, "Check its permissions") from error
 
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
@@ -142,7 +124,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def _dicom_instance(path: Path) -> tuple[bytes, bool, int]:
-    """Return a file's series, of which files are levels and parts of one slide; whether it is a level; its pixels."""
+    """Return a DICOM file's series (its files are levels of one slide), whether it is a level, and its pixel count."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
 
@@ -157,7 +139,7 @@ def _dicom_instance(path: Path) -> tuple[bytes, bool, int]:
     image_type = value(b"\x08\x00\x08\x00", b"CS").strip(b"\0 ").split(b"\\")  # (0008,0008)
     # TotalPixelMatrixColumns and Rows (0048,0006 and 0007)
     w, h = (int.from_bytes(value(tag, b"UL"), "little") for tag in (b"\x48\x00\x06\x00", b"\x48\x00\x07\x00"))
-    return uid or path.name.encode(), b"VOLUME" in image_type, w * h  # without a UID each file for itself
+    return uid or path.name.encode(), b"VOLUME" in image_type, w * h  # without a UID, a series of its own
 
 
 def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
@@ -191,27 +173,27 @@ def _in_manifest(path: Path, mpp: float | None) -> list[SlideRef]:
 
 
 def _in_row(where: str, folder: Path, row: dict[str, str | None], mpp: float | None) -> SlideRef:
-    said = {name: (row.get(name) or "").strip() for name in COLUMNS}
-    if not said["slide"]:
+    cells = {name: (row.get(name) or "").strip() for name in COLUMNS}
+    if not cells["slide"]:
         raise ManifestError(where, "names no slide", "Fill in the column 'slide'")
     try:
-        own = (float(said["mpp"]), "manifest") if said["mpp"] else (mpp, "user")
+        own = (float(cells["mpp"]), "manifest") if cells["mpp"] else (mpp, "user")
     except ValueError:
         own = (math.nan, "")
     if own[0] is not None and not own[0] > 0:
         remedy = "Microns per pixel, such as 0.25"
-        raise ManifestError(where, f"mpp is {said['mpp']!r}, not a number above 0", remedy)
+        raise ManifestError(where, f"mpp is {cells['mpp']!r}, not a number above 0", remedy)
     paths = {}
     for kind in ("slide", "mask"):
-        name = said[kind]
+        name = cells[kind]
         paths[kind] = name if not name or is_url(name) else str(folder / name)
         if name and not is_url(name) and not _is_there(Path(paths[kind])):
             raise ManifestError(where, f"there is no {kind} {paths[kind]}", "Paths are relative to the manifest")
-    return SlideRef(paths["slide"], *own, mask=paths["mask"] or None, label=said["label"], patient=said["patient"])
+    return SlideRef(paths["slide"], *own, mask=paths["mask"] or None, label=cells["label"], patient=cells["patient"])
 
 
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name too long to be one
+    except OSError:  # the name is too long
         return False

@@ -1,4 +1,4 @@
-"""The walk of a run: bind the folder, then claim a slide, hand it to the executor, and write down what became of it."""
+"""The main loop of a run: bind the folder, then claim each slide, hand it to the executor, and record the outcome."""
 
 from __future__ import annotations
 
@@ -34,41 +34,29 @@ from wsi.slide import absolute, file_bytes
 
 #: Ways to order slides.
 ORDERS = ("given", "size", "triage")
-#: Slides that the space needed for results is judged by.
+#: Slides from which the disk space needed for results is estimated.
 _SAMPLE = 8
-#: Free space, in sizes of the slides themselves, that holds the results of any job.
+#: With free space of so many times the slides' own size, no estimate is made.
 _PLENTY = 20
-#: Slides that are copied ahead.
+#: Slides that the cache copies ahead.
 _AHEAD = 2
-#: Claims that a worker may fail to see (a network file system may be slow to show them) before the run is ended.
+#: How often workers may fail to see a claim (network file systems may be slow) before the run ends.
 _UNSEEN = 10
 
 
 @dataclass
 class Summary:
-    """What became of a run's slides: rows of slides.csv and of failures.csv, in the order given."""
+    """The outcome of a run's slides: rows of slides.csv and of failures.csv, in the order given."""
 
     done: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
 
 
-def nobody(event: Event) -> None:
-    """Be told, and say nothing."""
-
-
 def run(
-    refs: Sequence[SlideRef],
-    folder: Path,
-    job: Job,
-    executor: Executor,
-    *,
-    order: str = "given",
-    cache: Cache | None = None,
-    force: bool = False,
-    command: Sequence[str] = (),
-    tell: Tell = nobody,
-) -> Summary:
-    """Do `job` to slides, by `executor`, into a results folder that other runs may be working on too."""
+    refs: Sequence[SlideRef], folder: Path, job: Job, executor: Executor, *, order: str = "given",
+    cache: Cache | None = None, force: bool = False, command: Sequence[str] = (), tell: Tell = lambda event: None,
+) -> Summary:  # fmt: skip
+    """Do `job` for all slides with `executor`; other runs may be working on the same results folder."""
     if order not in ORDERS:
         raise WsiError(f"order={order!r}", "no such order", f"Known: {', '.join(ORDERS)}")
     try:
@@ -87,9 +75,9 @@ def run(
                 work.check_disk()
                 rows = work.run()
             finally:
-                executor.stop()  # before the claims are given back
+                executor.stop()  # before the claims are released
                 overtaken = True
-                while overtaken:  # by a run that has seen more than we, when we slept
+                while overtaken:  # another run may have written newer tables if we were suspended
                     with claims.holding(TABLES_CLAIM) as claim:
                         sweep_tables(folder)
                         tables.write(last=True)
@@ -107,30 +95,29 @@ def run(
     return summary
 
 
+@dataclass(eq=False)
 class _Run:
-    """The state of one run: which slides are waiting, which are being processed by whom, and how the others ended."""
+    """The state of one run: the slides that wait, those in work, and the outcome of the others, by slide id."""
 
-    def __init__(
-        self,
-        folder: Path,
-        refs: dict[str, SlideRef],
-        job: Job,
-        executor: Executor,
-        claims: Claims,
-        tables: Tables,
-        cache: Cache | None,
-        tell: Tell,
-    ) -> None:
-        self._folder, self._refs, self._job, self._executor, self._claims = folder, refs, job, executor, claims
-        self._tables, self._cache, self._tell = tables, cache, tell
-        self._to_do = deque(refs)
-        self._coming: dict[str, Future[str | None]] = {}  # claimed, and being copied
-        self._unseen = 0
-        self._doing: dict[str, Claim] = {}
-        self._rows: dict[str, tuple[str, Row]] = {}
+    _folder: Path
+    _refs: dict[str, SlideRef]
+    _job: Job
+    _executor: Executor
+    _claims: Claims
+    _tables: Tables
+    _cache: Cache | None
+    _tell: Tell
+    _to_do: deque[str] = field(default_factory=deque)
+    _coming: dict[str, Future[str | None]] = field(default_factory=dict)  # claimed, and being copied
+    _doing: dict[str, Claim] = field(default_factory=dict)
+    _rows: dict[str, tuple[str, Row]] = field(default_factory=dict)
+    _unseen: int = 0
+
+    def __post_init__(self) -> None:
+        self._to_do.extend(self._refs)
 
     def sort(self, order: str) -> None:
-        """Put the slides in order; one that cannot be asked comes last."""
+        """Put the slides in order; those that cannot be judged come last."""
         if order == "size":
             sizes = {name: file_bytes(ref.path) or 0 for name, ref in self._refs.items()}
             self._to_do = deque(sorted(self._to_do, key=lambda name: -sizes[name]))
@@ -139,13 +126,7 @@ class _Run:
             self._to_do = deque(sorted(found, key=lambda name: -(found[name] or 0.0)))
 
     def check_disk(self) -> None:
-        """Refuse to begin where the disk cannot hold the results, judged by a few slides.
-
-        Raises
-        ------
-        OutputError
-            With the numbers.
-        """
+        """Raise OutputError if the disk cannot hold the results, as estimated from a few slides."""
         missing = [name for name in self._to_do if not self._is_finished(name)]
         self._to_do = deque(missing)
         free = shutil.disk_usage(self._folder).free
@@ -160,11 +141,11 @@ class _Run:
             raise OutputError(self._folder, what, "Make room, choose another folder with -o, or keep less (--pixels)")
 
     def _ask(self, question: str, names: Sequence[str]) -> dict[str, float | None]:
-        """Ask something of slides that is not to be written down; None where that fails, as doing it will too."""
+        """Return the executor's answer for each slide (see ``Ready.answers``), or None where that fails."""
         waiting, found = deque(names), dict.fromkeys(names, None)
         failed: Row | None = None
 
-        def hear(event: Event) -> None:
+        def on_answer(event: Event) -> None:
             nonlocal failed
             if event.kind != "stage":
                 found[event.slide_id] = event.value
@@ -177,13 +158,13 @@ class _Run:
                 name = waiting.popleft()
                 asked.add(name)
                 self._executor.give(Task(name, self._refs[name], str(self._folder / name), question=question))
-            self._executor.wait(hear)
+            self._executor.wait(on_answer)
         if failed is not None and all(value is None for value in found.values()) and question == "triage":
             raise WsiError(failed["slide"], f"no slide can be judged beforehand: {failed['error']}", failed["remedy"])
         return found
 
     def run(self) -> dict[str, tuple[str, Row]]:
-        """Go on until every slide is done or failed, here or in another run; return their rows."""
+        """Process until every slide is done or failed, here or in another run; return their rows."""
         while self._to_do or self._doing:
             self._give()
             for _ in range(len(self._to_do)):
@@ -197,7 +178,7 @@ class _Run:
         return self._rows
 
     def _write_tables(self) -> None:
-        """Write the tables where that is due, and no other run is at it."""
+        """Write the tables if that is due and no other run is writing them."""
         if self._tables.is_due() and (claim := self._claims.take(TABLES_CLAIM)) is not None:
             try:
                 self._tables.write()
@@ -205,13 +186,13 @@ class _Run:
                 self._claims.release(claim)
 
     def _may_claim(self, slide_id: str) -> bool:
-        """Whether a slide can be handed out at once; or, with a cache, be copied meanwhile."""
+        """Whether a slide can be handed out at once or, with a cache, be copied meanwhile."""
         if self._cache is None:
             return self._executor.free()
         return len(self._coming) < _AHEAD and self._cache.has_room(self._refs[slide_id].path)
 
     def _claim(self, slide_id: str) -> None:
-        """Claim a slide; or note what it has come to, or put it back for later while another run has it."""
+        """Claim a slide; or note its outcome if it has ended, or try later if another run has claimed it."""
         if self._is_finished(slide_id):
             return
         claim = self._claims.take(slide_id)
@@ -219,7 +200,7 @@ class _Run:
             self._to_do.append(slide_id)
             return
         look_again(self._folder / slide_id)
-        if self._is_finished(slide_id):  # it has ended between the two looks
+        if self._is_finished(slide_id):  # it has ended before we claimed it
             self._claims.release(claim)
         elif owner_of(self._folder / slide_id) not in (None, absolute(self._refs[slide_id].path)):
             self._claims.release(claim)
@@ -232,7 +213,7 @@ class _Run:
             self._coming[slide_id] = self._cache.fetch(self._refs[slide_id].path) if self._cache else near
 
     def _rename(self, slide_id: str) -> None:
-        """Give a slide another name, where another run has given its name to another slide since this one began."""
+        """Give a slide a new name: since this run began, another run has given its name to another slide."""
         (name,) = slide_ids([self._refs[slide_id]], self._folder)
         named = [(name if known == slide_id else known, ref) for known, ref in self._refs.items()]
         self._refs.clear()
@@ -240,7 +221,7 @@ class _Run:
         self._to_do.append(name)
 
     def _give(self) -> None:
-        """Hand out what is claimed and near."""
+        """Hand out the slides that are claimed and, with a cache, copied."""
         for slide_id, copy in list(self._coming.items()):
             if copy.done() and self._executor.free():
                 del self._coming[slide_id]
@@ -249,7 +230,7 @@ class _Run:
                 self._executor.give(Task(slide_id, ref, str(self._folder / slide_id), self._doing[slide_id]))
 
     def _is_finished(self, slide_id: str) -> bool:
-        """Whether there is a result, or another run has failed on it since this one began."""
+        """Whether a slide has a result, or another run has failed on it since this one began; note its row."""
         own, ref = self._folder / slide_id, self._refs[slide_id]
         if (result := self._job.finished(own)) is not None and is_of(result, ref):
             self._note("done", slide_id, self._tables.row(result))
@@ -258,7 +239,7 @@ class _Run:
         return slide_id in self._rows
 
     def _on_event(self, event: Event) -> None:
-        """Write down what the executor tells."""
+        """Record what the executor reports."""
         slide_id = event.slide_id
         if event.kind == "stage":
             self._tell(event)
@@ -267,18 +248,18 @@ class _Run:
         if self._cache is not None:
             self._cache.drop(self._refs[slide_id].path)
         lost = event.kind == "lost" or not claim.holds()
-        if event.kind == "lost" and claim.holds():  # it was not, as far as can be seen from here
+        if event.kind == "lost" and claim.holds():  # the worker does not see our claim
             self._unseen += 1
             if self._unseen > _UNSEEN:
                 what = "is not seen by a worker as it is seen here: claims made in it are not there"
                 raise OutputError(self._folder, what, "Mount it under the same path on all machines")
         if event.record is not None and not lost:
             write_failure(self._folder / slide_id, event.record)
-        if not lost:  # whose worker may be another machine
+        if not lost:  # the worker may be on another machine
             look_again(self._folder / slide_id)
         finished = self._is_finished(slide_id)
         self._claims.release(claim)
-        if not finished and (lost or self._job.finished(self._folder / slide_id) is not None):  # the file has changed
+        if not finished and (lost or self._job.finished(self._folder / slide_id) is not None):  # its file has changed
             self._to_do.append(slide_id)
             self._tell(Event("lost", slide_id))
         elif not finished:

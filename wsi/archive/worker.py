@@ -1,7 +1,7 @@
-"""A process that does slides: ``python -m wsi.archive.worker``, started by ``wsi.archive.workers``.
+"""A worker process: ``python -m wsi.archive.worker``, started by ``wsi.archive.workers``.
 
-It reads JSON lines on stdin: the job, then one task at a time; and writes events as JSON lines to what was its stdout.
-Whatever libraries print goes to stderr. When stdin ends, it ends: nobody is left to work for.
+It reads JSON lines from stdin, the job and then one task at a time, and writes events as JSON lines to stdout. Output
+of libraries is redirected to stderr. The process ends when stdin does, so that it never outlives its parent.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from wsi.archive.jobs import END_S, Task, from_json, perform
 from wsi.errors import WsiError
 from wsi.memory import keep_freed_memory
 
-#: Seconds between two reports of how far a slide is.
+#: Seconds between two progress reports.
 REPORT_S = 0.1
 
 
 def main() -> None:
-    """Do what stdin says."""
+    """Process the tasks on stdin."""
     signal.signal(signal.SIGTERM, _stop)
     faulthandler.enable()
     keep_freed_memory()
@@ -39,15 +39,17 @@ def main() -> None:
     def tell(kind: str, **more: Any) -> None:
         events.write(json.dumps({"kind": kind, **more}) + "\n")
 
+    def refuse(error: WsiError) -> None:
+        tell("refused", error=[type(error).__name__, error.where, error.what, error.remedy])
+
     lines = _lines()
     try:
         ready = from_json(json.loads(lines.get())).load()
     except WsiError as error:
-        tell("refused", error=[type(error).__name__, error.where, error.what, error.remedy])
-        return
+        return refuse(error)
     gc.collect()
-    gc.freeze()  # models and libraries need not be looked through after each slide
-    # GPUs that others like this process could use.
+    gc.freeze()  # collections between slides need not scan models and libraries
+    # GPUs that further workers could use.
     devices = int(sys.modules["torch"].cuda.device_count()) if ready.execution.get("device") == "cuda" else 0
     tell("ready", configuration=ready.configuration, execution=ready.execution, devices=devices)
     while True:
@@ -66,8 +68,7 @@ def main() -> None:
         except ClaimLost:
             tell("lost")
         except WsiError as error:
-            tell("refused", error=[type(error).__name__, error.where, error.what, error.remedy])
-            return
+            return refuse(error)
 
 
 def _stop(*_: object) -> None:
@@ -75,13 +76,13 @@ def _stop(*_: object) -> None:
 
 
 def _lines() -> queue.SimpleQueue[str]:
-    """Read stdin in a thread, so that its end is seen in the middle of a slide."""
+    """Read stdin in a thread, so that its end is noticed during a slide."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
         for line in sys.stdin:
             lines.put(line)
-        threading.Timer(END_S, os._exit, [1]).start()  # for native code that does not come back
+        threading.Timer(END_S, os._exit, [1]).start()  # in case native code does not return
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     threading.Thread(target=read, daemon=True).start()
@@ -91,6 +92,6 @@ def _lines() -> queue.SimpleQueue[str]:
 if __name__ == "__main__":
     try:
         main()
-        os._exit(0)  # at once: the end of stdin still sends a signal, and Zarr's threads would complain
+        os._exit(0)  # at once: the end of stdin sends a signal, and Zarr's threads would print errors
     except (KeyboardInterrupt, BrokenPipeError):
         os._exit(1)

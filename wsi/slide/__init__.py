@@ -22,14 +22,13 @@ from wsi.slide.base import DECODES, GivenMpp, Slide
 
 __all__ = [
     "Slide", "absolute", "check_reading", "facts_of", "file_bytes", "fingerprint", "identity_of", "is_url",
-    "open_slide", "override_of",
+    "open_slide", "resolution_warnings",
 ]  # fmt: skip
 
-#: Names accepted as `reader`. "auto" is our own TIFF reader for what it is sure of, then OpenSlide, then tiffslide for
-#: what OpenSlide does not know.
+#: Names accepted as `reader`. "auto" tries our own TIFF reader, then OpenSlide, then tiffslide.
 READERS = ("auto", "tiff", "openslide", "tiffslide")
 
-#: Bytes at a file's beginning, and at its end, that its fingerprint is made of.
+#: Bytes from a file's start, and from its end, that its fingerprint covers.
 _ENDS = 1 << 16
 
 
@@ -47,19 +46,19 @@ def open_slide(
     Parameters
     ----------
     path : path or URL
-        A file, or an fsspec URL (``s3://``, ``https://``), which our own reader and tiffslide read.
+        A file, or an fsspec URL (``s3://``, ``https://``), which the readers "tiff" and "tiffslide" support.
     reader : {"auto", "tiff", "openslide", "tiffslide"}
     mpp : float, optional
         Microns per level-0 pixel; overrides what the file says.
     mpp_source : str
-        Who gave `mpp`; recorded as the slide's ``mpp_source`` where `mpp` is given.
+        Who gave `mpp`; becomes the slide's ``mpp_source`` if `mpp` is given.
     decode : {"auto", "full", "fast"}
-        How JPEG is read at half, quarter or eighth resolution. "auto": reduced by the decoder where every pixel asked
-        for is made of whole reduced ones (over 45 dB from the area average on H&E), else decoded in full and averaged.
-        "full": always the latter. "fast": always reduced (27 to 43 dB where pixels do not coincide). Other readers
-        decode in full.
+        How the reader "tiff" reads JPEG at 1/2, 1/4 or 1/8 resolution. "full": decode all pixels, then average. "fast":
+        let the decoder reduce them (PSNR against the average on H&E: 27 to 43 dB where pixels do not coincide). "auto":
+        as "fast" where every output pixel is made of whole reduced pixels (over 45 dB), else as "full". Other readers
+        always decode in full.
     local : str, optional
-        A copy of it, nearer by, that is read in its place; it is still known as `path`.
+        A copy on faster storage, which is read in place of `path`; the slide is still known as `path`.
 
     Raises
     ------
@@ -75,7 +74,7 @@ def open_slide(
     name = os.fspath(path)
     given = None if mpp is None else GivenMpp(mpp, mpp_source)
     check_reading(reader, decode)
-    if name.lower().endswith(".vsi"):  # a TIFF of the overview alone, which would be read as the slide
+    if name.lower().endswith(".vsi"):  # itself a TIFF of the overview alone
         what = "is Olympus' VSI, whose pixels lie in .ets files that no reader here knows"
         raise SlideUnreadable(name, what, "Export it as OME-TIFF or pyramidal TIFF")
     if not is_url(name):
@@ -83,13 +82,13 @@ def open_slide(
             raise SlideNotFound(name, "there is no such file", "Check the path")
         if Path(name).is_dir():
             raise SlideUnreadable(name, "is a folder, not a slide", "Name the slide file inside it")
-        if not Path(name).is_file():  # opening a pipe waits for whoever writes into it
+        if not Path(name).is_file():  # opening a pipe would wait for a writer
             raise SlideUnreadable(name, "is a pipe or a device, not a file", "Copy the slide to a disk")
         if not os.access(name, os.R_OK):
             raise SlideUnreadable(name, "may not be read by this user", "Check the file's permissions")
     if reader != "auto":
         return _open_with(reader, name, given, decode)
-    # Only what a reader does not know goes to the next: a file that it knows and finds damaged must not be read anyway.
+    # The next reader is tried only for an unknown format: it must not read a file that this one found damaged.
     for other in ("tiff",) if is_url(name) else ("tiff", "openslide"):
         with suppress(UnknownFormat):
             return _open_with(other, name, given, decode)
@@ -97,7 +96,7 @@ def open_slide(
 
 
 def check_reading(reader: str, decode: str) -> None:
-    """Refuse a reader or a way to decode that there is not."""
+    """Raise ``SlideError`` for an unknown `reader` or `decode`."""
     if reader not in READERS:
         raise SlideError(f"reader={reader!r}", "no such reader", f"Known readers: {', '.join(READERS)}")
     if decode not in DECODES:
@@ -105,7 +104,7 @@ def check_reading(reader: str, decode: str) -> None:
 
 
 def absolute(path: str) -> str:
-    """Return a path that means the same from every working directory; URLs as they are."""
+    """Make a path absolute; a URL is returned as it is."""
     return path if is_url(path) else str(Path(path).resolve())
 
 
@@ -115,23 +114,23 @@ def is_url(path: str) -> bool:
 
 
 def identity_of(slide: Slide) -> dict[str, Any]:
-    """What a store of patches is bound to: JSON-able, and the same only for the same slide read in the same way."""
+    """Return what a patch store is bound to: JSON-able, and equal only for the same slide read in the same way."""
     read = {"size": list(slide.size), "mpp": list(slide.mpp), "reader": slide.reader, "decode": slide.decode}
     return {"slide_path": absolute(slide.path), "slide": read, "file_fingerprint": fingerprint(slide.path)}
 
 
 def file_bytes(path: str) -> int | None:
-    """Return the size of a slide's file; None of a URL, or where it cannot be told."""
+    """Return the size of a slide's file; None for a URL or if it cannot be determined."""
     with suppress(OSError):
         return None if is_url(path) else Path(path).stat().st_size
     return None
 
 
 def fingerprint(path: str) -> str | None:
-    """Return what tells a slide's file from others: SHA-256 (12 digits) over its size, first and last 64 KiB.
+    """Return 12 digits of a SHA-256 over the size and the first and last 64 KiB of a slide's file.
 
-    Where a slide has several files (MIRAX, DICOM), of the one that is named. None of a URL, which would take three
-    requests, and where it cannot be told. A file is read once by a process, as long as it does not change.
+    Of several files (MIRAX, DICOM), only the named one counts. None for a URL, which would take three requests, and for
+    a file that cannot be read. Cached until the file changes.
     """
     with suppress(OSError):
         if not is_url(path):
@@ -149,7 +148,7 @@ def _fingerprint(path: str, size: int, *_unchanged: int) -> str:
 
 
 def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
-    """What result.json says of a slide, whatever was done with it, and in which frame that lies."""
+    """Return the facts about a slide that every result.json holds."""
     return {
         "mpp": rounded((slide.mpp.x * slide.mpp.y) ** 0.5),
         "mpp_source": slide.mpp_source,
@@ -162,17 +161,22 @@ def facts_of(slide: Slide, coordinate_frame: str) -> dict[str, Any]:
     }
 
 
-def override_of(slide: Slide) -> str:
-    """Say how the microns per pixel that were given contradict the file's own; empty where they do not."""
-    if slide.overridden is None:
-        return ""
-    own, given = slide.overridden, f"{slide.mpp.x:g} ({slide.mpp_source})"
-    said = f"the file says {own.x:.4g} x {own.y:.4g} microns per pixel, and {given} was given"
-    return f"{said}, which all numbers are by: if it is not meant, leave it out, and use --force"
+def resolution_warnings(slide: Slide, mpp: float, wanted: str) -> dict[str, str]:
+    """Return warnings, by flag, on a slide's resolution and on patches of `mpp`, which are `wanted`."""
+    warnings = {}
+    if max(slide.mpp) > mpp * 1.1:
+        has = f"the slide has {max(slide.mpp):.4g} microns per pixel"
+        warnings["upsampled"] = f"{has}, {wanted}: patches are enlarged"
+    if slide.overridden is not None:
+        own, given = slide.overridden, f"{slide.mpp.x:g} ({slide.mpp_source})"
+        what = f"the file says {own.x:.4g} x {own.y:.4g} microns per pixel, and {given} was given"
+        remedy = "which all numbers are by: if it is not meant, leave it out, and use --force"
+        warnings["mpp-overridden"] = f"{what}, {remedy}"
+    return warnings
 
 
 def _open_with(reader: str, name: str, given: GivenMpp | None, decode: str) -> Slide:
-    """Open with one reader, whose libraries are loaded only now."""
+    """Open with one reader; its libraries are imported only now."""
     if reader == "tiff":
         from wsi.slide.tiff import TiffReader
 

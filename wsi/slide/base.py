@@ -1,4 +1,4 @@
-"""What every reader shares: the one read call, and where microns per pixel come from."""
+"""What all readers share: ``Slide.read``, and how microns per pixel are determined."""
 
 from __future__ import annotations
 
@@ -19,35 +19,30 @@ from wsi.units import Box, Mpp
 
 U8 = npt.NDArray[np.uint8]
 
-#: Plausible microns per pixel: 0.05 is beyond any objective, and 20 is a thumbnail or a default
-#: of 72 or 96 dots per inch (353 and 265 um) taken for a resolution.
+#: Plausible microns per pixel: no objective reaches 0.05; above 20 is a thumbnail, or the default of 72 or 96 dots per
+#: inch (353 and 265 um).
 MPP_RANGE = (0.05, 20.0)
-
-#: Microns per pixel that are given, and those of the file, further apart than this contradict each other.
+#: Microns per pixel given by the user and those of the file contradict each other beyond this ratio.
 _CONTRADICTION = 1.1
-
-#: A level a little coarser than asked is still the right one: pyramid sizes are rounded to whole pixels.
+#: A level may be this much coarser than asked: pyramid sizes are rounded to whole pixels.
 _LEVEL_TOLERANCE = 1.005
-
-#: Source pixels held at once: larger reads are done in blocks of this size.
+#: Larger reads are split into blocks of this many source pixels.
 _BLOCK_PX = 4_000_000
-
-#: How pixels coarser than a level are made of it, see ``open_slide``.
+#: Values of `decode`, see ``open_slide``.
 DECODES = ("auto", "full", "fast")
-
-#: Of a damaged region, parts down to this side are tried on their own.
+#: A damaged region is split down to parts of this side, to find those that can be read.
 _LEAST_PX = 256
 
 
 class GivenMpp(NamedTuple):
-    """Microns per level-0 pixel that somebody gave, and who."""
+    """Microns per level-0 pixel that override the file's, and who gave them."""
 
     mpp: float
     source: str
 
 
 class Slide(ABC):
-    """Pixels and their resolution; knows nothing of grids.
+    """A slide: pixels and their resolution.
 
     Attributes
     ----------
@@ -56,7 +51,7 @@ class Slide(ABC):
     reader : str
         "tiff", "openslide" or "tiffslide".
     vendor : str
-        The format's name, such as "aperio" or "generic-tiff".
+        Name of the format, such as "aperio" or "generic-tiff".
     level_sizes : tuple of (int, int)
         Width and height in pixels of each pyramid level, largest first.
     size : (int, int)
@@ -66,11 +61,11 @@ class Slide(ABC):
     mpp_source : str
         Where `mpp` comes from: "vendor:<name>", "tiff-tags", "user" or "manifest".
     overridden : Mpp, optional
-        The file's own microns per pixel, where `mpp` was given and is more than 10 % off it.
+        The file's own microns per pixel, if the `mpp` that was given differs by more than 10 %.
     bounds : Box
-        The scanned part of the level-0 plane; the whole plane where the file names none.
+        The scanned part of the level-0 plane; the whole plane if the file names none.
     centre_nm : (float, float), optional
-        From the middle of the glass to that of the image, in nanometres; Hamamatsu's files tell.
+        From the centre of the glass to the centre of the image, in nanometres; only in Hamamatsu's files.
     """
 
     path: str
@@ -86,7 +81,7 @@ class Slide(ABC):
 
     @cached_property
     def spent(self) -> Stopwatch:
-        """Seconds of all threads: "read" (bytes) and "decode" apart where the reader does both, "cut"."""
+        """Seconds summed over threads, by "read" (bytes; only of our TIFF reader), "decode" and "cut"."""
         return Stopwatch()
 
     @property
@@ -103,11 +98,11 @@ class Slide(ABC):
         damage: list[Box] | None = None,
         level: int | None = None,
     ) -> U8:
-        """Read `box` resampled to exactly `out_px`.
+        """Read `box`, resampled to exactly `out_px`.
 
-        The coarsest level that is at least as fine as asked is read, and every output pixel is the
-        area average of the level's pixels below it; positions are exact to 1/4096 of a level pixel.
-        Outside the slide, and where the scanner left a hole, is white; alpha is composed on white.
+        Reads the coarsest level that is at least as fine as asked for. Every output pixel is the area average of the
+        level pixels that it covers; positions are exact to 1/4096 of a level pixel. Outside the slide and where nothing
+        was scanned the result is white; transparency is composed on white.
 
         Parameters
         ----------
@@ -118,10 +113,10 @@ class Slide(ABC):
         out : uint8 (height, width, 3), optional
             Written in place, and returned.
         damage : list of Box, optional
-            Where the file is damaged is white, and added to this list: for pictures and masks of whole slides. Without
-            it, damage is an error.
+            If given, damaged parts of the file read as white and are added to this list, in level-0 pixels. Otherwise
+            damage is an error.
         level : int, optional
-            The level to read from; default the best.
+            The level to read from; default: chosen as above.
 
         Returns
         -------
@@ -131,14 +126,19 @@ class Slide(ABC):
         Raises
         ------
         SlideUnreadable
-            The file is damaged there, and no list was given.
+            The file is damaged there, and `damage` was not given.
         ValueError
-            A side is not positive, or a pixel would span more than 1024 pixels of the level.
+            A side is not positive, or an output pixel would span more than 1024 pixels of the level.
         """
         out_w, out_h = out_px
         if out_w < 1 or out_h < 1 or not (box.w > 0 and box.h > 0):
             raise ValueError(f"cannot read {box} into {out_w} x {out_h} px: all sides must be positive")
-        level, x, y = self.cells(box, out_px, level)
+        if level is None:
+            level = self.level_for(min(box.w / out_w, box.h / out_h))
+        per_px = self.scale(level)
+        edges_x, edges_y = cell_edges(box.x, box.w, out_w, per_px[0]), cell_edges(box.y, box.h, out_h, per_px[1])
+        shrink = min(self.shrink_along(level, 0, edges_x), self.shrink_along(level, 1, edges_y))
+        x, y = shrunk(edges_x, shrink), shrunk(edges_y, shrink)
         if out is None:
             out = np.empty((out_h, out_w, 3), np.uint8)
         for rows in blocks_of(y, _BLOCK_PX // min(_BLOCK_PX, x.last - x.first)):
@@ -149,27 +149,8 @@ class Slide(ABC):
                 resample(source, part_x, part_y, out[rows, columns])
         return out
 
-    def cells(self, box: Box, out_px: tuple[int, int], level: int | None = None) -> tuple[int, Cells, Cells]:
-        """Choose the level to read `box` from, and find where its output pixels lie there, along x and along y."""
-        if level is None:
-            level = self.level_for(max(min(box.w / out_px[0], box.h / out_px[1]), 1e-9))
-        scale = self.scale(level)
-        x, y = cell_edges(box.x, box.w, out_px[0], scale[0]), cell_edges(box.y, box.h, out_px[1], scale[1])
-        shrink = min(self.shrink_along(level, 0, x), self.shrink_along(level, 1, y))
-        return level, shrunk(x, shrink), shrunk(y, shrink)
-
-    def cells_along(
-        self, level: int, axis: int, starts: npt.NDArray[np.floating], length: float, n: int
-    ) -> npt.NDArray[np.int64]:
-        """Edges of `n` cells over [start, start + length) level-0 px in 1/4096 px of a level: a row for each start."""
-        return cell_edges(starts[:, None], length, n, self.scale(level)[axis])
-
     def shrink_along(self, level: int, axis: int, edges: npt.NDArray[np.int64]) -> int:
-        """Find by how much the decoder may reduce a level for cells with these edges.
-
-        By default only where every cell is made of whole reduced pixels: then the decoder's reduction is within 45 dB
-        of the area average on H&E (stored half pixels cannot be cut further without losing 10 dB of that).
-        """
+        """Return by how much the decoder may reduce a level for these edges; see `decode` of ``open_slide``."""
         side = self.level_sizes[level][axis]
         for shrink in self.shrinks(level):
             if self.decode == "fast":
@@ -182,67 +163,45 @@ class Slide(ABC):
         return 1
 
     def scale(self, level: int) -> tuple[float, float]:
-        """Pixels of a level on one level-0 pixel, along x and y."""
+        """Return pixels of a level per level-0 pixel, along x and y."""
         w, h = self.level_sizes[level]
         return w / self.size[0], h / self.size[1]
 
     def shrinks(self, level: int) -> Sequence[int]:
-        """By how much the decoder can reduce a level while decoding it, most first."""
+        """Return the factors by which the decoder can reduce a level, largest first."""
         return ()
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
-        """Width and height of the stored tiles of a level; None where the reader does not give them."""
+        """Return width and height of a level's stored tiles; None if the reader does not give access to them."""
         return None
 
     def read_tiles(
         self, level: int, shrink: int, tiles: Sequence[tuple[int, int]], out: Sequence[U8]
     ) -> list[str | None]:
-        """Decode stored tiles whole, border and all, where ``tile_px`` says that there are any.
+        """Decode entire stored tiles, given by column and row, padding included; only where ``tile_px`` is not None.
 
-        Parameters
-        ----------
-        level, shrink : int
-        tiles : sequence of (int, int)
-            Column and row of each.
-        out : sequence of uint8 (tile height / shrink, tile width / shrink, 3)
-            Written in place; white where the file holds no tile or it cannot be decoded.
-
-        Returns
-        -------
-        list of str or None
-            Why a tile cannot be decoded.
+        They are written to `out`, uint8 (tile height / shrink, tile width / shrink, 3) each, white where the file has
+        no tile or cannot be decoded. Return for each tile why it cannot be decoded, or None.
         """
         raise NotImplementedError(f"{self.reader} has no stored tiles to give")
 
     def holds_jpeg(self, level: int) -> bool:
-        """Whether ``jpeg_tiles`` has something to give."""
+        """Whether the level's tiles are JPEG, for ``jpeg_tiles``."""
         return False
 
     def jpeg_tiles(self, level: int, tiles: Sequence[tuple[int, int]]) -> list[bytes | None]:
-        """Give stored tiles as they are: each a whole JPEG stream that decodes alone, as RGB.
+        """Return stored tiles, given by column and row, undecoded: each a complete JPEG stream of RGB pixels.
 
-        Parameters
-        ----------
-        level : int
-            One that ``holds_jpeg``.
-        tiles : sequence of (int, int)
-            Column and row of each.
-
-        Returns
-        -------
-        list of bytes or None
-            None where the file holds no tile, or less than all of it.
+        None where the file has no tile, or only part of it. Only of levels that ``holds_jpeg``.
         """
         raise NotImplementedError(f"{self.reader} has no JPEG tiles to give")
 
     def level_for(self, downsample: float) -> int:
-        """Return the coarsest level that is at least as fine as `downsample` level-0 pixels a pixel."""
-        fine_enough = [
-            level
-            for level, (w, h) in enumerate(self.level_sizes)
-            if max(self.size[0] / w, self.size[1] / h) <= downsample * _LEVEL_TOLERANCE
-        ]
-        return max(fine_enough, default=0, key=lambda level: self.size[0] / self.level_sizes[level][0])
+        """Return the coarsest level with at most `downsample` level-0 pixels per pixel; 0 if there is none."""
+        full_w, full_h = self.size
+        coarseness = {level: max(full_w / w, full_h / h) for level, (w, h) in enumerate(self.level_sizes)}
+        fine_enough = [level for level, px in coarseness.items() if px <= downsample * _LEVEL_TOLERANCE]
+        return max(fine_enough, default=0, key=lambda level: full_w / self.level_sizes[level][0])
 
     def _read_padded(self, level: int, across: Cells, down: Cells, damage: list[Box] | None) -> U8:
         """Read a region of a level, white where it lies outside the level."""
@@ -266,15 +225,15 @@ class Slide(ABC):
 
     @abstractmethod
     def _read_level(self, level: int, shrink: int, x: int, y: int, w: int, h: int) -> U8:
-        """Read pixels [x, x + w) x [y, y + h) of a level, all inside it, exactly as stored; safe from many threads.
+        """Read pixels [x, x + w) x [y, y + h) of a level, all inside it, exactly as stored; must be thread-safe.
 
-        `shrink` is 1 or one of ``shrinks``; pixels are then those of the reduced level.
+        `shrink` is 1 or one of ``shrinks``; coordinates are then those of the reduced level.
         """
 
     def _read_sound(
         self, level: int, shrink: int, x: int, y: int, w: int, h: int
     ) -> tuple[U8, list[tuple[int, int, int, int]]]:
-        """Read like ``_read_level``, white where the file is damaged; say where (x, y, w, h) that is."""
+        """Read like ``_read_level``, but white where the file is damaged; also return those areas (x, y, w, h)."""
         try:
             return self._read_level(level, shrink, x, y, w, h), []
         except SlideUnreadable:
@@ -293,7 +252,7 @@ class Slide(ABC):
 
     @abstractmethod
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as the path and the resolution: the file is opened again where it is needed."""
+        """Pickle as the arguments of the constructor: unpickling opens the file again."""
 
     def __enter__(self) -> Self:
         return self
@@ -302,8 +261,8 @@ class Slide(ABC):
         self.close()
 
 
-def numbers_in(properties: Mapping[str, Any], *names: str) -> Any:  # as many floats as names, or None
-    """Return properties as numbers; None where one is missing, or none."""
+def numbers_in(properties: Mapping[str, Any], *names: str) -> Any:
+    """Return properties as a tuple of floats; None if one is missing or not a number."""
     try:
         return tuple(float(properties[name]) for name in names)
     except (KeyError, TypeError, ValueError):
@@ -313,23 +272,10 @@ def numbers_in(properties: Mapping[str, Any], *names: str) -> Any:  # as many fl
 def resolve_mpp(
     path: str, given: GivenMpp | None, found: tuple[float, ...] | None, source: str
 ) -> tuple[Mpp, str, Mpp | None]:
-    """Decide the slide's microns per pixel and whose word they are, or say why it has none.
+    """Return a slide's ``mpp``, ``mpp_source`` and ``overridden``: from `given`, or else what the file says.
 
-    Third, what the file says, where it is plausible and another is given.
-
-    Parameters
-    ----------
-    given : GivenMpp, optional
-        Wins.
-    found : (float, float), optional
-        What the file says, x and y.
-    source : str
-        Where `found` was found.
-
-    Raises
-    ------
-    MppError
-        Missing, outside ``MPP_RANGE``, or x and y apart by more than 5 %.
+    `found` is the file's microns per pixel along x and y, and `source` where in the file they stand. Raises MppError if
+    they are missing, outside ``MPP_RANGE``, or differ by more than 5 %.
     """
     low, high = MPP_RANGE
     remedy = "Give it with --slide-mpp (microns per pixel at full resolution: about 0.25 for 40x, 0.5 for 20x)"
@@ -349,17 +295,14 @@ def resolve_mpp(
 
 
 def _contradicted(given: float, found: tuple[float, ...] | None) -> Mpp | None:
-    """What the file says, where that is no default of some writer's and more than 10 % off what is given."""
+    """Return the file's microns per pixel if they are plausible and more than 10 % off those given."""
     if found is None or not all(MPP_RANGE[0] <= own <= MPP_RANGE[1] for own in found):
         return None
     return Mpp(*found) if max(max(given / own, own / given) for own in found) > _CONTRADICTION else None
 
 
 def refuse_turned(path: str, page: tifffile.TiffPage) -> None:
-    """Refuse a TIFF whose Orientation tag asks for a flip or a turn.
-
-    OpenSlide flips each tile in its place and tiffslide ignores the tag: both give a wrong picture.
-    """
+    """Refuse a TIFF with an Orientation other than 1: OpenSlide flips each tile alone, tiffslide ignores the tag."""
     orientation = page.tags.valueof("Orientation", 1)
     if orientation not in (0, 1):
         shown = int(orientation) if isinstance(orientation, int) else repr(orientation)[:40]
@@ -367,7 +310,7 @@ def refuse_turned(path: str, page: tifffile.TiffPage) -> None:
 
 
 def compose_on_white(rgba: U8) -> U8:
-    """Lay straight-alpha RGBA (h, w, 4) on white, rounded to the nearest level: uint8 (h, w, 3)."""
+    """Compose straight-alpha RGBA (h, w, 4) on white, rounded to nearest: uint8 (h, w, 3)."""
     alpha = rgba[..., 3:]
     if alpha.min(initial=255) == 255:
         return np.ascontiguousarray(rgba[..., :3])
@@ -376,7 +319,7 @@ def compose_on_white(rgba: U8) -> U8:
 
 
 def extent(there: npt.NDArray[np.bool_], tile_px: tuple[int, int], size: tuple[int, int]) -> Box:
-    """Extent of the stored tiles, bool (rows, columns), that are there, as OpenSlide has it (and QuPath crops to)."""
+    """Return the bounding box of the tiles that are stored, bool (rows, columns), as OpenSlide and QuPath have it."""
     whole = Box(0, 0, *size)
     if there.all() or not there.any():
         return whole

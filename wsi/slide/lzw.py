@@ -1,8 +1,8 @@
-"""LZW whose every code is known before imagecodecs decodes it.
+"""Check LZW data for undefined codes before imagecodecs decodes it.
 
-imagecodecs (2026.3.6) keeps the table of codes in memory that nobody cleared, and takes any code after a Clear: one
-that stands for no byte is looked up in what an earlier tile left there. The pixels then differ from one reading to the
-next, or the process dies. So tifffile, and tiffslide through it, decode by ``decode`` once this module is imported.
+imagecodecs (2026.3.6) does not initialise its code table and accepts any code after a Clear. It looks an undefined code
+up in what an earlier tile left there: pixels then differ from one read to the next, or the process crashes. Importing
+this module makes tifffile, and tiffslide through it, decode LZW by ``decode``.
 """
 
 from __future__ import annotations
@@ -18,21 +18,17 @@ import tifffile
 Array = npt.NDArray[np.int64]
 
 _CLEAR, _END = 256, 257
-#: Codes that imagecodecs takes between one Clear and the next.
+#: Codes that imagecodecs accepts between two Clears.
 _MOST_CODES = 5120 - 258 + 1
-#: Of the compressed stream for each Clear; a table is full after 5 KB. More of them cost time and nothing else.
+#: A stream may have one Clear per this many bytes (a table is full after 5 KB); more only cost time.
 _LEAST_BYTES_PER_CLEAR = 256
 
 
 def check_lzw(data: bytes) -> None:
-    """Refuse a stream in which a code that stands for no byte comes first after a Clear.
+    """Refuse a stream in which the first code after a Clear is undefined; the decoder checks all other codes itself.
 
-    All other codes are compared with the table by whoever decodes. Codes are as TIFF 6.0, section 13 has them, or in
-    the order of bits of older writers (those begin with 0).
-
-    Raises
-    ------
-    ValueError
+    Codes are as in TIFF 6.0, section 13, or in the bit order of older writers (such streams begin with 0). Raises
+    ValueError.
 
     Examples
     --------
@@ -45,7 +41,7 @@ def check_lzw(data: bytes) -> None:
     if len(data) < 2:
         return
     oldest_first = data[0] == 0 and bool(data[1] & 1)  # the lowest bit of a byte comes first
-    # The four bytes from each place on as a number: a code has at most 12 bits, and begins within the first.
+    # The four bytes from each position as a number: a code has at most 12 bits and begins in the first byte.
     words = np.ndarray(len(data), "<u4" if oldest_first else ">u4", data + bytes(3), strides=(1,))
     starts, widths = _LAYOUTS[oldest_first]
     n_bits = 8 * len(data)
@@ -59,7 +55,7 @@ def check_lzw(data: bytes) -> None:
 
     at, clears = 9, 1
     while True:
-        for n in (32, _MOST_CODES):  # hostile streams clear after each code
+        for n in (32, _MOST_CODES):  # a hostile stream may clear after each code
             found = codes(at, n)
             ends = np.flatnonzero((found == _CLEAR) | (found == _END))
             if len(ends) or len(found) < n:
@@ -74,24 +70,24 @@ def check_lzw(data: bytes) -> None:
 
 
 def _layout(late: int) -> tuple[Array, Array]:
-    """Where codes after a Clear begin, in bits from the first, and how wide they are: by what the table then holds."""
+    """Return start (in bits from the first) and width of the codes after a Clear, which depend on the table's size."""
     known = np.maximum(257 + np.arange(_MOST_CODES), 258)
     widths = 9 + np.searchsorted(np.array([511, 1023, 2047]) + late, known, side="right")
     return np.cumsum(widths) - widths, widths
 
 
-#: By order of bits; older writers make codes wider one code later.
+#: By bit order; older writers widen codes one code later.
 _LAYOUTS = (_layout(0), _layout(1))
 
 
 def decode(data: Any, *args: Any, **options: Any) -> Any:
-    """Decode as ``imagecodecs.lzw_decode`` does what ``check_lzw`` has nothing against."""
+    """Decode as ``imagecodecs.lzw_decode``, after ``check_lzw``."""
     check_lzw(bytes(data))
     return imagecodecs.lzw_decode(data, *args, **options)
 
 
 class _Decompressors(dict[int, Callable[..., Any]]):
-    """Decoders that are not tifffile's own, and by their key its own."""
+    """Our decoder for some keys, and tifffile's own for all others."""
 
     others = tifffile.TIFF.DECOMPRESSORS
 

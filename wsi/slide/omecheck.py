@@ -1,4 +1,4 @@
-"""Check OME-XML before tifffile reads it, which allocates a list entry for every plane that the text declares."""
+"""Check OME-XML before tifffile reads it: tifffile allocates a list entry for every plane that it declares."""
 
 from __future__ import annotations
 
@@ -10,25 +10,14 @@ import defusedxml.ElementTree
 
 from wsi.errors import SlideUnreadable
 
-MAX_PLANES = 1 << 16  #: of a file: sections times channels times times, by each of the ways to count them
+MAX_PLANES = 1 << 16  #: of a file (sections x channels x time points), by each of the ways to count them
 
 
 def check_ome(text: bytes, page_px: Sequence[int], where: str) -> None:
-    """Refuse OME-XML that declares more planes than a slide can have.
+    """Refuse OME-XML with more than ``MAX_PLANES`` planes, axes other than OME's, or entities, which expand endlessly.
 
-    Parameters
-    ----------
-    text : bytes
-        The first image's description; what is not XML passes, since no reader takes it for OME-XML.
-    page_px : sequence of int
-        Pixels of each image in the file's chain.
-    where : str
-        The file's name, for the error.
-
-    Raises
-    ------
-    SlideUnreadable
-        More than ``MAX_PLANES`` planes, axes other than OME's, or entities, which can grow without end.
+    `text` is the first page's description and `page_px` the number of pixels of each page. Raises SlideUnreadable. Text
+    that is not XML passes, since no reader takes it for OME-XML.
 
     Examples
     --------
@@ -61,7 +50,7 @@ def check_ome(text: bytes, page_px: Sequence[int], where: str) -> None:
 
 
 def _planes(pixels: Any, page_px: Sequence[int]) -> float:
-    """How many planes a Pixels element makes a reader count: by its sizes, its TiffData, and the pages these name."""
+    """Return how many planes a reader may count in a Pixels element: by sizes, TiffData, or the pages named there."""
     sizes = [max(1.0, abs(_number(pixels, f"Size{axis}"))) for axis in "XYZCT"]
     n, listed, used = len(page_px), 0.0, list[int]()
     for data in pixels:
@@ -78,7 +67,7 @@ def _planes(pixels: Any, page_px: Sequence[int]) -> float:
 def _number(element: Any, name: str, default: float = 0) -> float:
     try:
         return float(element.get(name, default))
-    except ValueError:  # tifffile stumbles over it too
+    except ValueError:  # tifffile fails on it too
         return 0.0
 
 

@@ -1,4 +1,4 @@
-"""Bytes of a slide file: many ranges at a time, from a disk or over a network, from any thread."""
+"""Bytes of a slide file, local or remote: many ranges at a time, from any thread."""
 
 from __future__ import annotations
 
@@ -9,30 +9,17 @@ from typing import Any
 
 import fsspec
 
-from wsi.errors import SlideNotFound, SlideUnreadable
-from wsi.files import in_one_go
+from wsi.errors import SlideNotFound, SlideUnreadable, brief
+from wsi.files import coalesce
 
-#: Ranges nearer than this are fetched as one: cheaper than asking twice.
+#: Ranges closer than this many bytes are read as one.
 _GAP = {"local": 16_384, "remote": 262_144}
-
-#: And no more than this at once.
+#: Bytes that one read may have.
 _MOST = 8 << 20
 
 
 class Source:
-    """A file that is read in ranges.
-
-    Attributes
-    ----------
-    path : str
-        A file, or an fsspec URL.
-    size : int
-        Bytes in the file.
-
-    Raises
-    ------
-    SlideNotFound, SlideUnreadable
-    """
+    """A file or an fsspec URL, read in ranges of bytes; `size` is its length. Raises SlideNotFound, SlideUnreadable."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -52,7 +39,6 @@ class Source:
             raise SlideNotFound(path, "there is no such file", "Check the path") from error
 
     def _find(self) -> int:
-        """Ask the server for the file's length."""
         try:
             self._fs, self._remote = fsspec.core.url_to_fs(self.path)
             found = self._fs.info(self._remote)
@@ -60,7 +46,7 @@ class Source:
             raise
         except Exception as error:  # each file system has errors of its own
             remedy = "Check the address, the network, and that the server knows you"
-            raise SlideUnreadable(self.path, f"cannot be reached ({_said(error)})", remedy) from error
+            raise SlideUnreadable(self.path, f"cannot be reached ({brief(error)})", remedy) from error
         if found["type"] == "directory":
             raise SlideUnreadable(self.path, "is a folder, not a slide", "Name the slide file inside it")
         if found["size"] is None:
@@ -68,19 +54,19 @@ class Source:
         return int(found["size"])
 
     def open(self) -> Any:
-        """Open the file as a stream of bytes, for those who want one."""
+        """Open the file as a binary stream."""
         return self._fs.open(self._remote, "rb") if self._fs is not None else Path(self.path).open("rb")
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read up to `length` bytes: fewer where the file ends; or raise OSError."""
+        """Read `length` bytes, or fewer where the file ends. Raises OSError."""
         if self._fs is not None:
             return bytes(self._fetch([(offset, offset + length)])[0])
         return os.pread(self._fd, length, offset)
 
     def ranges(self, offsets: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
-        """Read many ranges, neighbours in one go, and remote ones all at the same time; or raise OSError."""
+        """Read many ranges: neighbours in one read, remote ones concurrently. Raises OSError."""
         wanted = sorted((offsets[i], length, i) for i, length in enumerate(lengths) if length)
-        runs = list(in_one_go(wanted, _GAP["local" if self._fs is None else "remote"], _MOST))
+        runs = list(coalesce(wanted, _GAP["local" if self._fs is None else "remote"], _MOST))
         spans = [(run[0][0], max(offset + length for offset, length, _ in run)) for run in runs]
         blobs = [self.read(start, end - start) for start, end in spans] if self._fs is None else self._fetch(spans)
         found: list[memoryview] = [memoryview(b"")] * len(offsets)
@@ -95,17 +81,13 @@ class Source:
         try:
             return list(self._fs.cat_ranges([self._remote] * len(spans), starts, ends, on_error="raise"))
         except Exception as error:  # each file system has errors of its own
-            raise OSError(_said(error)) from error
+            raise OSError(brief(error)) from error
 
     def close(self) -> None:
-        """Close the file; so does its last reference."""
+        """Close the file, as losing its last reference does."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             self._close(fd)
 
     def __del__(self) -> None:
         self.close()
-
-
-def _said(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__

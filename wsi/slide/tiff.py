@@ -1,7 +1,7 @@
-"""Tiled TIFF pyramids, read by us: each stored tile can be had whole, reduced while it is decoded, or as it is stored.
+"""Our own reader of tiled TIFF pyramids: gives stored tiles decoded, reduced while decoding, or undecoded.
 
-Knows generic TIFF (CAMELYON's files, which ASAP wrote, among them), Aperio SVS, Philips TIFF and OME-TIFF with SubIFDs.
-What it is not sure of it refuses with ``UnknownFormat``, and ``open_slide`` asks OpenSlide instead.
+Supports generic TIFF (such as CAMELYON's, written by ASAP), Aperio SVS, Philips TIFF and OME-TIFF with SubIFDs. It
+refuses everything else with ``UnknownFormat``, and ``open_slide`` then tries OpenSlide.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import simplejpeg
 import tifffile
 
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
-from wsi.errors import NotRgb, SlideError, SlideUnreadable, UnknownFormat
+from wsi.errors import NotRgb, SlideError, SlideUnreadable, UnknownFormat, brief
 from wsi.slide.base import U8, GivenMpp, Slide, extent, resolve_mpp
 from wsi.slide.cells import put
 from wsi.slide.source import Source
@@ -30,45 +30,36 @@ from wsi.units import Box
 _ELSEWHERE = "Convert it to a pyramidal TIFF"
 _AGAIN = "Copy it from the source again"
 
-#: Codecs that tifffile decodes for us, bit for bit as OpenSlide does: none, LZW, Deflate, ZSTD, JPEG 2000 of RGB.
+#: TIFF compressions that tifffile decodes for us, bit for bit as OpenSlide: none, LZW, Deflate, ZSTD, JPEG 2000 of RGB.
 _LOSSLESS = {1, 5, 8, 32946, 50000}
 _JPEG2000 = {33005, 34712}
 _JPEG = 7
 _RGB, _YCBCR, _GREY = 2, 6, 1
 _MICRONS = ("\N{MICRO SIGN}m", "\N{GREEK SMALL LETTER MU}m", "um")
 
-#: By how much libjpeg may reduce while decoding, by chroma subsampling: the reduced picture is within 45 dB of the area
-#: average on H&E. 4:2:2 loses its chroma rows from 1/4 on.
+#: By how much libjpeg may reduce while decoding, by chroma subsampling: where the PSNR against the area average is over
+#: 45 dB on H&E. 4:2:2 loses chroma rows from 1/4 on.
 _SHRINKS = {"420": (8, 4, 2), "444": (8, 4, 2), "Gray": (8, 4, 2), "422": (2,)}
-
-#: Decoded tiles held while a region is put together.
+#: Decoded tiles held at once while a region is assembled.
 _AT_ONCE_BYTES = 1 << 26
-
-#: Of a JPEG; encoders make about ten at most, and each one more costs a pass over all pixels.
+#: Limit on a JPEG's scans: encoders write ten at most, and each costs the decoder a pass over all pixels.
 MAX_SCANS = 64
-
-#: Adobe's APP14 marker: the three components are RGB, not YCbCr. Aperio leaves it out.
+#: Adobe's APP14 marker: the components are RGB, not YCbCr. Aperio omits it.
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 
-#: How a picture of another orientation (TIFF 6.0, tag 274) is turned: swapped axes, flipped down, flipped across.
+#: What an Orientation (TIFF 6.0, tag 274) does: swap the axes, flip vertically, flip horizontally.
 _TURNS = {
-    1: (False, False, False),
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
+    1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
+    5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Level:
     size: tuple[int, int]
     tile_px: tuple[int, int]
-    offsets: npt.NDArray[np.int64]  # of each tile, row by row; 0 bytes: there is none
-    counts: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]  # of each tile, row by row
+    counts: npt.NDArray[np.int64]  # bytes of each tile; 0 if it is not stored
     columns: int
     codec: _Jpeg | _Other
 
@@ -90,9 +81,9 @@ class TiffReader(Slide):
         except SlideError:
             self._source.close()
             raise
-        except Exception as error:  # tifffile raises whatever it meets in a damaged file
+        except Exception as error:  # on a damaged file tifffile may raise anything
             self._source.close()
-            raise UnknownFormat(path, f"is not a TIFF that can be read ({_brief(error)})", _ELSEWHERE) from error
+            raise UnknownFormat(path, f"is not a TIFF that can be read ({brief(error)})", _ELSEWHERE) from error
 
     def _describe(self, tiff: tifffile.TiffFile) -> None:
         first = tiff.pages.first
@@ -102,7 +93,7 @@ class TiffReader(Slide):
             raise UnknownFormat(self.path, "is no tiled TIFF pyramid that this reader is sure of", _ELSEWHERE)
         self._levels = tuple(_level(self.path, page, self._source) for page in pages)
         self._downsamples: list[int] | None = None
-        if self.vendor == "philips":  # its levels are padded to whole tiles; the text says what they are
+        if self.vendor == "philips":  # levels are stored padded to whole tiles; the description gives their sizes
             self._downsamples = _philips(first.description)[1]
             w, h = self._levels[0].size
             sizes = [(w // n, h // n) for n in self._downsamples if 1 <= n <= min(w, h)]
@@ -116,7 +107,8 @@ class TiffReader(Slide):
             shown = " and ".join(map(str, sorted(orientations | {orientation})))
             raise SlideUnreadable(self.path, f"has TIFF orientation {shown}", "Rewrite it with orientation 1")
         self._turn = _TURNS[orientation]
-        self.level_sizes = tuple(_ordered(level.size, self._turn[0]) for level in self._levels)
+        swap = self._turn[0]
+        self.level_sizes = tuple((h, w) if swap else (w, h) for w, h in (level.size for level in self._levels))
         if self.vendor == "aperio" and any((level.counts == 0).any() for level in self._levels):
             raise UnknownFormat(self.path, "is an Aperio file with missing tiles", _ELSEWHERE)
         self.mpp, self.mpp_source, self.overridden = resolve_mpp(self.path, self._given, found, source)
@@ -125,23 +117,22 @@ class TiffReader(Slide):
             self.bounds = extent((level.counts > 0).reshape(-1, level.columns), level.tile_px, self.size)
 
     def scale(self, level: int) -> tuple[float, float]:
-        """Pixels of a level on one level-0 pixel."""
+        """Return pixels of a level per level-0 pixel: Philips's exact downsamples, else by the sizes."""
         if self._downsamples is None:
             return super().scale(level)
         return 1 / self._downsamples[level], 1 / self._downsamples[level]
 
     def shrinks(self, level: int) -> Sequence[int]:
-        """Reductions that the level's codec knows, most first; none where full decoding was asked for."""
+        """Return the reductions that the level's codec supports; none if full decoding was asked for."""
         return () if self.decode == "full" else self._levels[level].codec.shrinks
 
     def tile_px(self, level: int) -> tuple[int, int] | None:
-        """Width and height of the level's tiles."""
+        """Return width and height of the level's tiles; None if the slide is turned."""
         return None if any(self._turn) else self._levels[level].tile_px
 
     def read_tiles(
         self, level: int, shrink: int, tiles: Sequence[tuple[int, int]], out: Sequence[U8]
     ) -> list[str | None]:
-        """Decode whole tiles; see ``Slide.read_tiles``."""
         stored = self._levels[level]
         numbers, counts, blobs = self._blobs(level, tiles)
         problems: list[str | None] = []
@@ -156,30 +147,28 @@ class TiffReader(Slide):
                     try:
                         stored.codec.decode(data, number, shrink, target)
                     except Exception as error:  # noqa: BLE001  every codec has errors of its own
-                        problem = _brief(error)
+                        problem = brief(error)
                 if problem is not None:
                     target[...] = 255
                 problems.append(problem)
         return problems
 
     def holds_jpeg(self, level: int) -> bool:
-        """Whether the level's tiles are JPEG."""
         return isinstance(self._levels[level].codec, _Jpeg) and not any(self._turn)
 
     def jpeg_tiles(self, level: int, tiles: Sequence[tuple[int, int]]) -> list[bytes | None]:
-        """Give stored JPEG tiles as they are; see ``Slide.jpeg_tiles``."""
         stored = self._levels[level]
         if not isinstance(stored.codec, _Jpeg):
             raise SlideUnreadable(self.path, f"level {level} is not stored as JPEG", "Keep its pixels as zstd or jpeg")
         streams: list[bytes | None] = []
         for count, data in zip(*self._blobs(level, tiles)[1:], strict=True):
-            whole = bytes(data).rstrip(b"\0")  # writers may round lengths up
+            whole = bytes(data).rstrip(b"\0")  # some writers pad tiles
             is_whole = 0 < count == len(data) and whole.startswith(b"\xff\xd8") and whole.endswith(b"\xff\xd9")
             streams.append(stored.codec.stream(memoryview(whole)) if is_whole else None)
         return streams
 
     def _blobs(self, level: int, tiles: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], list[memoryview]]:
-        """Read stored tiles: their numbers, the lengths they should have, and what is there of them."""
+        """Read stored tiles: return their indices, the lengths that they should have, and their bytes."""
         stored = self._levels[level]
         numbers = [row * stored.columns + column for column, row in tiles]
         offsets, counts = stored.offsets[numbers].tolist(), stored.counts[numbers].tolist()
@@ -209,7 +198,7 @@ class TiffReader(Slide):
     def _assemble(
         self, level: int, shrink: int, x: int, y: int, w: int, h: int
     ) -> tuple[U8, dict[tuple[int, int], str]]:
-        """Put a region together of stored tiles, white where one is damaged; say which (column, row) are, and why."""
+        """Assemble a region from stored tiles, white where one is damaged; return why, by (column, row)."""
         swap, flip_y, flip_x = self._turn
         shown_w, shown_h = (side // shrink for side in self.level_sizes[level])
         if flip_x:
@@ -241,25 +230,25 @@ class TiffReader(Slide):
 
 
 class _Jpeg:
-    """Baseline JPEG with tables shared by all tiles of a level (TIFF Technical Note 2)."""
+    """JPEG tiles with tables that a level's tiles share (TIFF Technical Note 2)."""
 
     def __init__(self, tables: bytes | None, colours: str, tile_px: tuple[int, int], shrinks: tuple[int, ...]) -> None:
         self.shrinks = shrinks
         self._expected = (tile_px[1], tile_px[0], colours)
         self._head = jpeg_head(tables, colours)
-        self._known = b"\0"  # how the last tile that was looked at begins: size, colours, and that there is one scan
+        self._known = b"\0"  # header of the last checked tile: the right size and colours, and a single scan
 
     def stream(self, data: memoryview) -> bytes:
-        """Join shared tables and a tile to a JPEG file."""
+        """Join the shared tables and a tile to a complete JPEG stream."""
         if data[:2].tobytes() != b"\xff\xd8":
             raise ValueError("is not JPEG")
         return b"".join((self._head, data[2:]))
 
     def decode(self, data: memoryview, tile: int, shrink: int, out: U8) -> None:
-        """Decode a tile into uint8 (height / shrink, width / shrink, 3), or raise."""
+        """Decode a tile into uint8 (height / shrink, width / shrink, 3); raises anything if it is damaged."""
         stream = self.stream(data)
         height, width, _ = self._expected
-        if not stream.startswith(self._known):  # an encoder's tiles begin alike, and looking costs a tenth of decoding
+        if not stream.startswith(self._known):  # tiles mostly share a header, and a check costs a tenth of decoding
             if stream.count(b"\xff\xda") > MAX_SCANS:
                 raise ValueError(f"is a JPEG of more than {MAX_SCANS} scans")
             found = simplejpeg.decode_jpeg_header(stream)[:3]
@@ -275,9 +264,9 @@ class _Jpeg:
 
 
 def _one_scan(stream: bytes) -> bytes | None:
-    """Return a baseline JPEG's beginning, up to its pixels, where all components are in its first scan.
+    """Return the header of a baseline JPEG whose first scan has all components, else None.
 
-    libjpeg refuses another scan after that, so that whatever begins like this takes no more than one.
+    libjpeg refuses a further scan after such a one, so every stream with this header takes a single pass.
     """
     place = 2
     components = None
@@ -288,13 +277,13 @@ def _one_scan(stream: bytes) -> bytes | None:
         elif kind == 0xDA:
             return stream[: place + 2 + length] if stream[place + 4] == components else None
         elif not (kind in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= kind <= 0xEF):
-            return None  # progressive, arithmetic, or something else that is seldom
+            return None  # progressive, arithmetic or another rare kind
         place += 2 + length
     return None
 
 
 class _Other:
-    """What tifffile decodes: all of a tile, with its predictor."""
+    """Tiles that tifffile decodes, always in full."""
 
     shrinks: tuple[int, ...] = ()
 
@@ -317,7 +306,7 @@ class _Other:
 
 
 def _jpeg2000_shape(data: bytes) -> tuple[int, int, int] | None:
-    """Height, width and components that a JPEG 2000 picture declares: asked before memory is taken for it.
+    """Return the height, width and components that a JPEG 2000 image declares, to be checked before it is decoded.
 
     A codestream begins with SOC and SIZ (ISO/IEC 15444-1, A.5.1); in a JP2 file it is the first box "jp2c" (annex I).
     """
@@ -336,7 +325,7 @@ def _jpeg2000_shape(data: bytes) -> tuple[int, int, int] | None:
 
 
 def jpeg_head(tables: bytes | None, colours: str) -> bytes:
-    """Make what stands before a tile: start of image, a colour marker where it is RGB, and the shared tables."""
+    """Return what precedes a tile's own data: start of image, Adobe's marker if it is RGB, and the shared tables."""
     adobe = _ADOBE_RGB if colours == "RGB" else b""
     return b"\xff\xd8" + adobe + (bytes(tables)[2:-2] if tables else b"")
 
@@ -349,7 +338,7 @@ def _level(path: str, page: tifffile.TiffPage, source: Source) -> _Level:
     if min(*size, *tile_px) < 1 or len(offsets) != n_tiles or len(counts) != n_tiles:
         raise SlideUnreadable(path, f"lists {len(offsets)} of {n_tiles} tiles of a level", _AGAIN)
     padded_px = n_tiles * tile_px[0] * tile_px[1]
-    if padded_px > max(16 * size[0] * size[1], 1 << 26):  # a row of pixels in tall tiles: minutes, for nothing
+    if padded_px > max(16 * size[0] * size[1], 1 << 26):  # one row of pixels in tall tiles would take minutes
         raise SlideUnreadable(path, f"stores {size[0]} x {size[1]} px in tiles of {padded_px} px in all", _ELSEWHERE)
     counts[offsets == 0] = 0
     if page.compression != _JPEG:
@@ -357,12 +346,11 @@ def _level(path: str, page: tifffile.TiffPage, source: Source) -> _Level:
     colours = {_RGB: "RGB", _YCBCR: "YCbCr", _GREY: "Gray"}[int(page.photometric)]
     shrinks: tuple[int, ...] = ()
     there = np.flatnonzero(counts)
-    if len(there):  # the first tile tells how chroma is stored, and whether colours are what the tags say
+    if len(there):  # its first tile shows the chroma subsampling, and whether colours are as the tags say
         data = source.read(int(offsets[there[0]]), int(counts[there[0]]))
         try:
-            _, _, found, subsampling = simplejpeg.decode_jpeg_header(
-                jpeg_head(page.jpegtables, colours) + data[2:], strict=False
-            )
+            stream = jpeg_head(page.jpegtables, colours) + data[2:]
+            _, _, found, subsampling = simplejpeg.decode_jpeg_header(stream, strict=False)
         except ValueError as error:
             raise UnknownFormat(path, f"holds JPEG tiles of another kind ({error})", _ELSEWHERE) from error
         if found != colours:
@@ -373,25 +361,24 @@ def _level(path: str, page: tifffile.TiffPage, source: Source) -> _Level:
 
 
 def _vendor(tiff: tifffile.TiffFile) -> tuple[str, tuple[float, float] | None, str]:
-    """Tell the format, and its microns per pixel with their source."""
+    """Return the format's name, its microns per pixel, and where these stand."""
     first = tiff.pages.first
     text = first.description or ""
     if tiff.is_svs:
         found = re.search(r"\|\s*MPP\s*=\s*([0-9.,eE+-]+)", text)
-        mpp = float(found[1].replace(",", ".")) if found else None  # a comma where the scanner's computer writes so
+        mpp = float(found[1].replace(",", ".")) if found else None  # a decimal comma, by the scanner's locale
         return "aperio", None if mpp is None else (mpp, mpp), "vendor:aperio"
     if tiff.is_philips:
         return "philips", _philips(text)[0], "vendor:philips"
     if tiff.is_ome:
-        said = _ome_pixels(text)
-        axes = ("PhysicalSizeX", "PhysicalSizeY")
-        size = [said[axis] for axis in axes if axis in said and said.get(f"{axis}Unit", "um") in _MICRONS]
+        ome, axes = _ome_pixels(text), ("PhysicalSizeX", "PhysicalSizeY")
+        size = [ome[axis] for axis in axes if axis in ome and ome.get(f"{axis}Unit", "um") in _MICRONS]
         return "ome-tiff", (float(size[0]), float(size[1])) if len(size) == 2 else None, "vendor:ome-tiff"
     return "generic-tiff", _tag_mpp(first), "tiff-tags"
 
 
 def _ome_pixels(text: str) -> dict[str, str]:
-    """What OME-XML says of the picture that lies in the file's first page: texts list pictures in any order."""
+    """Return the OME-XML attributes of the image in the file's first page; the XML lists images in any order."""
     for pixels in defusedxml.ElementTree.fromstring(text.strip()).iter():
         if pixels.tag.rpartition("}")[2] == "Pixels":
             pages = [int(data.get("IFD", 0)) for data in pixels if data.tag.endswith("TiffData")]
@@ -401,21 +388,20 @@ def _ome_pixels(text: str) -> dict[str, str]:
 
 
 def _philips(text: str) -> tuple[tuple[float, float] | None, list[int]]:
-    """Read microns per pixel and each level's downsample, which is whole, from the description of a Philips TIFF."""
+    """Return microns per pixel, and each level's integer downsample, from the description of a Philips TIFF."""
 
     def spacing_mm(element: Any) -> tuple[float, float] | None:
         numbers = re.findall(r"[0-9.eE+-]+", element.text or "")
         return (float(numbers[1]), float(numbers[0])) if len(numbers) == 2 else None  # rows come first
 
     root = defusedxml.ElementTree.fromstring(text)
-    whole = [spacing_mm(e) for e in root.findall("./Attribute[@Name='DICOM_PIXEL_SPACING']")]
-    levels = [
-        spacing_mm(e)
-        for e in root.findall(
-            "./Attribute[@Name='PIM_DP_SCANNED_IMAGES']/Array/DataObject/Attribute"
-            "[@Name='PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE']/Array/DataObject/Attribute[@Name='DICOM_PIXEL_SPACING']"
-        )
-    ]
+    spacing = "Attribute[@Name='DICOM_PIXEL_SPACING']"
+    of_level = (
+        "./Attribute[@Name='PIM_DP_SCANNED_IMAGES']/Array/DataObject/"
+        f"Attribute[@Name='PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE']/Array/DataObject/{spacing}"
+    )
+    whole = [spacing_mm(element) for element in root.findall(f"./{spacing}")]
+    levels = [spacing_mm(element) for element in root.findall(of_level)]
     mpp = (whole[0][0] * 1000, whole[0][1] * 1000) if whole and whole[0] else None
     if not levels or any(level is None for level in levels):
         return mpp, []
@@ -424,7 +410,7 @@ def _philips(text: str) -> tuple[tuple[float, float] | None, list[int]]:
 
 
 def _tag_mpp(page: tifffile.TiffPage) -> tuple[float, float] | None:
-    """Microns per pixel by the resolution tags (TIFF 6.0): pixels an inch unless the unit says centimetre or none."""
+    """Return microns per pixel by the resolution tags (TIFF 6.0): per inch unless the unit is centimetre or none."""
     unit = {2: 25_400.0, 3: 10_000.0}.get(int(page.tags.valueof("ResolutionUnit", 2)))
     values = [page.tags.valueof(name) for name in ("XResolution", "YResolution")]
     if unit is None or any(not isinstance(v, tuple) or len(v) != 2 or 0 in v for v in values):
@@ -434,27 +420,26 @@ def _tag_mpp(page: tifffile.TiffPage) -> tuple[float, float] | None:
 
 
 def _level_pages(path: str, tiff: tifffile.TiffFile, vendor: str) -> list[tifffile.TiffPage] | None:
-    """Choose the pages that are the pyramid, largest first; None where that is not sure."""
+    """Return the pages that make up the pyramid, largest first; None if that is uncertain."""
     first = tiff.pages.first
     others: list[Any] = list(tiff.pages[1:])
     if {"ndpi", "bif", "scn", "qpi", "indica", "argos", "ventana"} & {flag.lower() for flag in tiff.flags}:
         return None
     if vendor == "ome-tiff":
-        # What lies in this file: tifffile's series would look for it in other files that the text may name.
-        said = _ome_pixels(first.description)
-        if int(said.get("SizeZ", 1)) > 1 or int(said.get("SizeT", 1)) > 1:
+        # Not by tifffile's series, which may open other files that the XML names.
+        ome = _ome_pixels(first.description)
+        if int(ome.get("SizeZ", 1)) > 1 or int(ome.get("SizeT", 1)) > 1:
             return None
-        if int(said.get("SizeC", 1)) > first.samplesperpixel:
-            what = f"holds {said['SizeC']} channels in pages of their own, not RGB pixels"
+        if int(ome.get("SizeC", 1)) > first.samplesperpixel:
+            what = f"holds {ome['SizeC']} channels in pages of their own, not RGB pixels"
             raise NotRgb(path, what, "Export a brightfield RGB image")
-        subs: list[Any] = list(first.pages or []) if first.subifds else []
-        pages = [first, *subs]
+        pages = [first, *((first.pages or []) if first.subifds else [])]
     elif vendor in ("generic-tiff", "philips"):
-        own = itertools.takewhile(lambda page: not page.is_tiled or page.subfiletype, others)  # up to another picture
+        own = itertools.takewhile(lambda page: not page.is_tiled or page.subfiletype, others)  # up to the next image
         pages = [first, *(page for page in own if page.is_tiled and page.subfiletype & 1)]
         if str(first.tags.valueof("Software", "")).startswith(("MedScan", "Huron")) or first.subifds:
             return None
-    else:  # label and macro are pages of their own kinds, and thumbnails are not tiled
+    else:  # label and macro have subfile types of their own, and thumbnails are not tiled
         pages = [first, *(page for page in others if page.is_tiled and page.subfiletype not in (1, 9))]
     widths = [page.imagewidth for page in pages]
     same_shape = all(
@@ -468,7 +453,7 @@ def _level_pages(path: str, tiff: tifffile.TiffFile, vendor: str) -> list[tifffi
 
 
 def _is_plain(page: tifffile.TiffPage) -> bool:
-    """Whether a page's pixels are 8-bit grey or RGB in tiles, by a codec that we know."""
+    """Whether a page is tiled and 8-bit grey or RGB, in a compression that we support."""
     colours = {_JPEG: {_RGB, _YCBCR, _GREY}}.get(int(page.compression), {_RGB, _GREY})
     return (
         page.is_tiled
@@ -480,12 +465,3 @@ def _is_plain(page: tifffile.TiffPage) -> bool:
         and int(page.compression) in {_JPEG, *_LOSSLESS, *_JPEG2000}
         and not page.is_volumetric
     )
-
-
-def _ordered(size: tuple[int, int], swapped: bool) -> tuple[int, int]:
-    return (size[1], size[0]) if swapped else size
-
-
-def _brief(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text[:160] if text else type(error).__name__

@@ -1,7 +1,7 @@
-"""The guard before the TIFF reader: a file that lies about its sizes is refused before memory is taken for it.
+"""Check a TIFF's structure before any library reads it, so that false sizes cannot make it allocate much memory.
 
-Only the skeleton is read: header, image file directories (IFDs), and the places and lengths of the tiles. What passes
-may still hold damaged tiles; these are for the decoders, whose output is bounded here.
+Reads only the header, the image file directories (IFDs), and the offsets and lengths of the tiles. A file that passes
+may still hold damaged tiles: decoders detect these, and the size of their output is limited here.
 
 Sources: TIFF 6.0 (1992), sections 2 and 15; the BigTIFF design note; Adobe TIFF Technical Note 1 (SubIFDs).
 """
@@ -23,17 +23,17 @@ MAX_TAGS = 4096  #: of one IFD
 MAX_VALUE_BYTES = 1 << 26  #: of one tag
 MAX_DESCRIPTION_BYTES = 1 << 24
 MAX_TILE_PX = 16384  #: a side
-MAX_TILE_BYTES = 1 << 26  #: of a tile or strip, decoded; as stored, twice that
-#: Of a file. So many numbers are the places and lengths of 4 million tiles: 524,288 px square in tiles of 256.
+MAX_TILE_BYTES = 1 << 26  #: of a tile or strip, decoded; twice that as stored
+#: Of a file. 1 << 23 numbers are the offsets and lengths of 4 million tiles: 524,288 px square in tiles of 256.
 MAX_IN_ALL = {"tags": 1 << 16, "bytes of tags": 1 << 28, "numbers in tags": 1 << 23, "pixels": 1 << 40}
 
-_BLOCK = 1 << 16  # bytes asked for at once: a directory's values mostly lie near it, and a request may cross the world
+_BLOCK = 1 << 16  # bytes per read: an IFD's values mostly lie near it, and a remote read is slow
 _TYPE_BYTES = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 2, 8, 8, 8, 8, 0])  # by type; 0: unknown
 _WHOLE = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}  # by type
 
 _WIDTH, _HEIGHT, _DEPTH, _BITS, _SAMPLES, _PLANAR, _DESCRIPTION = 256, 257, 32997, 258, 277, 284, 270
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_DEPTH, _ROWS_PER_STRIP, _SUB_IFDS, _NDPI = 322, 323, 32998, 278, 330, 65420
-_OFFSETS, _LENGTHS = (324, 273), (325, 279)  # of tiles, of strips: readers take either for both
+_OFFSETS, _LENGTHS = (324, 273), (325, 279)  # of tiles, of strips; readers accept either for both
 _ONCE = {_WIDTH, _HEIGHT, _DEPTH, _BITS, _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_DEPTH,
          _SUB_IFDS, *_OFFSETS, *_LENGTHS}  # fmt: skip
 
@@ -42,24 +42,14 @@ _CONVERT = "Convert it to a tiled pyramidal TIFF"
 
 
 def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> None:
-    """Refuse a TIFF whose structure is damaged or asks for more than a slide can need.
+    """Refuse a TIFF of `size` bytes whose structure is damaged or declares more than a slide can need.
 
-    Parameters
-    ----------
-    read_at : (offset, length) -> bytes
-        Reads from the file; fewer bytes than asked for mean that it ends there.
-    size : int
-        Bytes in the file.
-    where : str
-        The file's name, for the error.
+    ``read_at(offset, length)`` reads from the file, and returns fewer bytes where it ends.
 
-    Raises
-    ------
-    UnknownFormat
-        It is no TIFF, or beyond what a TIFF's offsets reach: NDPI stretches them in its own way.
-    SlideUnreadable
-        IFDs in a loop, IFDs, values or tiles outside the file, fewer tiles than an image needs, or more than the
-        ``MAX_...`` of this module. Images in strips after the first are thumbnails, and may be of any size.
+    Raises UnknownFormat if it is not a TIFF, or longer than a TIFF's offsets reach (NDPI extends them in its own way);
+    and SlideUnreadable if IFDs form a loop, if IFDs, values or tiles lie outside the file, if an image has too few
+    tiles, or if a ``MAX_...`` of this module is exceeded. Images in strips after the first are thumbnails and may be of
+    any size.
 
     Examples
     --------
@@ -86,7 +76,7 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
         ifd = _Ifd(file, offset, f"IFD {len(seen)}")
         seen.add(offset)
         px = _check_image(ifd, is_level=is_sub or len(seen) == 1)
-        if not is_sub:  # SubIFDs are listed, not chained: what stands as their next means nothing
+        if not is_sub:  # SubIFDs are listed, not chained: their `next` is meaningless
             chained = ifd.next
             chain_px.append(px)
         if len(seen) == 1:
@@ -101,7 +91,7 @@ def check_tiff(read_at: Callable[[int, int], bytes], size: int, where: str) -> N
 
 
 class _File:
-    """The file's bytes, asked for in blocks."""
+    """The file's bytes, read in blocks, and the running totals of what it declares."""
 
     def __init__(self, read_at: Callable[[int, int], bytes], size: int, where: str) -> None:
         self.read_at, self.size, self.where = read_at, size, where
@@ -123,7 +113,7 @@ class _File:
         return SlideUnreadable(self.where, what, remedy)
 
     def use(self, what: str, n: int) -> None:
-        """Count what the file declares, up to ``MAX_IN_ALL``."""
+        """Add to a total of ``MAX_IN_ALL``; raise if it exceeds its limit."""
         self.used[what] += n
         if self.used[what] > MAX_IN_ALL[what]:
             raise self.refuse(f"declares {self.used[what]} {what}, more than {MAX_IN_ALL[what]}", _CONVERT)
@@ -145,7 +135,7 @@ class _File:
 
 
 class _Ifd:
-    """One directory: its tags as (type, count, place of the value), and where the next directory is (0: nowhere)."""
+    """One IFD: its tags as (type, count, offset of the value), and the offset of the next IFD (0: none)."""
 
     def __init__(self, file: _File, offset: int, name: str) -> None:
         self.file, self.name = file, name
@@ -181,21 +171,21 @@ class _Ifd:
         return self.file.refuse(f"{self.name} {what}", remedy)
 
     def numbers(self, code: int) -> npt.NDArray[np.integer]:
-        """Return the whole numbers of a tag, one at least."""
+        """Return the integers of a tag, at least one."""
         kind, count, _ = self.tags.get(code, (0, 0, 0))
         if kind not in _WHOLE or not count:
             raise self.refuse(f"has no whole numbers in tag {code} (type {kind}, {count} values)")
-        if _TYPE_BYTES[kind] == 1:  # the others have been counted
+        if _TYPE_BYTES[kind] == 1:  # wider types have been counted already
             self.file.use("numbers in tags", count)
         return np.frombuffer(self.raw(code), self.file.order + _WHOLE[kind])
 
     def raw(self, code: int) -> bytes:
-        """Return the bytes of a tag; none where there is no such tag."""
+        """Return the bytes of a tag, empty if there is no such tag."""
         kind, count, place = self.tags.get(code, (0, 0, 0))
         return self.file.read(place, count * int(_TYPE_BYTES[kind]), f"tag {code}") if count else b""
 
     def number(self, code: int, default: int | None = None) -> int:
-        """Return the one whole number of a tag, at least 1."""
+        """Return the single integer of a tag, which must be positive."""
         if code not in self.tags and default is not None:
             return default
         values = self.numbers(code)
@@ -205,10 +195,10 @@ class _Ifd:
 
 
 def _check_image(ifd: _Ifd, *, is_level: bool) -> int:
-    """Check one image's sizes and tiles, and return its pixels."""
+    """Check one image's sizes and tiles, and return its number of pixels."""
     tiled = not ifd.tags.keys().isdisjoint((_TILE_WIDTH, _TILE_HEIGHT, _OFFSETS[0], _LENGTHS[0]))
     if not (tiled or is_level) and ifd.tags.keys().isdisjoint((_WIDTH, _HEIGHT)):
-        return 0  # no image at all
+        return 0  # not an image
     sides = ifd.number(_WIDTH), ifd.number(_HEIGHT), ifd.number(_DEPTH, 1)
     px = math.prod(sides)
     ifd.file.use("pixels", px)
@@ -234,7 +224,7 @@ def _check_image(ifd: _Ifd, *, is_level: bool) -> int:
 
 
 def _check_tiles(ifd: _Ifd, needed: int, *, long_strip: bool) -> None:
-    """Check that an image has the tiles it needs (more do no harm), all of them inside the file."""
+    """Check that an image has at least the tiles it needs, all inside the file."""
     if any(len(ifd.tags.keys() & codes) != 1 for codes in (_OFFSETS, _LENGTHS)):
         raise ifd.refuse("does not say where its tiles are, or says it twice")
     arrays = [ifd.numbers((ifd.tags.keys() & codes).pop()).astype(np.uint64) for codes in (_OFFSETS, _LENGTHS)]
@@ -242,12 +232,12 @@ def _check_tiles(ifd: _Ifd, needed: int, *, long_strip: bool) -> None:
     if len(offsets) != len(lengths) or len(offsets) < needed:
         raise ifd.refuse(f"has {len(offsets)} places and {len(lengths)} lengths for {needed} tiles")
     size = np.uint64(ifd.file.size)
-    held = lengths > 0  # a length of 0 is a hole: nothing was scanned there
+    held = lengths > 0  # a length of 0: nothing was scanned there
     if (lengths > size).any() or (offsets[held] > size - lengths[held]).any():
         raise ifd.refuse(f"has tiles outside the file's {size} bytes")
     if lengths.max() > 2 * MAX_TILE_BYTES and not long_strip:
         raise ifd.refuse(f"has a tile of {lengths.max()} bytes as stored, more than {2 * MAX_TILE_BYTES}", _CONVERT)
-    if lengths.sum() > size:  # equal tiles may share their bytes (tifftools writes such files): each counts once
+    if lengths.sum() > size:  # tiles may share bytes (tifftools writes such files): each counts once
         total = int(lengths[np.unique(offsets, return_index=True)[1]].sum())
         if total > size:
             raise ifd.refuse(f"has tiles of {total} bytes in all, more than the file's {size}")

@@ -1,4 +1,4 @@
-"""Slides through tiffslide: TIFF families, also behind fsspec URLs such as ``s3://`` and ``https://``."""
+"""Slides read through tiffslide: TIFF families, also from fsspec URLs such as ``s3://`` and ``https://``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tifffile
 import tiffslide
 
 import wsi.slide.lzw  # noqa: F401  LZW is checked before tifffile decodes it
-from wsi.errors import SlideError, SlideNotFound, SlideUnreadable
+from wsi.errors import SlideError, SlideNotFound, SlideUnreadable, brief
 from wsi.slide.base import U8, GivenMpp, Slide, compose_on_white, extent, numbers_in, refuse_turned, resolve_mpp
 from wsi.slide.tiff import MAX_SCANS, jpeg_head
 from wsi.slide.tiffcheck import MAX_TILE_BYTES
@@ -27,11 +27,7 @@ _JPEG, _YCBCR_JPEG2000 = 7, 33003
 
 
 class TiffSlideReader(Slide):
-    """A slide opened with tiffslide.
-
-    It and its decoders raise whatever they meet in a damaged file: struct.error, IndexError, codec errors derived from
-    RuntimeError, NotImplementedError... all of them mean the same to a user.
-    """
+    """A slide opened with tiffslide. On a damaged file it and its decoders may raise almost any kind of exception."""
 
     reader = "tiffslide"
 
@@ -44,9 +40,8 @@ class TiffSlideReader(Slide):
             try:
                 self._slide = tiffslide.TiffSlide(path)
             except ImportError as error:  # fsspec without the package for this kind of URL
-                raise SlideUnreadable(
-                    path, f"needs a further package ({error})", "pip install 'wsi[remote]'"
-                ) from error
+                what, remedy = f"needs a further package ({error})", "pip install 'wsi[remote]'"
+                raise SlideUnreadable(path, what, remedy) from error
             except FileNotFoundError as error:
                 raise SlideNotFound(path, "there is no such file", "Check the path") from error
             except Exception as error:
@@ -68,9 +63,8 @@ class TiffSlideReader(Slide):
         self._pages = [level.keyframe for level in baseline[: len(self.level_sizes)]]
         page, shape = self._pages[0], baseline[0].shape
         if page.dtype != np.uint8 or shape[:2] != self.size[::-1] or shape[2:] not in ((), (1,), (3,), (4,)):
-            raise SlideUnreadable(
-                self.path, f"holds {page.dtype} {shape}, not 8-bit grey or RGB pixels", "Export a brightfield RGB image"
-            )
+            what = f"holds {page.dtype} {shape}, not 8-bit grey or RGB pixels"
+            raise SlideUnreadable(self.path, what, "Export a brightfield RGB image")
         refuse_turned(self.path, page)
         for page in self._pages:
             self._check_pixels(page)
@@ -84,7 +78,7 @@ class TiffSlideReader(Slide):
             self.bounds = extent(~holes, (page.tilewidth, page.tilelength), self.size)
 
     def _check_pixels(self, page: tifffile.TiffPage) -> None:
-        """Refuse what tiffslide gives as other colours than it shows, or takes memory for without limit."""
+        """Refuse pages whose colours tiffslide would get wrong, or whose decoding could take unlimited memory."""
         colours, compression = int(page.photometric), int(page.compression)
         shown = colours in (_BLACK_IS_ZERO, _RGB) or (colours == _YCBCR and compression == _JPEG)
         if not shown or compression == _YCBCR_JPEG2000 or (page.samplesperpixel == 4 and page.extrasamples != (2,)):
@@ -105,11 +99,8 @@ class TiffSlideReader(Slide):
             with self._lock:  # one file position a handle
                 region: U8 = np.asarray(self._slide.read_region((x0, y0), level, (w, h), as_array=True), np.uint8)
         except Exception as error:
-            raise SlideUnreadable(
-                self.path,
-                f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({_brief(error)})",
-                "Copy it from the source again",
-            ) from error
+            what = f"is damaged at level {level}, x {x}-{x + w}, y {y}-{y + h} ({_named(error)})"
+            raise SlideUnreadable(self.path, what, "Copy it from the source again") from error
         if region.ndim == 2 or region.shape[2] == 1:  # grey
             rgb: U8 = np.repeat(region.reshape(h, w, 1), 3, axis=2)
         elif region.shape[2] == 4:
@@ -120,7 +111,7 @@ class TiffSlideReader(Slide):
         return rgb
 
     def _whiten_holes(self, level: int, x: int, y: int, rgb: U8) -> None:
-        """Paint tiles the file does not hold white: tiffslide gives them as black."""
+        """Paint tiles that the file leaves out white: tiffslide returns them black."""
         holes, page = self._holes[level], self._pages[level]
         if holes is None:
             return
@@ -136,10 +127,10 @@ class TiffSlideReader(Slide):
 
 
 def _whole(decode: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse JPEG data that is cut short before tifffile decodes it: imagecodecs paints grey what is not there."""
+    """Refuse JPEG data that is cut short: imagecodecs, by which tifffile decodes, would fill the rest with grey."""
 
     def decode_whole(data: bytes | None, *args: Any, jpegtables: bytes | None = None, **options: Any) -> Any:
-        if data is not None and options.get("jpegheader") is None:  # NDPI's parts have no head and no end
+        if data is not None and options.get("jpegheader") is None:  # NDPI's strips have neither header nor end
             stream = jpeg_head(jpegtables, "") + bytes(data)[2:]
             height, width = simplejpeg.decode_jpeg_header(stream)[:2]
             if height * width * 3 > MAX_TILE_BYTES or stream.count(b"\xff\xda") > MAX_SCANS:
@@ -151,7 +142,7 @@ def _whole(decode: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _missing_tiles(page: tifffile.TiffPage) -> npt.NDArray[np.bool_] | None:
-    """Which tiles of a page hold no bytes, bool (rows, columns); None where all are there."""
+    """Return which tiles of a page have no bytes, bool (rows, columns); None if all have some."""
     if not page.is_tiled:
         return None
     missing: npt.NDArray[np.bool_] = np.asarray(page.databytecounts) == 0
@@ -162,9 +153,8 @@ def _missing_tiles(page: tifffile.TiffPage) -> npt.NDArray[np.bool_] | None:
 
 
 def _unreadable(path: str, error: BaseException) -> SlideUnreadable:
-    return SlideUnreadable(path, f"is not a slide that can be read ({_brief(error)})", "Convert it to a pyramidal TIFF")
+    return SlideUnreadable(path, f"is not a slide that can be read ({_named(error)})", "Convert it to a pyramidal TIFF")
 
 
-def _brief(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {brief(error)}"  # a KeyError's message alone is just the key

@@ -1,22 +1,24 @@
-"""The patch store: a grid's tiles, and all that was computed from them, in one Zarr v3 group.
+"""The patch store: a grid's tiles, and what was computed from them, in one Zarr v3 group.
 
 ::
 
     store.zarr/
       columns, rows     int32 (n,)             the grid; its geometry is in the attributes
-      unreadable        bool (n,)              tiles that the slide could not give; no file: none
-      pixels            uint8 (n, h, w, 3)     when kept: one chunk a patch, 256 patches a shard
-      probabilities     float32 (n, k)         one file every 256 tiles
+      unreadable        bool (n,)              tiles that cannot be decoded; no file means none
+      pixels            uint8 (n, h, w, 3)     if kept: one chunk per patch, 256 patches per shard
+      probabilities     float32 (n, k)         one file per 256 tiles
       features          float16 (n, d)         likewise
       attention         float32 (n,)           likewise
 
 | module | what it is |
 |---|---|
-| `patches` | `PatchStore`: the group, and which shards are missing |
+| `patches` | `PatchStore`: the group, and which of its shards are missing |
 | `pixels` | the array of patches: encoded, written a shard at a time, read in any order |
-| `verbatim` | the slide's own JPEG tiles, copied |
+| `verbatim` | copies the slide's own JPEG tiles |
 | `shards` | shard files: offsets, lengths, checksum |
-| `codec` | `wsi.jpeg`, the codec by which Zarr reads JPEG patches |
+| `codec` | `wsi.jpeg`, the codec with which Zarr reads JPEG patches |
+| `lazy` | patches as a dask array, cut from the slide if they are not kept |
+| `multiscale` | pyramids as OME-Zarr |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Patches that a store does not keep: the slide they were cut from, and a dask array of them."""
+"""A store's patches as a dask array, and the slide that they were cut from."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def lazy_patches(store: PatchStore, slide: Slide | None = None) -> dask.array.Ar
 
 
 def _cutter(slide: Slide, grid: TileGrid) -> Callable[[range], U8]:
-    """Return what cuts tiles from a slide, which it opens by its path, in whatever process that happens."""
+    """Return a function that cuts tiles from a slide; it opens the slide itself, in whatever process it is called."""
     (reopen, arguments), boxes, side = slide.__reduce__(), grid.boxes(), grid.tile_px
 
     def cut(tiles: range) -> U8:
@@ -59,13 +59,10 @@ def _cutter(slide: Slide, grid: TileGrid) -> Callable[[range], U8]:
 
 
 def slide_of(store: PatchStore, path: str | None = None) -> Slide:
-    """Open the slide that a store's patches were cut from, as it was then; `path` says where it is now.
+    """Open the slide that a store's patches were cut from, with the same reader and resolution.
 
-    Raises
-    ------
-    StoreError
-        The store names no slide, or another one lies there.
-    SlideError
+    `path` is where the slide is now, if it has moved. Raises StoreError if the store names no slide or the slide there
+    has another size, and SlideError.
     """
     path, facts = path or store.attributes.get("slide_path"), store.attributes.get("slide")
     if path is None or facts is None:

@@ -1,7 +1,7 @@
-"""OME-Zarr (OME-NGFF 0.4 on Zarr v2, 0.5 on Zarr v3): a picture with several channels, as a pyramid.
+"""Write an image pyramid with several channels as OME-Zarr (OME-NGFF 0.4 on Zarr v2, 0.5 on Zarr v3).
 
-Continuous coordinates of OME-NGFF begin at the centre of the first pixel; so where a pixel of the picture is
-`step` times one of the slide, its centre lies ``(step - 1) / 2`` slide pixels further.
+In OME-NGFF the origin is the centre of the first pixel. So the centre of the first image pixel, which is `step` slide
+pixels wide, lies ``(step - 1) / 2`` slide pixels from the slide's origin: that is the level's translation.
 """
 
 from __future__ import annotations
@@ -19,40 +19,20 @@ from wsi.errors import OutputError
 from wsi.files import replacing_folder
 from wsi.units import Mpp
 
-#: NGFF versions and the Zarr formats they stand on.
+#: NGFF versions, and the Zarr format of each.
 NGFF = {"0.4": 2, "0.5": 3}
 _CHUNK_PX = 256
 
 
 def write_multiscale(
-    path: Path,
-    levels: Sequence[npt.NDArray[np.float32]],
-    channels: Sequence[str],
-    *,
-    step: tuple[float, float],
-    mpp: Mpp,
-    version: str = "0.5",
-) -> None:
-    """Write an OME-Zarr image; it appears under its name only when it is whole.
+    path: Path, levels: Sequence[npt.NDArray[np.float32]], channels: Sequence[str], *, step: tuple[float, float],
+    mpp: Mpp, version: str = "0.5",
+) -> None:  # fmt: skip
+    """Write an OME-Zarr image; it appears under its name, ``*.ome.zarr``, only when it is complete.
 
-    Parameters
-    ----------
-    path : Path
-        Ends in ``.ome.zarr``. An image that is there already is replaced; anything else there is an error.
-    levels : sequence of float32 (channels, rows, columns)
-        The finest first, each half as fine as the one before.
-    channels : sequence of str
-        Their names.
-    step : (float, float)
-        Width and height of a pixel of the first level in level-0 pixels of the slide.
-    version : {"0.4", "0.5"}
-
-    Raises
-    ------
-    ValueError
-        An unknown version.
-    OutputError
-        Something else is at `path`.
+    `levels` are (channels, rows, columns), the finest first, each with half the resolution of the one before. A pixel
+    of the first is `step` (width, height) level-0 pixels of the slide. An existing image is replaced; anything else at
+    `path` raises OutputError, and an unknown `version` ValueError.
 
     Examples
     --------
@@ -66,15 +46,9 @@ def write_multiscale(
     datasets = []
     for k in range(len(levels)):
         px = np.array(step[::-1]) * 2**k
-        datasets.append(
-            {
-                "path": str(k),
-                "coordinateTransformations": [
-                    {"type": "scale", "scale": [1.0, *(px * um_per_px).tolist()]},
-                    {"type": "translation", "translation": [0.0, *((px - 1) / 2 * um_per_px).tolist()]},
-                ],
-            }
-        )
+        scale = {"type": "scale", "scale": [1.0, *(px * um_per_px).tolist()]}
+        shift = {"type": "translation", "translation": [0.0, *((px - 1) / 2 * um_per_px).tolist()]}
+        datasets.append({"path": str(k), "coordinateTransformations": [scale, shift]})
     axes: list[dict[str, str]] = [{"name": "c", "type": "channel"}]
     axes += [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"]
     image: dict[str, Any] = {"name": path.name, "axes": axes, "datasets": datasets, "type": "mean"}
@@ -84,20 +58,14 @@ def write_multiscale(
         about: dict[str, Any] = {"multiscales": [{"version": version, **image}], "omero": {"channels": shown}}
     else:
         about = {"ome": {"version": version, "multiscales": [image], "omero": {"channels": shown}}}
+    v2: dict[str, Any] = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    v3: dict[str, Any] = {"dimension_names": ("c", "y", "x")}
     with replacing_folder(path) as draft:
         group = zarr.create_group(LocalStore(draft), zarr_format=2 if NGFF[version] == 2 else 3, attributes=about)
         for k, level in enumerate(levels):
-            extra: dict[str, Any] = (
-                {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
-                if version == "0.4"
-                else {"dimension_names": ("c", "y", "x")}
-            )
+            chunks = 1, min(_CHUNK_PX, level.shape[1]), min(_CHUNK_PX, level.shape[2])
             array = group.create_array(
-                str(k),
-                shape=level.shape,
-                dtype="float32",
-                chunks=(1, min(_CHUNK_PX, level.shape[1]), min(_CHUNK_PX, level.shape[2])),
-                fill_value=float("nan"),
-                **extra,
-            )
+                str(k), shape=level.shape, dtype="float32", chunks=chunks, fill_value=float("nan"),
+                **(v2 if version == "0.4" else v3),
+            )  # fmt: skip
             array[:] = level

@@ -1,8 +1,7 @@
-"""PatchStore: the Zarr group, and which of its shards are there.
+"""PatchStore: the Zarr group, and which of its shards exist.
 
-Rows are written in shards of 256 tiles, each array's part in one file that appears under its final
-name only when it is whole. So a kill at any moment loses at most the shard being computed, and what
-is missing is what has no file.
+Values are written in shards of 256 tiles: one file per shard and array, which gets its final name only when it is
+complete. So a kill loses at most the shard being computed, and what has no file is still to be computed.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from wsi.grid import TileGrid
 from wsi.store.codec import JpegCodec
 from wsi.store.lazy import lazy_patches
 from wsi.store.pixels import SHARD_TILES, U8, Pixels, check_kind
+from wsi.store.shards import MISSING_REMEDY
 
 if TYPE_CHECKING:
     import dask.array
@@ -39,14 +39,14 @@ Array = npt.NDArray[Any]
 
 
 class PatchStore:
-    """A grid's patches and what was computed from them, on disk.
+    """A grid's patches, and what was computed from them, on disk.
 
     Attributes
     ----------
     path : Path
     grid : TileGrid
     attributes : dict
-        What ``create`` was given: identity of slide, model, configuration.
+        As given to ``create``: identity of slide, model, configuration.
     pixels : str
         How the patches are kept: one of ``wsi.store.KINDS``.
 
@@ -67,7 +67,7 @@ class PatchStore:
         self.pixels: str = kept["kind"]
         codec = JpegCodec(kept["quality"], kept["subsampling"])
         self._arrays: dict[str, Any] = {
-            # A shard of nothing but fill values must still leave its file: files are what is done.
+            # A shard of only fill values must be written too: a missing file means "not computed".
             name: array.with_config({"write_empty_chunks": True})
             for name, array in sorted(group.arrays())
             if name not in ("columns", "rows")
@@ -84,26 +84,27 @@ class PatchStore:
         pixels: str = "none",
         attributes: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Make an empty store; it appears under its name only when it is whole.
+        """Create an empty store; it appears under its name only when it is complete.
 
         Parameters
         ----------
         path : path
             Must not exist.
+        grid : TileGrid
         arrays : mapping of name to (shape of one row, dtype)
             What will be computed for each tile.
         pixels : {"none", "zstd", "jpeg", "verbatim"}
-            How the patches themselves are kept: not at all, without loss, as JPEG (90, 4:2:0), or as the slide's own
-            JPEG tiles (see ``copy_tiles``).
+            How the patches are kept: not at all, lossless, as JPEG (quality 90, 4:2:0), or as the slide's own JPEG
+            tiles (see ``copy_tiles``).
         attributes : mapping, optional
             JSON-able provenance.
 
         Raises
         ------
         StoreError
-            Something is there already, or no such way to keep pixels.
+            `path` exists, or `pixels` is unknown.
         OSError
-            The place cannot be written to.
+            `path` cannot be written to.
         """
         path = Path(path)
         check_kind(pixels)
@@ -145,12 +146,12 @@ class PatchStore:
         pixels: str = "none",
         attributes: Mapping[str, Any],
     ) -> Self:
-        """Open what an earlier run left, if it is of the same grid, arrays and attributes; else ``create``.
+        """Open the store of an earlier run with the same grid, arrays and attributes; ``create`` it if there is none.
 
         Raises
         ------
         ConfigMismatch
-            It holds other arrays, or was made with other attributes; the difference is named.
+            It holds other arrays, or was created with other attributes; the difference is named.
         StoreError
             It holds other tiles, or is damaged.
         """
@@ -159,7 +160,7 @@ class PatchStore:
             return cls.create(path, grid, arrays, pixels=pixels, attributes=attributes)
         store = cls.open(path)
         asked = sorted({*arrays, "unreadable", *(["pixels"] if pixels != "none" else [])})
-        first = [name for name in store.arrays if not store.about(name)]  # without those that were added since
+        first = [name for name in store.arrays if not store.about(name)]  # without arrays added later
         if asked != first or pixels != store.pixels:
             what = f"holds {', '.join(first)} (pixels: {store.pixels}), and others are asked for"
             raise ConfigMismatch(path, what, remedy)
@@ -182,11 +183,11 @@ class PatchStore:
         Raises
         ------
         StoreError
-            It is not there, of another layout, or damaged.
+            It does not exist, has another layout, or is damaged.
         """
         path = Path(path)
         remedy = "Delete it and run again: it will be computed anew"
-        if not path.is_dir():  # opening for writing would make the folder
+        if not path.is_dir():  # Zarr would create the folder
             raise StoreError(path, "there is no patch store", "Check the path")
         try:
             group = zarr.open_group(LocalStore(path), mode="r+", zarr_format=3)
@@ -194,14 +195,9 @@ class PatchStore:
             if attributes["layout"] != LAYOUT:
                 raise StoreError(path, f"has layout {attributes['layout']}, this version reads {LAYOUT}", remedy)
             geometry = attributes["grid"]
-            grid = TileGrid(
-                np.asarray(group["columns"][:], np.int32),  # type: ignore[index]
-                np.asarray(group["rows"][:], np.int32),  # type: ignore[index]
-                (float(geometry["tile"][0]), float(geometry["tile"][1])),
-                (float(geometry["stride"][0]), float(geometry["stride"][1])),
-                int(geometry["tile_px"]),
-                float(geometry["mpp"]),
-            )
+            columns, rows = (np.asarray(group[name][:], np.int32) for name in ("columns", "rows"))  # type: ignore[index]
+            tile, stride = ((float(w), float(h)) for w, h in (geometry["tile"], geometry["stride"]))
+            grid = TileGrid(columns, rows, tile, stride, int(geometry["tile_px"]), float(geometry["mpp"]))
             return cls(path, group, grid)
         except StoreError:
             raise
@@ -209,7 +205,7 @@ class PatchStore:
             raise StoreError(path, f"is damaged or no patch store ({error})", remedy) from error
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Pickle as the path: the files are opened again where they are needed."""
+        """Pickle as the path: unpickling opens the store again."""
         return type(self).open, (self.path,)
 
     def __len__(self) -> int:
@@ -217,32 +213,27 @@ class PatchStore:
 
     @property
     def arrays(self) -> list[str]:
-        """Names of what the store holds for each tile."""
+        """Names of the arrays that the store holds."""
         return list(self._arrays)
 
     @property
     def shards(self) -> range:
-        """Numbers of the shards, there or not."""
+        """Numbers of all shards, written or not."""
         return range(-(-len(self) // SHARD_TILES))
 
     def about(self, name: str) -> dict[str, Any]:
-        """Return the metadata of an array that was added later; {} for the arrays the store was made with."""
+        """Return the `about` of an array made by ``add``; {} for the arrays that the store was created with."""
         return dict(self._array(name).attrs.get("wsi", {}))
 
     def add(self, name: str, row: tuple[int, ...], dtype: str, about: Mapping[str, Any]) -> None:
-        """Add an array to be computed, or go on with the one that is there.
+        """Add an array, or continue with the existing one.
 
-        Parameters
-        ----------
-        row : tuple of int
-            Shape of one tile's values.
-        about : mapping
-            JSON-able, not empty: what decides the values.
+        `row` is the shape of one tile's values; `about`, JSON-able and not empty, is what decides them.
 
         Raises
         ------
         ConfigMismatch
-            It is there, and of another kind; the difference is named.
+            The existing array has another shape, dtype or `about`; the difference is named.
         """
         if name not in self._arrays:
             group = zarr.open_group(LocalStore(self.path), mode="r+", zarr_format=3)
@@ -261,15 +252,14 @@ class PatchStore:
         return range(shard * SHARD_TILES, min((shard + 1) * SHARD_TILES, len(self)))
 
     def missing(self, *names: str) -> list[int]:
-        """Return the shards that are not there in full for the named arrays (default: all but ``unreadable``)."""
+        """Return the shards that are missing for any of the named arrays (default: all but ``unreadable``)."""
         there = [self._is_there(name) for name in names or self.arrays if name != "unreadable"]
         return [shard for shard in self.shards if not all(is_there(shard) for is_there in there)]
 
     def write(self, shard: int, values: Mapping[str, Array]) -> None:
         """Write one whole shard of the named arrays.
 
-        A tile that is written ``unreadable`` stays so, whatever else is written: its numbers may be NaN, which
-        is null there, and its pixels read as white.
+        A tile once written ``unreadable`` stays so: its numbers may be NaN, meaning null, and its pixels read as white.
 
         Parameters
         ----------
@@ -278,9 +268,9 @@ class PatchStore:
         Raises
         ------
         StoreError
-            Values of another shape, unknown to the store, or not finite once stored (but NaN of unreadable tiles).
+            An unknown name, another shape, or values that are not finite as stored (except NaN of unreadable tiles).
         OSError
-            The disk is full, or may not be written to; what was there before stays.
+            The store cannot be written to; an earlier shard stays as it was.
         """
         tiles = self.tiles(shard)
         part = slice(tiles.start, tiles.stop)
@@ -290,7 +280,7 @@ class PatchStore:
             if rows.shape != takes:
                 raise StoreError(f"{self.path}/{name}", f"shard {shard} takes {takes}, not {rows.shape}")
         unreadable: npt.NDArray[np.bool_] = np.asarray(self._array("unreadable")[part])
-        if "unreadable" in values:  # first: why a number is null is written before the number
+        if "unreadable" in values:  # first, so that every NaN on disk has its mark
             unreadable = unreadable | values["unreadable"].astype(bool)
             arrays.pop("unreadable")[part] = unreadable
         for name, array in arrays.items():
@@ -319,64 +309,57 @@ class PatchStore:
         Raises
         ------
         StoreError
-            Part of it was never computed, or is damaged.
+            Part of it is missing or damaged.
         """
         array = self._array(name)
         missing = self.missing(name)
         if missing:
-            raise StoreError(
-                f"{self.path}/{name}",
-                f"shards {missing[:5]} are missing",
-                "Run the same command again; where the slide is done already, with --force",
-            )
+            raise StoreError(f"{self.path}/{name}", f"shards {missing[:5]} are missing", MISSING_REMEDY)
         if name == "pixels":
             return self.read(range(len(self)))
         try:
             return np.asarray(array[:])
         except (RuntimeError, ValueError) as error:
-            raise StoreError(
-                f"{self.path}/{name}", f"is damaged ({error})", "Delete the store and run again"
-            ) from error
+            remedy = "Delete the store and run again"
+            raise StoreError(f"{self.path}/{name}", f"is damaged ({error})", remedy) from error
 
     def encode(self, rgb: U8, threads: int = 1) -> list[bytes]:
-        """Encode patches, uint8 (m, h, w, 3), as this store keeps them, for ``keep``."""
+        """Encode patches, uint8 (m, h, w, 3), for ``keep``."""
         self._array("pixels")
         if self.pixels == "verbatim":
             raise StoreError(self.path, "keeps the slide's own JPEG tiles", "Fill it with copy_tiles")
         return self._pixels.encode(rgb, threads)
 
     def keep(self, shard: int, chunks: Sequence[bytes | None]) -> None:
-        """Write the pixels of one whole shard, encoded; None, of tiles that are unreadable, reads as white."""
+        """Write the encoded pixels of one whole shard; None, for unreadable tiles, reads as white."""
         self._array("pixels")
-        if len(chunks) != len(self.tiles(shard)):
-            raise StoreError(
-                f"{self.path}/pixels", f"shard {shard} takes {len(self.tiles(shard))} patches, not {len(chunks)}"
-            )
+        if (takes := len(self.tiles(shard))) != len(chunks):
+            raise StoreError(f"{self.path}/pixels", f"shard {shard} takes {takes} patches, not {len(chunks)}")
         self._pixels.put(shard, chunks)
 
     def read(self, rows: Sequence[int] | npt.NDArray[np.integer], out: U8 | None = None) -> U8:
-        """Read kept patches in any order, safely from many threads and in forked or spawned processes.
+        """Read kept patches in any order; safe from many threads and in forked or spawned processes.
 
-        Several thousand a second on one core, one by one and shuffled; no Zarr on the way.
+        One core reads several thousand a second, one by one and shuffled.
 
         Parameters
         ----------
         rows : sequence of int (m,)
-            Numbers of tiles in the grid; any order, repeats allowed.
+            Indices of tiles in the grid, in any order and with repeats.
         out : uint8 (m, h, w, 3), contiguous, optional
             Written in place, and returned.
 
         Returns
         -------
         uint8 (m, h, w, 3)
-            RGB; white where the slide could not be read (see ``get("unreadable")``).
+            RGB; white where a tile is unreadable (see ``get("unreadable")``).
 
         Raises
         ------
         StoreError
-            No pixels are kept, no such row, a shard that is missing, or a patch that is damaged.
+            No pixels are kept, there is no such row, a shard is missing, or a patch is damaged.
         ValueError
-            `out` is of another shape or kind.
+            `out` has another shape, dtype or memory layout.
 
         Examples
         --------
@@ -389,20 +372,20 @@ class PatchStore:
         return self._pixels.read(rows, out, lambda row: bool(self._array("unreadable")[row]))
 
     def batches(self, size: int) -> Iterator[U8]:
-        """Give the kept patches in order, uint8 (up to `size`, h, w, 3) a time."""
+        """Yield the kept patches in order, uint8 (`size` or fewer, h, w, 3)."""
         for start in range(0, len(self), size):
             yield self.read(range(start, min(start + size, len(self))))
 
     def dask(self, slide: Slide | None = None) -> dask.array.Array:
-        """Return the patches as a lazy array, uint8 (n, h, w, 3), in chunks of one shard.
+        """Return the patches as a lazy array, uint8 (n, h, w, 3), with one chunk per shard.
 
-        Kept pixels are read from the store; otherwise each chunk is cut from the slide when it is
-        computed, in whatever process that happens (stores and slides are pickled by their paths).
+        Kept pixels are read from the store. Otherwise each chunk is cut from the slide when and where it is computed
+        (stores and slides are pickled as their paths).
 
         Parameters
         ----------
         slide : Slide, optional
-            Where the patches were cut from; default: the path the store was made with.
+            The slide that the patches were cut from; default: the path in the store's attributes.
         """
         return lazy_patches(self, slide)
 
@@ -423,18 +406,14 @@ class PatchStore:
 def _create_array(
     group: zarr.Group, name: str, n: int, row: tuple[int, ...], dtype: str, attributes: dict[str, Any]
 ) -> Any:
+    chunks = SHARD_TILES, *(max(side, 1) for side in row)
     return group.create_array(
-        name,
-        shape=(n, *row),
-        dtype=dtype,
-        chunks=(SHARD_TILES, *(max(side, 1) for side in row)),
-        compressors=ZstdCodec(level=1),
-        attributes=attributes,
+        name, shape=(n, *row), dtype=dtype, chunks=chunks, compressors=ZstdCodec(level=1), attributes=attributes
     )
 
 
 def _has_bytes(path: Path) -> bool:
-    """A file of no length is what a power cut leaves of one that was renamed before it was synced."""
+    """Whether a file exists and is not empty: a power cut may empty a file that was renamed before it was synced."""
     try:
         return path.stat().st_size > 0
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """The array of patches: encoded, written a whole shard at a time, read in any order.
 
-Everything here is what Zarr would write and read, without Zarr: see ``shards``.
+Files are the same as Zarr's, but are written and read without it: see ``shards``.
 """
 
 from __future__ import annotations
@@ -23,27 +23,24 @@ from wsi.store.shards import ShardReader, write_shard
 
 U8 = npt.NDArray[np.uint8]
 
-#: How patches are kept: not at all; without loss; as JPEG; as the slide's own JPEG tiles.
+#: How patches are kept: not at all; lossless; as JPEG; as the slide's own JPEG tiles.
 KINDS = ("none", "zstd", "jpeg", "verbatim")
-#: Bytes a pixel takes, about, of H&E tissue.
+#: Approximate bytes per pixel of H&E tissue.
 _BYTES_A_PIXEL = {"none": 0.0, "zstd": 2.4, "jpeg": 0.45, "verbatim": 0.45}
 
 SHARD_TILES = 256
-
-#: What a patch reads as whose chunk is not there: glass.
-_WHITE = 255
-
+_WHITE = 255  # a patch whose chunk is absent reads as glass
 _ZSTD_LEVEL = 1
 
 
 def check_kind(kind: str) -> None:
-    """Refuse a way to keep patches that there is not."""
+    """Raise ``StoreError`` for an unknown way to keep patches."""
     if kind not in KINDS:
         raise StoreError(f"pixels={kind!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
 
 
 def pixel_bytes(kind: str, n: int, tile_px: int) -> int:
-    """Say about how many bytes `n` patches of tissue take.
+    """Estimate how many bytes `n` patches of tissue take.
 
     Examples
     --------
@@ -54,19 +51,13 @@ def pixel_bytes(kind: str, n: int, tile_px: int) -> int:
 
 
 class Pixels:
-    """The kept patches of a store.
-
-    Attributes
-    ----------
-    kind : str
-        "zstd", "jpeg" or "verbatim".
-    """
+    """The kept patches of a store, of kind "zstd", "jpeg" or "verbatim"."""
 
     def __init__(self, folder: Path, n: int, side: int, kind: str, codec: JpegCodec) -> None:
-        self.kind = kind
         self._where = folder
         self._n, self._side = n, side
         self._shards = ShardReader(folder, 4, SHARD_TILES)
+        self.is_whole = self._shards.is_whole
         self._encode: Callable[[U8], bytes]
         self._decode: Callable[[memoryview, U8], None]
         if kind == "zstd":
@@ -78,31 +69,20 @@ class Pixels:
     @staticmethod
     def create(group: zarr.Group, n: int, side: int, kind: str, codec: JpegCodec) -> None:
         """Make the empty array in a Zarr group."""
-        encoding: dict[str, Any] = (
-            {"compressors": ZstdCodec(level=_ZSTD_LEVEL)}
-            if kind == "zstd"
-            else {"serializer": codec, "compressors": None}
-        )
+        encoding: dict[str, Any] = {"serializer": codec, "compressors": None}
+        if kind == "zstd":
+            encoding = {"compressors": ZstdCodec(level=_ZSTD_LEVEL)}
+        patch = side, side, 3
         group.create_array(
-            "pixels",
-            shape=(n, side, side, 3),
-            dtype="uint8",
-            chunks=(1, side, side, 3),
-            shards=(SHARD_TILES, side, side, 3),
-            fill_value=_WHITE,
-            **encoding,
-        )
-
-    def is_whole(self, shard: int) -> bool:
-        """Whether a shard is there, and its index fits its checksum and the file."""
-        return self._shards.is_whole(shard)
+            "pixels", shape=(n, *patch), chunks=(1, *patch), shards=(SHARD_TILES, *patch), dtype="uint8",
+            fill_value=_WHITE, **encoding,
+        )  # fmt: skip
 
     def encode(self, rgb: U8, threads: int = 1) -> list[bytes]:
         """Encode patches, uint8 (m, h, w, 3); the bytes do not depend on `threads`."""
         if rgb.shape[1:] != (self._side, self._side, 3) or rgb.dtype != np.uint8:
-            raise StoreError(
-                self._where, f"takes uint8 (m, {self._side}, {self._side}, 3), not {rgb.dtype} {rgb.shape}"
-            )
+            what = f"takes uint8 (m, {self._side}, {self._side}, 3), not {rgb.dtype} {rgb.shape}"
+            raise StoreError(self._where, what)
         patches = np.ascontiguousarray(rgb)
         if threads == 1:
             return [self._encode(patch) for patch in patches]
@@ -115,12 +95,9 @@ class Pixels:
         self._shards.forget()
 
     def read(
-        self,
-        rows: Sequence[int] | npt.NDArray[np.integer],
-        out: U8 | None,
-        is_unreadable: Callable[[int], bool],
+        self, rows: Sequence[int] | npt.NDArray[np.integer], out: U8 | None, is_unreadable: Callable[[int], bool]
     ) -> U8:
-        """See ``PatchStore.read``; `is_unreadable` is asked of patches that cannot be decoded."""
+        """See ``PatchStore.read``; `is_unreadable` is called for patches that cannot be decoded."""
         wanted = np.asarray(rows)
         if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
             raise StoreError(self._where, f"rows are whole numbers in one dimension, not {wanted.dtype} {wanted.shape}")
@@ -153,7 +130,6 @@ def _encode_zstd(patch: U8) -> bytes:
 
 
 def _decode_zstd(chunk: memoryview, out: U8) -> None:
-    # It takes any buffer, whatever its annotations say.
-    decoded = imagecodecs.zstd_decode(chunk, out=out.reshape(-1))  # type: ignore[arg-type]
+    decoded = imagecodecs.zstd_decode(chunk, out=out.reshape(-1))  # type: ignore[arg-type]  # it takes any buffer
     if len(decoded) != out.size:
         raise ValueError(f"it holds {len(decoded)} bytes, not {out.size}")

@@ -1,11 +1,11 @@
-"""Zarr shards as files: whole ones written, single chunks read.
+"""Zarr shards as files: written whole, read chunk by chunk.
 
-A ``sharding_indexed`` shard is its chunks one after the other and then an index: offset and length of each
-chunk, uint64 little-endian, both 2**64 - 1 where a chunk is not there; and the CRC-32C of the index.
-Source: Zarr v3 specification, codec ``sharding_indexed`` version 1.0, index at the end.
+A ``sharding_indexed`` shard is its chunks, an index and the index's CRC-32C. The index is the offset and length of each
+chunk, uint64 little-endian; both are 2**64 - 1 for an absent chunk. Source: Zarr v3 specification, codec
+``sharding_indexed`` version 1.0, index at the end.
 
-Zarr itself reads the index again for every patch asked for. Here it is read once: what remains is one ``pread``
-a patch, or one for all that lie together.
+Zarr itself reads the index again for every patch. Here it is read once, and then each patch, or a group of neighbours,
+takes one ``pread``.
 """
 
 from __future__ import annotations
@@ -21,32 +21,24 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi.errors import StoreError
-from wsi.files import in_one_go, replacing
+from wsi.files import coalesce, replacing
+
+MISSING_REMEDY = "Run the same command again; where the slide is done already, with --force"
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
 
-#: Chunks that lie closer than this are read at once, up to so much at a time.
+#: Chunks closer than this many bytes are read together, up to so many bytes per read.
 _GAP_BYTES, _RUN_BYTES = 1 << 14, 1 << 23
 
-#: Files open at once, of all stores together; a process may often have 1024.
+#: Files open at once, of all stores together; a process is often limited to 1024.
 _OPEN_FILES = 256
 
 
 def write_shard(path: str | os.PathLike[str], chunks: Sequence[bytes | None], n_chunks: int) -> None:
-    """Write a whole shard under a temporary name, then rename it.
+    """Write a whole shard of `n_chunks` encoded chunks. None, and chunks beyond the end, read as the fill value.
 
-    Parameters
-    ----------
-    chunks : sequence of bytes or None
-        Encoded; None, and those beyond the end, are not there: a reader takes the array's fill value.
-    n_chunks : int
-        Chunks that a shard may hold.
-
-    Raises
-    ------
-    OSError
-        It cannot be written; what was there before stays.
+    If it cannot be written (OSError), an earlier shard stays as it was.
     """
     index = np.full((n_chunks, 2), _ABSENT, "<u8")
     there = [i for i, chunk in enumerate(chunks) if chunk is not None]
@@ -56,33 +48,23 @@ def write_shard(path: str | os.PathLike[str], chunks: Sequence[bytes | None], n_
     index[there, 1] = lengths
     raw = index.tobytes()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, sync=False) as file:  # a shard cut short by a power cut is found out by its index
+    with replacing(path, sync=False) as file:  # a power cut may shorten it, which the index shows
         file.write(b"".join([*present, raw, google_crc32c.value(raw).to_bytes(_CRC_BYTES, "little")]))
 
 
 class ShardFile:
-    """An open shard: its index, and its chunks by position.
+    """An open shard. Raises StoreError if it is missing, or its index is cut short or damaged.
 
-    The file closes with the last reference, so that no thread's file is closed by another, nor its number
-    given to another file.
-
-    Raises
-    ------
-    StoreError
-        There is no such shard; or it is shorter than its index, the checksum does not fit, or chunks reach beyond it.
+    The file is closed with the last reference, so that no thread can close a file that another is reading.
     """
 
     def __init__(self, path: str, n_chunks: int) -> None:
         self._path = path
-        self._close = os.close  # modules may be gone when the interpreter ends
+        self._close = os.close  # `os` may be gone at interpreter exit
         try:
             self._file = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise StoreError(
-                path,
-                "this shard is missing",
-                "Run the same command again; where the slide is done already, with --force",
-            ) from error
+            raise StoreError(path, "this shard is missing", MISSING_REMEDY) from error
         tail = n_chunks * 16 + _CRC_BYTES
         start = os.fstat(self._file).st_size - tail
         raw = os.pread(self._file, tail, start) if start >= 0 else b""
@@ -101,10 +83,7 @@ class ShardFile:
         return StoreError(self._path, f"is damaged: {how}", "Run the same command again: damaged shards are made anew")
 
     def chunks(self, positions: Iterable[tuple[int, int]]) -> Iterator[tuple[int, memoryview | None]]:
-        """Read chunks; pairs of (position in the shard, mark) give pairs of (mark, bytes), in the file's order.
-
-        None where a chunk is not there.
-        """
+        """For each (position in the shard, mark) yield (mark, bytes), in the file's order; None if absent."""
         spans = []
         for position, mark in positions:
             offset, length = self.index[position].tolist()
@@ -113,7 +92,7 @@ class ShardFile:
             else:
                 spans.append((offset, length, mark))
         spans.sort()
-        for run in in_one_go(spans, _GAP_BYTES, _RUN_BYTES):
+        for run in coalesce(spans, _GAP_BYTES, _RUN_BYTES):
             start = run[0][0]
             stop = max(offset + length for offset, length, _ in run)
             data = memoryview(os.pread(self._file, stop - start, start))
@@ -124,16 +103,9 @@ class ShardFile:
 
 
 class ShardReader:
-    """Reads chunks of an array that is sharded along its first axis, in any order; from many threads, and after a fork.
+    """Reads chunks, in any order, of an array in `folder` that is sharded along the first of `ndim` axes.
 
-    Parameters
-    ----------
-    folder : path
-        The array's.
-    ndim : int
-        Its dimensions.
-    n_chunks : int
-        Chunks a shard.
+    It may be used from many threads and after a fork. `n_chunks` is the number of chunks in a shard.
     """
 
     def __init__(self, folder: str | os.PathLike[str], ndim: int, n_chunks: int) -> None:
@@ -142,15 +114,15 @@ class ShardReader:
         self._generation = 0
 
     def path(self, shard: int) -> str:
-        """Return where a shard lies: Zarr's default chunk keys."""
+        """Return a shard's path: Zarr's default chunk keys."""
         return f"{self._before}{shard}{self._after}"
 
     def forget(self) -> None:
-        """Open files anew: something was written."""
+        """Reopen files at the next read; to be called after writing."""
         self._generation += 1
 
     def is_whole(self, shard: int) -> bool:
-        """Whether a shard is there, with an index that fits."""
+        """Whether a shard exists, with a valid index."""
         try:
             ShardFile(self.path(shard), self.n_chunks)
         except StoreError:
@@ -158,7 +130,7 @@ class ShardReader:
         return True
 
     def chunks(self, rows: Sequence[int]) -> Iterator[tuple[int, memoryview | None]]:
-        """Give (i, bytes of chunk ``rows[i]``) for each i, in the order that reads fastest; see ``ShardFile``."""
+        """Yield (i, bytes of chunk ``rows[i]``) for each i, in the order that reads fastest; None if absent."""
         order = range(len(rows)) if len(rows) == 1 else sorted(range(len(rows)), key=rows.__getitem__)
         for shard, marks in groupby(order, key=lambda i: rows[i] // self.n_chunks):
             file = _open(self, self._generation, shard)

@@ -1,6 +1,6 @@
-"""The slide's own JPEG tiles as patches: their bytes are copied, nothing is decoded and nothing lost.
+"""Copy the slide's own JPEG tiles as patches, without decoding and without loss.
 
-It takes a grid whose patches are stored tiles, one for one: ``TileGrid.of_level`` lays such grids.
+Each patch of the grid must be exactly one stored tile, as in grids of ``TileGrid.of_level``.
 """
 
 from __future__ import annotations
@@ -25,20 +25,10 @@ _REMEDY = "Keep pixels as jpeg or zstd, or lay the grid on the slide's own tiles
 
 
 def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
-    """Find the stored tiles that are a grid's patches, pixel for pixel as ``Slide.read`` gives them.
+    """Return the stored tiles that equal a grid's n patches, pixel for pixel: level, columns (n,) and rows (n,).
 
-    Returns
-    -------
-    level : int
-        The pyramid level that ``Slide.read`` would read.
-    columns, rows : int64 (n,)
-        Of the level's tiles.
-
-    Raises
-    ------
-    GridError
-        There are none: the reader has no JPEG tiles there, they are of another size, the grid lies otherwise,
-        or a patch reaches over the slide's edge (stored tiles are padded there, patches are white).
+    Raises GridError if the reader has no JPEG tiles at that level, if they have another size or position than the
+    patches, or if a patch reaches over the slide's edge (where stored tiles are padded and patches are white).
     """
     level = slide.level_for(min(grid.tile) / grid.tile_px)
     side = slide.tile_px(level)
@@ -51,7 +41,7 @@ def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
     boxes = grid.boxes()
     tiles = np.empty((len(grid), 2), np.int64)
     for axis, per_px in zip((0, 1), slide.scale(level), strict=True):
-        # In 1/4096 px of the level, rounded as Slide.read rounds.
+        # In 1/4096 px of the level, rounded as by Slide.read.
         scale = per_px * (1 << native.FIXED_POINT_BITS)
         whole = grid.tile_px << native.FIXED_POINT_BITS
         starts = np.rint(boxes[:, axis] * scale).astype(np.int64)
@@ -69,28 +59,11 @@ def stored_tiles(slide: Slide, grid: TileGrid) -> tuple[int, I64, I64]:
 def copy_tiles(
     slide: Slide, store: PatchStore, *, threads: int = 1, progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Fill the missing pixels of a verbatim store: whole shards, each by one thread.
+    """Fill the missing pixels of a store that was created with ``pixels="verbatim"`` for a grid of this slide.
 
-    A tile that the slide leaves out as glass is kept as white; one whose bytes are cut short is marked in
-    ``unreadable`` and reads as white. Bytes that are there but wrong are found when they are decoded.
-
-    Parameters
-    ----------
-    store : PatchStore
-        Made with ``pixels="verbatim"`` for a grid of this slide.
-    threads : int
-        Shards copied at a time.
-    progress : callable
-        Called with the number of tiles done in all.
-
-    Raises
-    ------
-    GridError
-        See ``stored_tiles``.
-    StoreError
-        The store keeps its pixels in another way.
-    OSError
-        The store cannot be written to.
+    A tile that the slide omits as glass becomes white. One that is cut short is marked in ``unreadable`` and reads as
+    white. Other damage shows only when a tile is decoded. `progress` is called with the number of tiles done so far.
+    Raises GridError (see ``stored_tiles``), StoreError if the store keeps its pixels in another way, and OSError.
     """
     if store.pixels != "verbatim":
         raise StoreError(store.path, f"keeps its pixels as {store.pixels}", 'Make it with pixels="verbatim"')
@@ -128,7 +101,7 @@ def copy_tiles(
 
 
 def _is_white(slide: Slide, grid: TileGrid, tile: int) -> bool:
-    """Whether a tile without bytes is one that the slide leaves out, which reads as white."""
+    """Whether a tile without bytes is one that the slide omits, which reads as white."""
     try:
         patch: U8 = slide.read(grid.box(tile), (grid.tile_px, grid.tile_px))
     except SlideUnreadable:

@@ -1,7 +1,7 @@
-"""Streaming: threads fill reused batches ahead of whoever takes them, and decode each stored tile once.
+"""Streaming: reader threads fill reused batches ahead of the consumer, and decode each stored tile once.
 
-Where the slide gives its stored tiles (``Slide.tile_px``), patches are cut from decoded tiles that are kept for as long
-as a later patch needs them and no longer; otherwise each patch is one ``Slide.read``. Both give the same bytes.
+If the reader gives access to stored tiles (``Slide.tile_px``), patches are cut from decoded tiles, each kept until the
+last patch that needs it. Otherwise each patch is one ``Slide.read``. Both give the same bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,33 +22,12 @@ from wsi.tiling.cut import Axis, Cut, bytes_under, fresh, off_32
 
 
 class Batch(NamedTuple):
-    """Patches of consecutive tiles.
-
-    Attributes
-    ----------
-    tiles : range
-    rgb : uint8 (n, tile_px, tile_px, 3)
-        Valid until the next batch is taken: the memory is used again. White where `unreadable`.
-    unreadable : bool (n,)
-        Patches of which a part cannot be decoded.
-    problem : str, optional
-        Why, of the first of them.
-    """
+    """Patches of n consecutive tiles."""
 
     tiles: range
-    rgb: U8
-    unreadable: npt.NDArray[np.bool_]
-    problem: str | None
-
-
-class _Reads(Protocol):
-    """A way to fill patches, in steps of consecutive tiles."""
-
-    def submit(self, step: int, out: U8) -> list[Future[Any]]:
-        """Begin to fill the patches of a step."""
-
-    def finish(self, step: int) -> list[str | None]:
-        """Say why a patch of a finished step is unreadable, and let go of what no later one needs."""
+    rgb: U8  # (n, tile_px, tile_px, 3), white where `unreadable`; valid until the next batch, which reuses the memory
+    unreadable: npt.NDArray[np.bool_]  # (n,), patches that cannot be decoded completely
+    problem: str | None  # why the first of them cannot
 
 
 def stream(
@@ -62,65 +41,51 @@ def stream(
     max_bytes: int = 256 << 20,
     empty: Callable[[tuple[int, ...]], U8] = fresh,
 ) -> Generator[Batch, None, None]:
-    """Read tiles in batches, in order, before they are asked for.
+    """Read tiles in batches, in order and ahead of the consumer.
 
-    The order and the bytes do not depend on `threads`, `batch_size`, `ahead` or `max_bytes`.
+    Order and bytes do not depend on `threads`, `batch_size`, `ahead` or `max_bytes`.
 
     Parameters
     ----------
     runs : sequence of range
-        Tiles wanted; no batch spans two runs.
+        The tiles to read; no batch spans two runs.
     batch_size : int
-        Patches a batch at most.
+        Largest number of patches in a batch.
     threads : int
         Threads that read and decode.
     ahead : int
-        Batches begun before they are asked for: memory for one more than that is taken once and used again.
+        Batches begun before they are asked for. The memory of ``ahead + 1`` batches is allocated once and reused.
     max_bytes : int
-        Limit on decoded stored tiles held for patches in progress. Stored tiles that the next row of patches needs are
-        kept as well: at most a band across the slide, one stored tile high.
+        Limit on decoded tiles held for patches in progress. Besides these, tiles that the next row of patches needs are
+        kept: at most a band across the slide, one stored tile high.
     empty : callable
-        Gives uint8 memory of a shape for the batches, such as pages that a GPU can fetch by itself.
-
-    Yields
-    ------
-    Batch
+        Allocates uint8 memory of a given shape for the batches, such as pinned memory.
     """
-    batches = [
-        range(start, min(start + batch_size, run.stop))
-        for run in runs
-        for start in range(run.start, run.stop, batch_size)
-    ]
+    batches = _split(runs, batch_size)
     if not batches:
         return
     side = grid.tile_px
     buffers = [off_32((batch_size, side, side, 3), empty) for _ in range(min(ahead + 1, len(batches)))]
-    level = slide.level_for(max(min(grid.tile) / side, 1e-9))
-    tile_px = slide.tile_px(level)
-    at_once = batch_size * len(buffers)
-    if tile_px is not None:
+    level = slide.level_for(min(grid.tile) / side)
+    at_once = batch_size * len(buffers)  # patches in progress
+    axes = None
+    if (tile_px := slide.tile_px(level)) is not None:
         used = np.concatenate([np.arange(run.start, run.stop) for run in runs])
         across = Axis(slide, level, 0, grid.columns, used, grid, tile_px[0])
         down = Axis(slide, level, 1, grid.rows, used, grid, tile_px[1])
+        axes = across, down
         at_once = max(2, max_bytes // bytes_under(across, down))
-    step_size = min(batch_size, max(1, at_once // (2 * threads)))  # enough of them at once to keep all threads busy
-    steps = [
-        range(start, min(start + step_size, batch.stop))
-        for batch in batches
-        for start in range(batch.start, batch.stop, step_size)
-    ]
+    step_size = min(batch_size, max(1, at_once // (2 * threads)))  # small enough to keep all threads busy
+    steps = _split(batches, step_size)
     batch_of = np.searchsorted([batch.start for batch in batches], [step.start for step in steps], "right") - 1
     pool = ThreadPoolExecutor(threads, thread_name_prefix="wsi-read")
-    reads: _Reads
-    if tile_px is None:
-        reads = _Whole(slide, grid, steps, pool)
-    else:
-        reads = Cut(slide, grid, steps, pool, threads, level, across, down)
+    whole = _Whole(slide, grid, steps, pool)
+    reads: Cut | _Whole = Cut(slide, grid, steps, pool, threads, level, *axes) if axes else whole
     waiting: deque[list[Future[Any]]] = deque()
     submitted = finished = 0
 
     def submit(free_batches: int) -> None:
-        """Begin steps of batches below `free_batches`, as many as there is memory for."""
+        """Begin the steps of all batches below `free_batches`, as far as memory allows."""
         nonlocal submitted
         while submitted < len(steps) and batch_of[submitted] < free_batches:
             if waiting and (len(waiting) + 1) * step_size > at_once:
@@ -135,7 +100,7 @@ def stream(
             submit(i + len(buffers))
             problems: list[str | None] = []
             while len(problems) < len(batch):
-                for job in reversed(waiting.popleft()):  # one that is done wakes nobody
+                for job in reversed(waiting.popleft()):  # the last first: waiting for a finished job costs nothing
                     job.result()
                 problems += reads.finish(finished)
                 finished += 1
@@ -149,8 +114,13 @@ def stream(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _split(runs: Sequence[range], size: int) -> list[range]:
+    """Divide each run into parts of at most `size`."""
+    return [range(start, min(start + size, run.stop)) for run in runs for start in range(run.start, run.stop, size)]
+
+
 class _Whole:
-    """Each patch is a read of its own."""
+    """Fills patches step by step, each by one ``Slide.read``; same interface as ``Cut``."""
 
     def __init__(self, slide: Slide, grid: TileGrid, steps: list[range], pool: ThreadPoolExecutor) -> None:
         self._slide, self._grid, self._steps, self._pool = slide, grid, steps, pool

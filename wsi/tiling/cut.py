@@ -1,4 +1,4 @@
-"""Patches cut from stored tiles, each of which is decoded once."""
+"""Patches cut from stored tiles, of which each is decoded once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ import numpy.typing as npt
 from wsi.grid import TileGrid
 from wsi.slide import Slide
 from wsi.slide.base import U8
-from wsi.slide.cells import ONE_PX, Cells, resample, shrunk
+from wsi.slide.cells import ONE_PX, Cells, cell_edges, resample, shrunk
 
-#: Tiles or patches a thread takes at once, at most: enough that handing them out costs little.
+#: Most tiles or patches in one job of a thread: enough to make the overhead of a job small.
 _RUN = 32
-
-#: And of tiles that patches are cut of: what is still in the core's cache by then.
+#: Most bytes of decoded tiles in one job, so that they are still in the core's cache when patches are cut from them.
 _RUN_BYTES = 2 << 20
-
-#: Memory for stored tiles is taken in blocks: the system fills small ones page by page, which costs more than decoding.
+#: Memory for decoded tiles is allocated in blocks: page faults of many small allocations cost more than decoding.
 _BLOCK_BYTES = 8 << 20
 
-#: A stored tile: by how much it is reduced, its row and its column. A bare tuple: there are millions.
+#: A stored tile: (shrink, row, column). A plain tuple, since there are millions.
 _Tile = tuple[int, int, int]
 
 
@@ -36,9 +34,9 @@ def fresh(shape: tuple[int, ...]) -> U8:
 
 
 def off_32(shape: tuple[int, ...], empty: Callable[[tuple[int, ...]], U8] = fresh) -> U8:
-    """Take memory that begins 16 bytes off a multiple of 32.
+    """Allocate memory at an address 16 bytes off a multiple of 32.
 
-    On one that is, libjpeg-turbo writes past the caches: a twentieth slower, and the pixels are wanted at once.
+    At a multiple of 32 libjpeg-turbo bypasses the caches: decoding is a twentieth slower, and pixels are read at once.
     """
     flat = empty((math.prod(shape) + 32,))
     first = (16 - flat.ctypes.data) % 32
@@ -46,13 +44,13 @@ def off_32(shape: tuple[int, ...], empty: Callable[[tuple[int, ...]], U8] = fres
 
 
 class _Span(NamedTuple):
-    """Where a patch lies along one axis."""
+    """Position of a patch along one axis."""
 
     cells: Cells
-    tiles: range  # stored tiles that it touches
-    parts: list[tuple[slice, slice]]  # of each of them: where on the patch, and which of its pixels
-    is_inside: bool  # it does not reach beyond the level
-    is_tile: bool  # it is one stored tile, pixel by pixel
+    tiles: range  # stored tiles that the patch touches
+    parts: list[tuple[slice, slice]]  # for each of them: the patch's pixels, and the tile's pixels that go there
+    is_inside: bool  # the patch does not reach beyond the level
+    is_tile: bool  # the patch is one stored tile, pixel by pixel
 
 
 @dataclass(eq=False, slots=True)
@@ -63,36 +61,29 @@ class _Patch:
     y: _Span
     touched: list[_Tile]  # row by row
     out: U8
-    pixels: list[U8] = field(default_factory=list)  # of the stored tiles
-    awaited: int = 0  # runs that have to be decoded before
+    pixels: list[U8] = field(default_factory=list)  # of the touched tiles
+    awaited: int = 0  # runs that must be decoded first
 
 
 @dataclass(eq=False, slots=True)
 class _Run:
-    """Stored tiles that a thread decodes in one go, and the patches that wait for them."""
+    """Stored tiles that one job decodes, and the patches that wait for them."""
 
-    tiles: list[tuple[_Tile, U8]]  # and where each goes
+    tiles: list[tuple[_Tile, U8]]  # with the memory that each is decoded into
     patches: list[_Patch] = field(default_factory=list)
     is_done: bool = False
 
 
 class Cut:
-    """Patches are cut from stored tiles, which are decoded once and kept while a patch to come needs them.
+    """Cuts patches, step by step, from stored tiles that are decoded once and kept until their last use.
 
-    Whoever decodes the last tile that a patch waits for cuts it: no thread waits for another.
+    The thread that decodes the last tile of a patch also cuts it, so no thread waits for another.
     """
 
     def __init__(
-        self,
-        slide: Slide,
-        grid: TileGrid,
-        steps: list[range],
-        pool: ThreadPoolExecutor,
-        threads: int,
-        level: int,
-        across: Axis,
-        down: Axis,
-    ) -> None:
+        self, slide: Slide, grid: TileGrid, steps: list[range], pool: ThreadPoolExecutor, threads: int, level: int,
+        across: Axis, down: Axis,
+    ) -> None:  # fmt: skip
         self._slide, self._steps, self._pool, self._threads = slide, steps, pool, threads
         self._level, self._across, self._down = level, across, down
         used = np.concatenate([np.arange(step.start, step.stop) for step in steps])
@@ -103,13 +94,14 @@ class Cut:
         self._free: dict[int, list[U8]] = {1: [], 2: [], 4: [], 8: []}
         self._to_drop: list[list[_Tile]] = [[] for _ in steps]
         self._problems: dict[_Tile, str] = {}
-        self._lock = threading.Lock()  # of who waits for whom
+        self._lock = threading.Lock()  # guards `_Run.patches`, `_Run.is_done` and `_Patch.awaited`
         self._local = threading.local()
 
     def _plan(self, grid: TileGrid, used: npt.NDArray[np.int64]) -> tuple[list[list[int]], npt.NDArray[np.int32]]:
-        """Find the last step that touches each stored tile, by row and column.
+        """Return the last step that touches each stored tile, by row and column; and the stored tile of each patch.
 
-        And for each patch the stored tile that it is, pixel by pixel, where no other patch touches it; else zeros.
+        The latter is (shrink, row, column) if the patch is that tile, pixel by pixel, and no other patch touches it;
+        else zeros.
         """
         across, down = self._across, self._down
         last = np.full((down.n_tiles, across.n_tiles), -1, np.int32)
@@ -129,11 +121,12 @@ class Cut:
         tiles = tiles[touches[first_y[tiles], first_x[tiles]] == 1]
         alone = np.zeros((len(grid), 3), np.int32)
         alone[used[tiles]] = np.stack([across.shrinks[columns[tiles]], first_y[tiles], first_x[tiles]], axis=1)
-        found: list[list[int]] = last.tolist()
-        return found, alone
+        last_use: list[list[int]] = last.tolist()
+        return last_use, alone
 
     def submit(self, step: int, out: U8) -> list[Future[Any]]:
-        alone: list[tuple[_Tile, U8]] = []  # decoded where they belong, and forgotten
+        """Begin to fill the patches of a step."""
+        alone: list[tuple[_Tile, U8]] = []  # decoded directly into the batch
         patches: list[_Patch] = []
         tiles = self._steps[step]
         whole = self._alone[tiles.start : tiles.stop].tolist()
@@ -165,6 +158,7 @@ class Cut:
         return jobs
 
     def finish(self, step: int) -> list[str | None]:
+        """Return why each patch of a finished step is unreadable; release tiles that no later step needs."""
         problems: list[str | None] = [None] * len(self._steps[step])
         if self._problems:
             for j, tile in enumerate(self._steps[step]):
@@ -175,13 +169,13 @@ class Cut:
         return problems
 
     def _find(self, tile: int) -> tuple[_Span, _Span, list[_Tile]]:
-        """Where a patch lies, and which stored tiles it touches."""
+        """Return a patch's position along x and y, and the stored tiles that it touches."""
         shrink = int(self._shrinks[tile])
         x, y = self._across.span(int(self._columns[tile]), shrink), self._down.span(int(self._rows[tile]), shrink)
         return x, y, [(shrink, row, column) for row in y.tiles for column in x.tiles]
 
     def _in_runs(self, tiles: list[tuple[_Tile, U8]], at_most: int) -> list[_Run]:
-        """Share tiles out, so that every thread has some."""
+        """Divide tiles into runs, so that every thread gets some."""
         length = max(1, min(at_most, -(-len(tiles) // self._threads)))
         return [_Run(tiles[start : start + length]) for start in range(0, len(tiles), length)]
 
@@ -223,7 +217,7 @@ class Cut:
                     resample(region, x, y, patch.out)
 
     def _scratch(self, h: int, w: int) -> U8:
-        """Memory of this thread: fresh pages for each patch cost more than cutting it."""
+        """Return this thread's scratch memory: allocating pages for each patch would cost more than cutting it."""
         flat = getattr(self._local, "flat", None)
         if flat is None or len(flat) < h * w * 3:
             flat = self._local.flat = np.empty(h * w * 3, np.uint8)
@@ -231,42 +225,24 @@ class Cut:
 
 
 class Axis:
-    """Along one axis: where the patches of each lattice position lie, found once for all that share it.
-
-    Attributes
-    ----------
-    tile_px, n_tiles : int
-        Side and number of the stored tiles.
-    most_tiles, least_shrink : int
-        Of all patches.
-    shrinks : int64 (positions,)
-        By how much the decoder may reduce.
-    first_tile, last_tile : int64 (positions,)
-        Stored tiles touched, inclusive; none where last < first.
-    is_tile : bool (positions,)
-        Reduced so, it is one stored tile.
-    """
+    """One axis of a level: the stored tiles under each lattice position, shared by all patches of that position."""
 
     def __init__(
-        self,
-        slide: Slide,
-        level: int,
-        axis: int,
-        lattice: npt.NDArray[np.int32],
-        used: npt.NDArray[np.int64],
-        grid: TileGrid,
-        tile_px: int,
-    ) -> None:
+        self, slide: Slide, level: int, axis: int, lattice: npt.NDArray[np.int32], used: npt.NDArray[np.int64],
+        grid: TileGrid, tile_px: int,
+    ) -> None:  # fmt: skip
         self._side, self.tile_px = slide.level_sizes[level][axis], tile_px
         self.n_tiles = -(-self._side // tile_px)
         positions = int(lattice.max(initial=-1)) + 1
-        self.shrinks = np.ones(positions, np.int64)
+        self.shrinks = np.ones(positions, np.int64)  # by how much the decoder may reduce
+        # Stored tiles touched, both inclusive; none where last < first.
         self.first_tile, self.last_tile = np.zeros(positions, np.int64), np.full(positions, -1, np.int64)
-        self.is_tile = np.zeros(positions, np.bool_)
+        self.is_tile = np.zeros(positions, np.bool_)  # reduced by `shrinks`, the patch is one stored tile
         self._edges: dict[int, npt.NDArray[np.int64]] = {}
         self._spans: dict[tuple[int, int], _Span] = {}
         there = np.unique(lattice[used])
-        edges = slide.cells_along(level, axis, there * grid.stride[axis], grid.tile[axis], grid.tile_px)
+        starts, scale = there[:, None] * grid.stride[axis], slide.scale(level)[axis]
+        edges = cell_edges(starts, grid.tile[axis], grid.tile_px, scale)
         self.first_tile[there] = np.maximum(edges[:, 0] // ONE_PX, 0) // tile_px
         self.last_tile[there] = (np.minimum(-(edges[:, -1] // -ONE_PX), self._side) - 1) // tile_px
         for i, of_position in zip(there.tolist(), edges, strict=True):
@@ -277,7 +253,7 @@ class Axis:
         self.least_shrink = int(self.shrinks[there].min(initial=8))
 
     def span(self, position: int, shrink: int) -> _Span:
-        """Where the patches of a lattice position lie on the level, reduced."""
+        """Return where the patches of a lattice position lie on the level reduced by `shrink`."""
         key = position, shrink
         if key not in self._spans:
             cells = shrunk(self._edges[position], shrink)
@@ -285,7 +261,7 @@ class Axis:
             side, tile_px = self._side // shrink, self.tile_px // shrink
             parts = []
             for left in range(tiles.start * tile_px, tiles.stop * tile_px, tile_px):
-                # Beyond the level's border a stored tile holds anything, and a patch is white.
+                # Beyond the level's border a stored tile is padding, and a patch is white.
                 start = max(cells.first, left)
                 stop = max(start, min(cells.last, left + tile_px, side))
                 parts.append((slice(start - cells.first, stop - cells.first), slice(start - left, stop - left)))
@@ -296,7 +272,7 @@ class Axis:
 
 
 def bytes_under(across: Axis, down: Axis) -> int:
-    """Bytes of the decoded stored tiles under one patch, at most."""
+    """Return the most bytes of decoded tiles that any patch touches."""
     shrink = min(across.least_shrink, down.least_shrink)
     w, h = (axis.most_tiles * (axis.tile_px // shrink) for axis in (across, down))
     return w * h * 3
