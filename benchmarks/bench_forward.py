@@ -1,6 +1,8 @@
 """Patch networks on this CPU: tiles a second, and how near they come to what the CPU can do.
 
-    python benchmarks/bench_forward.py resnet18 idc-breast --precision float32
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/bench_forward.py resnet18 idc-breast --precision float32
+
+(threads wait as in the workers of `wsi score`)
 
 Batches go through ``PatchModel.score``; the best of the rounds counts. Timed between them: the product of two
 square matrices, and the network before ``for_inference``. The column "of matmul" has the network's multiply-adds a

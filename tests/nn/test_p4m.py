@@ -5,6 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from wsi.nn.fold import for_inference  # noqa: E402
 from wsi.nn.p4m import P4MConv, P4MNet, P4MNorm, conv_norm, dihedral_group, turned_filter_index  # noqa: E402
 
 SMALL = {"widths": (2, 3, 4), "depths": (1, 1, 1), "stem": 2, "head": 5}
@@ -163,3 +164,15 @@ def test_it_learns():
         loss.backward()
         optimiser.step()
     assert loss.item() < 0.2
+
+
+def test_folded_it_is_the_same_network():
+    torch.manual_seed(0)
+    net = lively(P4MNet(widths=(4, 8), depths=(1, 2), stem=4, head=5, members=2))
+    x = torch.rand(2, 3, 50, 50)
+    with torch.inference_mode():
+        expected = net.embed(x)
+        assert net.fold_norms() == 2 * (2 + 2 + 3 + 2)  # stem and head; three blocks, one of them with a shortcut
+        torch.testing.assert_close(net.embed(x), expected, rtol=1e-5, atol=1e-6)
+        for_inference(net, "cpu", "float32")
+        torch.testing.assert_close(net.embed(x), expected, rtol=1e-5, atol=1e-5)

@@ -54,6 +54,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         problems.append(f"timm does not load ({error}): install torch and torchvision of matching versions")
     twins = "NumPy twins (no C++ compiler at install): same bytes, slower"
     facts["native kernels"] = "compiled" if native.HAVE_CPU else twins
+    instructions = native.winograd_instructions()
+    facts["3 x 3 convolutions"] = f"ours, with {instructions[0]}" if instructions else "torch's: no AVX2, or no compiler"
     facts["bfloat16 on this CPU"] = cpu_has_bfloat16()
     facts["GPU"] = gpu_name() or "none that torch sees"
     facts["models"] = known_models()

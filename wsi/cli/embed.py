@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +50,7 @@ def embed(
 
       wsi embed new_stores --encoder uni --mil grader
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in workers; torch reads it when it is loaded
     from wsi.archive import Event
     from wsi.embed import embed_slide, grade_slide
     from wsi.files import write_csv

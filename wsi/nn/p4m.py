@@ -75,6 +75,7 @@ class P4MConv(nn.Module):
         super().__init__()
         self.side = side
         self.padding = padding
+        self.plain: nn.Module | None = None  # this and the norm after it as one convolution, once folded to infer
         taps = in_orientations * side * side
         self.weight = nn.Parameter(torch.randn(c_out, c_in, taps) * (2 / (c_in * taps)) ** 0.5)  # He et al. 2015
         self.register_buffer("index", turned_filter_index(side, in_orientations), persistent=False)
@@ -106,16 +107,24 @@ class P4MNorm(nn.BatchNorm2d):
         return x.permute(0, 2, 3, 1).reshape(b, h, w, ORIENTATIONS * self.num_features).permute(0, 3, 1, 2)
 
 
-def conv_norm(conv: P4MConv, norm: P4MNorm, x: Tensor) -> Tensor:
-    """Return ``norm(conv(x))``; at inference the normalisation is folded into the filters, which saves a pass."""
-    if norm.training:
-        normed: Tensor = norm(conv(x))
-        return normed
+def folded(conv: P4MConv, norm: P4MNorm) -> tuple[Tensor, Tensor]:
+    """Return the filters and the bias of ``norm(conv(x))`` at inference, in conv2d's layout."""
     assert norm.running_var is not None and norm.running_mean is not None  # for mypy: they are tracked
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # (c,)
     bias = norm.bias - norm.running_mean * scale
-    filters = conv.filters() * scale.repeat(ORIENTATIONS).view(-1, 1, 1, 1)
-    return conv.convolve(x, filters, bias.repeat(ORIENTATIONS))
+    return conv.filters() * scale.repeat(ORIENTATIONS).view(-1, 1, 1, 1), bias.repeat(ORIENTATIONS)
+
+
+def conv_norm(conv: P4MConv, norm: P4MNorm, x: Tensor) -> Tensor:
+    """Return ``norm(conv(x))``; at inference the normalisation is folded into the filters, which saves a pass."""
+    normed: Tensor
+    if norm.training:
+        normed = norm(conv(x))
+    elif conv.plain is not None:
+        normed = conv.plain(x)
+    else:
+        normed = conv.convolve(x, *folded(conv, norm))
+    return normed
 
 
 class P4MBlock(nn.Module):
@@ -129,11 +138,15 @@ class P4MBlock(nn.Module):
         self.norm2 = P4MNorm(c)
         self.shortcut = nn.ModuleList([P4MConv(c_in, c, 1), P4MNorm(c)] if c_in != c else [])
 
+    def pairs(self) -> list[tuple[P4MConv, P4MNorm]]:
+        """Return each convolution with the normalisation after it."""
+        shortcut = [cast("tuple[P4MConv, P4MNorm]", tuple(self.shortcut))] if self.shortcut else []
+        return [(self.conv1, self.norm1), (self.conv2, self.norm2), *shortcut]
+
     def forward(self, x: Tensor) -> Tensor:
         h = functional.relu(conv_norm(self.conv1, self.norm1, x))
         h = conv_norm(self.conv2, self.norm2, h)
-        if self.shortcut:
-            conv, norm = cast("tuple[P4MConv, P4MNorm]", tuple(self.shortcut))
+        for conv, norm in self.pairs()[2:]:
             x = conv_norm(conv, norm, x)
         return functional.relu(h + x)
 
@@ -156,6 +169,12 @@ class P4MTrunk(nn.Module):
             c = width
         self.head = P4MConv(c, head, 1)
         self.head_norm = P4MNorm(head)
+
+    def pairs(self) -> list[tuple[P4MConv, P4MNorm]]:
+        """Return each convolution with the normalisation after it."""
+        blocks = [block for block in self.modules() if isinstance(block, P4MBlock)]
+        ends = [(self.stem, self.stem_norm), (self.head, self.head_norm)]
+        return ends + [pair for block in blocks for pair in block.pairs()]
 
     def maps(self, x: Tensor) -> Tensor:
         """Return the last maps, (b, 8 * head, h', w')."""
@@ -243,6 +262,18 @@ class P4MNet(nn.Module):
         density = -torch.log((x * self.std + self.mean).clamp(min=1 / 255))
         x = torch.cat([x, density], 1).contiguous(memory_format=torch.channels_last)  # (b, 6, h, w)
         return tuple(cast("P4MTrunk", trunk).maps(x) for trunk in self.trunks)
+
+    @torch.no_grad()
+    def fold_norms(self) -> int:
+        """Make plain convolutions of the group convolutions and their normalisations, to infer; return how many."""
+        pairs = [pair for trunk in self.trunks for pair in cast("P4MTrunk", trunk).pairs()]
+        for conv, norm in pairs:
+            filters, bias = folded(conv, norm)
+            n, c, side, _ = filters.shape
+            plain = nn.Conv2d(c, n, side, padding=conv.padding)
+            plain.weight, plain.bias = nn.Parameter(filters), nn.Parameter(bias)
+            conv.plain = plain
+        return len(pairs)
 
     def pool(self, maps: Sequence[Tensor]) -> Tensor:
         """Return the features of maps, float32 (b, d)."""
