@@ -79,6 +79,8 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve float32 (b, c_in, h, w) to (b, c_out, h, w), channels-last in memory."""
+        if x.requires_grad:
+            raise RuntimeError("no gradients pass here: infer under torch.inference_mode(), or load with fold=False")
         out = torch.empty((len(x), len(self.offsets), *x.shape[2:]), memory_format=torch.channels_last)
         native.winograd(
             x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy(),
