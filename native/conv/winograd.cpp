@@ -28,7 +28,7 @@ template <typename Vec>
 WSI_INLINE void store(float* p, const Vec& v) { __builtin_memcpy(p, &v, sizeof(Vec)); }
 
 // B^T applied to a column of the input, A^T to one of the products (see wsi.native.twin). Lavin and Gray take 0, 1, -1, 2,
-// -2 and infinity as points of interpolation; p, -p, q, -q with p q = 1 leave a quarter of the largest rounding error.
+// -2 and infinity as points of interpolation; p, -p, q, -q with p q = 1 leave less than half of the rounding error.
 constexpr float kP = 0.70710678118654752f, kQ = 1.41421356237309505f;  // 1 / sqrt(2), sqrt(2)
 
 template <typename Vec>

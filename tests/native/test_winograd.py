@@ -85,3 +85,35 @@ def test_what_does_not_fit_is_refused(change, said):
 def test_no_images_are_no_work():
     x, filters, bias, out = operands((0, 4, 4), 16, 32)
     native.winograd(x, filters, bias, out, 4, native.winograd_instructions()[0])
+
+
+def matrices(points):
+    """Make A^T, G and B^T of F(4, 3) for four finite points beside 0, from the definition that they convolve."""
+    points = [0.0, *points]
+    a_t = np.array([[x**i for x in points] + [float(i == 3)] for i in range(4)])
+    others = [np.prod([x - y for y in points if y != x]) for x in points]
+    g = np.array([[x**k / other for k in range(3)] for x, other in zip(points, others, strict=True)] + [[0, 0, 1.0]])
+    # y[i] = sum over k of d[i + k] g[k], whatever d and g: linear equations for each column of B^T.
+    products = np.array([a_t[i] * g[:, k] for i in range(4) for k in range(3)])
+    wanted = np.array([np.eye(6)[i + k] for i in range(4) for k in range(3)])
+    b_t, residual, _, _ = np.linalg.lstsq(products, wanted, rcond=None)
+    assert np.abs(products @ b_t - wanted).max() < 1e-12
+    return a_t, g, b_t
+
+
+def largest_error(points, d, taps):
+    """Return the largest error of one row of tiles in float32, in standard deviations of the true sums."""
+    a_t, g, b_t = (m.astype(np.float32) for m in matrices(points))
+    products = np.zeros((len(d), 6), np.float32)
+    for c in range(d.shape[2]):
+        products += (d[:, :, c] @ b_t.T) * (matrices(points)[1] @ taps[:, c]).astype(np.float32)
+    true = sum(d[:, k : k + 4].astype(float) @ taps[k] for k in range(3))
+    return np.abs(products @ a_t.T - true).max() / true.std()
+
+
+def test_the_points_round_better_than_whole_numbers():
+    """One-dimensional: in two dimensions both errors enter twice."""
+    rng = np.random.default_rng(0)
+    d, taps = rng.standard_normal((20000, 6, 64)).astype(np.float32), rng.standard_normal((3, 64))
+    ours = largest_error([0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)], d, taps)
+    assert ours < 0.6 * largest_error([1, -1, 2, -2], d, taps)
