@@ -96,17 +96,19 @@ def matrices(points):
     # y[i] = sum over k of d[i + k] g[k], whatever d and g: linear equations for each column of B^T.
     products = np.array([a_t[i] * g[:, k] for i in range(4) for k in range(3)])
     wanted = np.array([np.eye(6)[i + k] for i in range(4) for k in range(3)])
-    b_t, residual, _, _ = np.linalg.lstsq(products, wanted, rcond=None)
+    b_t = np.linalg.lstsq(products, wanted, rcond=None)[0]
     assert np.abs(products @ b_t - wanted).max() < 1e-12
     return a_t, g, b_t
 
 
 def largest_error(points, d, taps):
     """Return the largest error of one row of tiles in float32, in standard deviations of the true sums."""
-    a_t, g, b_t = (m.astype(np.float32) for m in matrices(points))
+    a_t, g, b_t = matrices(points)
+    filters = (g @ taps).astype(np.float32)
+    a_t, b_t = a_t.astype(np.float32), b_t.astype(np.float32)
     products = np.zeros((len(d), 6), np.float32)
     for c in range(d.shape[2]):
-        products += (d[:, :, c] @ b_t.T) * (matrices(points)[1] @ taps[:, c]).astype(np.float32)
+        products += (d[:, :, c] @ b_t.T) * filters[:, c]
     true = sum(d[:, k : k + 4].astype(float) @ taps[k] for k in range(3))
     return np.abs(products @ a_t.T - true).max() / true.std()
 
