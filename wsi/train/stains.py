@@ -40,7 +40,10 @@ def learn_stains(
         except Unmeasurable:
             continue
         except (WsiError, OSError) as error:
-            return StainRange(reason=f"stains were not measured: {error}"), {}
+            # Without its path: the reason is published with the model.
+            what = error.what if isinstance(error, WsiError) else error.strerror
+            what = what or f"cannot be read ({type(error).__name__})"
+            return StainRange(reason=f"stains were not measured: {slide} {what}"), {}
 
     def range_of(slides: Sequence[str]) -> StainRange:
         known = [slide for slide in slides if slide in points]
