@@ -1,5 +1,7 @@
 """The compiled 3 x 3 convolution against its specification, and what it refuses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -85,3 +87,22 @@ def test_what_does_not_fit_is_refused(change, said):
 def test_no_images_are_no_work():
     x, filters, bias, out = operands((0, 4, 4), 16, 32)
     native.winograd(x, filters, bias, out, 4, native.winograd_instructions()[0])
+
+
+@needs_kernel
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not Linux")
+def test_threads_that_cannot_start_are_done_without():
+    """Room for the buffers of 64 threads, and not for their stacks: the process once ended here."""
+    import resource
+
+    x, filters, bias, expected = operands((1, 224, 224), 16, 32)
+    out, instructions = np.full_like(expected, np.nan), native.winograd_instructions()[0]
+    native.winograd(x, filters, bias, expected, 1, instructions)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), hard))
+    try:
+        native.winograd(x, filters, bias, out, 64, instructions)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    np.testing.assert_array_equal(out, expected)
