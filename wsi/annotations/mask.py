@@ -121,7 +121,7 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
             )
     usable = [d for d in levels if downsample % (d * scale) == 0]
     if not usable:
-        what = f"has one pixel per {scale} of the slide, and one per {downsample} is needed, which is no multiple of that"
+        what = f"has one pixel per {scale} of the slide, and one per {downsample}, no multiple of that, is needed"
         raise AnnotationError(path, what, "Give a mask of the slide's full size")
     level = max(usable)
     w, h = levels[level]
