@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -190,7 +191,11 @@ void winograd(const Convolution& f, int64_t threads, Instructions instructions) 
     }
   };
   std::vector<std::thread> others;
-  for (size_t i = 1; i < scratch.size(); ++i) others.emplace_back(work, std::ref(scratch[i]));
+  others.reserve(scratch.size());
+  try {
+    for (size_t i = 1; i < scratch.size(); ++i) others.emplace_back(work, std::ref(scratch[i]));
+  } catch (const std::system_error&) {  // no more threads may start here: those there are do all the work
+  }
   work(scratch[0]);
   for (auto& other : others) other.join();
 }

@@ -132,8 +132,10 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path):
     for size in ((256 + 700, 512 + 700), (5120, 256), (512 * 3 + 900, 256 * 3)):
         with pytest.raises(AnnotationError, match="the slide"):
             read_mask(path, size=size)
-    with pytest.raises(AnnotationError, match="finer"):
+    with pytest.raises(AnnotationError, match="per 4 of the slide, and one per 2, no multiple"):
         read_mask(path, downsample=2, size=(2048, 1024))
+    with pytest.raises(AnnotationError, match="no multiple of that"):  # finer than asked for, and of no use
+        read_mask(path, downsample=32, size=(512 * 3, 256 * 3))
 
 
 @pytest.mark.parametrize(("slide", "scale"), [((800, 608), 2), ((820, 623), 2.05), ((390, 290), 1), ((404, 306), 1)])

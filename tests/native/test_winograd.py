@@ -1,5 +1,7 @@
 """The compiled 3 x 3 convolution against its specification, and what it refuses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -119,3 +121,22 @@ def test_the_points_round_better_than_whole_numbers():
     d, taps = rng.standard_normal((20000, 6, 64)).astype(np.float32), rng.standard_normal((3, 64))
     ours = largest_error([0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)], d, taps)
     assert ours < 0.6 * largest_error([1, -1, 2, -2], d, taps)
+
+
+@needs_kernel
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not Linux")
+def test_threads_that_cannot_start_are_done_without():
+    """Room for the buffers of 64 threads, and not for their stacks: the process once ended here."""
+    import resource
+
+    x, filters, bias, expected = operands((1, 224, 224), 16, 32)
+    out, instructions = np.full_like(expected, np.nan), native.winograd_instructions()[0]
+    native.winograd(x, filters, bias, expected, 1, instructions)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), hard))
+    try:
+        native.winograd(x, filters, bias, out, 64, instructions)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    np.testing.assert_array_equal(out, expected)

@@ -67,9 +67,15 @@ def test_a_network_gives_the_same_logits(name, replaced):
 
 @needs_kernel
 def test_gradients_are_refused_and_not_lost():
-    conv = WinogradConv2d(nn.Conv2d(16, 32, 3, padding=1))
-    with pytest.raises(RuntimeError, match="load with fold=False"):
+    conv, x = WinogradConv2d(nn.Conv2d(16, 32, 3, padding=1)), torch.ones(1, 16, 4, 4)
+    conv(x)  # nobody asks for one
+    with pytest.raises(RuntimeError, match="fold=False"):
         conv(torch.ones(1, 16, 4, 4, requires_grad=True))
+    conv.requires_grad_()  # as who goes on training the last layers would
+    with pytest.raises(RuntimeError, match="fold=False"):
+        conv(x)
+    with torch.no_grad():
+        conv(x)
 
 
 def test_without_the_kernel_a_network_stays_as_it_is(monkeypatch):

@@ -121,8 +121,8 @@ def read_mask(path: Path, *, downsample: int = 32, size: tuple[int, int] | None 
             )
     usable = [d for d in levels if downsample % (d * scale) == 0]
     if not usable:
-        what = f"has one pixel per {scale} of the slide, too coarse to be read at one per {downsample}"
-        raise AnnotationError(path, what, "Give a finer mask")
+        what = f"has one pixel per {scale} of the slide, and one per {downsample}, no multiple of that, is needed"
+        raise AnnotationError(path, what, "Give a mask of the slide's full size")
     level = max(usable)
     w, h = levels[level]
     if w * h > _MAX_PIXELS:

@@ -28,7 +28,7 @@ class WinogradConv2d(nn.Module):
 
     A tile of 4 x 4 output pixels is made of 36 products a pair of channels instead of 144, F(4 x 4, 3 x 3). Rounding
     errors are about twice those of the direct sum: below 2e-5 of the output's standard deviation in the tests. The
-    bytes do not depend on the batch or the threads (``torch.get_num_threads``). Gradients do not pass.
+    bytes do not depend on the batch or the threads (``torch.get_num_threads``). Gradients do not pass: an error.
 
     Parameters
     ----------
@@ -52,7 +52,9 @@ class WinogradConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
+        # Frozen, since the transformed filters would not follow them.
+        self.weight = nn.Parameter(conv.weight.detach(), requires_grad=False)
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach(), requires_grad=False)
         n, c_in = conv.out_channels, conv.in_channels
         filters = torch.empty(36, n // _PANEL, c_in, _PANEL)
         for panel, g in enumerate(conv.weight.detach().split(_PANEL)):  # by parts: float64 would take twice the memory
@@ -78,9 +80,15 @@ class WinogradConv2d(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve float32 (b, c_in, h, w) to (b, c_out, h, w), channels-last in memory."""
-        if x.requires_grad:
-            raise RuntimeError("no gradients pass here: infer under torch.inference_mode(), or load with fold=False")
+        """Convolve float32 (b, c_in, h, w) to (b, c_out, h, w), channels-last in memory.
+
+        Raises
+        ------
+        RuntimeError
+            A gradient is asked for.
+        """
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (x, *self.parameters())):
+            raise RuntimeError("a network made ready to infer passes no gradients: load it with fold=False")
         out = torch.empty((len(x), len(self.offsets), *x.shape[2:]), memory_format=torch.channels_last)
         native.winograd(
             x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).numpy(),
