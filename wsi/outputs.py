@@ -221,8 +221,8 @@ def _warnings(found: Findings, drawn: Drawn, grade: str | None, positive_mm2: fl
         mm2 = _tissue_mm2(drawn.suppressed, drawn, slide)
         warnings["context-suppressed"] = (
             f"{len(drawn.suppressed)} tiles with {mm2:g} mm2 of tissue are positive alone, "
-            "and not among their neighbours: a small focus looks like that, and so do errors; see positive_alone_mm2 "
-            "and the tiles' probability alone, or score with --no-context"
+            "but no longer after smoothing over their neighbours: small foci and errors both look like that; "
+            "see positive_alone_mm2 and the tiles' prob_..._alone, or score with --no-context"
         )
     return warnings
 

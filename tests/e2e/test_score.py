@@ -308,6 +308,8 @@ class TestResume:
         assert code == 2 and "the file's own microns per pixel, now 0.4" in stderr
         code, _, stderr = wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--mpp", 0.4)
         assert code == 2 and "No such option: --mpp" in stderr and "--slide-mpp" in stderr
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", "idc-breast", "-o", tmp_path / "r", "-q")
+        assert code == 2 and 'model was "' in stderr and 'now "idc-breast". Choose' in stderr  # and none of its hashes
         assert [row["slide_id"] for row in rows(tmp_path / "r/slides.csv")] == ["a"]
         assert (
             wsi("score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "-q", "--stride", 16, "--force")[0] == 0
@@ -652,6 +654,10 @@ class TestOtherVerbs:
         for verb in ("score", "tile", "info", "demo", "doctor"):
             code, stdout, _ = wsi(verb, "--help")
             assert code == 0 and f"wsi {verb}" in stdout.split("Example")[1]
+
+    def test_help_keeps_the_names_of_extras(self, wsi: Run) -> None:
+        """Square brackets are markup to the printer of help: `wsi[cluster]` came out as `wsi`."""
+        assert "extra cluster" in " ".join(wsi("score", "--help")[1].replace("│", " ").split())
 
 
 def test_ink_is_scored_on_request(wsi: Run, model: Path, tmp_path: Path) -> None:

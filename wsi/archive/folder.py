@@ -43,6 +43,7 @@ _TABLES = ("slides.csv", "slides.parquet", "failures.csv")
 _OUR_FILES = ("run.json", *_TABLES)
 _FROM_MANIFEST = ("label", "patient")  # columns copied into slides.csv
 _START_OVER = "Choose another folder with -o, or start these slides over with --force"
+_FOLLOW_THE_MODEL = ("context", "mil_sha256", "model_config", "model_sha256", "stain_range")  # not named beside it
 _FAILURE_COLUMNS = ("slide_id", "slide", "stage", "error", "remedy")
 
 Row = dict[str, Any]
@@ -95,6 +96,8 @@ def bind(
         earlier = {}
     if earlier != identity and (not force or others):
         changed = sorted(key for key in {*identity, *earlier} if identity.get(key) != earlier.get(key))
+        if "model" in changed:  # its name says more than its hashes
+            changed = [key for key in changed if key not in _FOLLOW_THE_MODEL]
         what = "holds results of another configuration: " + ", ".join(
             f"{key} was {json.dumps(earlier.get(key))}, now {json.dumps(identity.get(key))}" for key in changed
         )

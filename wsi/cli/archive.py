@@ -35,7 +35,7 @@ Workers = Annotated[
     int | None,
     typer.Option(min=0, help="Worker processes. Default: one per GPU, or one. 0: none; a crash then ends the run."),
 ]
-Scheduler = Annotated[str | None, typer.Option(help="Use Dask: tcp://host:8786, or local (needs wsi[cluster]).")]
+Scheduler = Annotated[str | None, typer.Option(help="Use Dask: tcp://host:8786, or local (needs wsi's extra cluster).")]
 Order = Annotated[str, typer.Option(help="given; size: largest first; triage (wsi score): likely positive first.")]
 SlideTimeout = Annotated[float | None, typer.Option(min=1, help="Seconds per slide; one that takes longer fails.")]
 MaxMemory = Annotated[

@@ -169,9 +169,8 @@ def resolution_warnings(slide: Slide, mpp: float, wanted: str) -> dict[str, str]
         warnings["upsampled"] = f"{has}, {wanted}: patches are enlarged"
     if slide.overridden is not None:
         own, given = slide.overridden, f"{slide.mpp.x:g} ({slide.mpp_source})"
-        what = f"the file says {own.x:.4g} x {own.y:.4g} microns per pixel, and {given} was given"
-        remedy = "which all numbers are by: if it is not meant, leave it out, and use --force"
-        warnings["mpp-overridden"] = f"{what}, {remedy}"
+        what = f"the file says {own.x:.4g} x {own.y:.4g} microns per pixel, but {given} was given and is used"
+        warnings["mpp-overridden"] = f"{what}: if that is not intended, leave it out and add --force"
     return warnings
 
 

@@ -36,7 +36,7 @@ _ZSTD_LEVEL = 1
 def check_kind(kind: str) -> None:
     """Raise ``StoreError`` for an unknown way to keep patches."""
     if kind not in KINDS:
-        raise StoreError(f"pixels={kind!r}", "no such way to keep them", f"Known: {', '.join(KINDS)}")
+        raise StoreError(f"pixels={kind!r}", "there is no such choice", f"Known: {', '.join(KINDS)}")
 
 
 def pixel_bytes(kind: str, n: int, tile_px: int) -> int:
