@@ -56,7 +56,7 @@ def save_sheet(
     row_h = _LABEL + _SIDE + _CAPTION
     rows = (2 if look is None else 3) * len(evidence)
     width, height = _GAP + columns * (_SIDE + _GAP), _GAP + rows * row_h + _LABEL
-    sheet = Image.new("RGB", (max(width, 360), height), "white")
+    sheet = Image.new("RGB", (max(width, 420), height), "white")
     draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(11)
     y = _GAP
 
@@ -79,7 +79,7 @@ def save_sheet(
             captions, cams = look(np.stack([slide.read(grid.box(tile), side, damage=[]) for tile in most]))
             add_row(f"most: {name}, where the tile model looked (Grad-CAM)", most, captions, cams)
         add_row(f"least: {name}", least, _captions(grid, values, least))
-    draw.text((_GAP, y), "Research use only", "#606060", small)
+    draw.text((_GAP, y), "below each tile: evidence; left, top in level-0 pixels. Research use only", "#606060", small)
     with replacing(path) as file:
         sheet.save(file, format="PNG")
 

@@ -417,6 +417,10 @@ class TestBadInput:
             (["score", tmp_path, "-m", model, "-o", tmp_path / "r"], "holds no slides"),
             (["score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "--reader", "paint"], "Known readers"),
             (["score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "--positive", "lymphoma"], "lymphoma"),
+            (
+                ["score", slides / "a.svs", "-m", model, "-o", tmp_path / "r", "--max-memory", "lots"],
+                "--max-memory='lots'",
+            ),
             (["info", tmp_path / "nothing.svs"], "no such file"),
         ]
         for arguments, says in cases:

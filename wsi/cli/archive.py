@@ -53,23 +53,23 @@ def limits(seconds: float | None, memory: str | None) -> Limits:
     """Return the limits of time and memory per slide."""
     from wsi.archive import Limits
 
-    return Limits(seconds, None if memory is None else bytes_of(memory))
+    return Limits(seconds, None if memory is None else bytes_of(memory, "--max-memory"))
 
 
 def cache(folder: Path | None, size: str) -> Cache | None:
     """Return the cache that slides are copied to."""
     from wsi.archive import Cache
 
-    return None if folder is None else Cache(folder, bytes_of(size))
+    return None if folder is None else Cache(folder, bytes_of(size, "--cache-size"))
 
 
-def bytes_of(text: str) -> int:
-    """Read a number of bytes such as 8GB, 500M or 2GiB.
+def bytes_of(text: str, option: str) -> int:
+    """Read an option's number of bytes such as 8GB, 500M or 2GiB.
 
     Examples
     --------
-    >>> bytes_of("8GB"), bytes_of("1.5 GiB"), bytes_of("100")
-    (8000000000, 1610612736, 100)
+    >>> [bytes_of(text, "--max-memory") for text in ("8GB", "1.5 GiB", "100")]
+    [8000000000, 1610612736, 100]
     """
     from dask.utils import parse_bytes
 
@@ -78,5 +78,5 @@ def bytes_of(text: str) -> int:
     except (ValueError, OverflowError):
         n = -1
     if n < 0:
-        raise WsiError(f"{text!r}", "is no number of bytes", "Write for example 8GB or 500MB")
+        raise WsiError(f"{option}={text!r}", "is no number of bytes", "Write for example 8GB or 500MB")
     return n

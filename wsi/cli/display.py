@@ -169,7 +169,7 @@ def conclude(summary: Summary, n_slides: int, out: Path, *, as_json: bool, quiet
         say(f"wsi: {where}{row['error']} [{row['stage']}]. {row['remedy']}")
     say(f"{len(summary.done)} of {n_slides} slides {verb}: {out / 'slides.csv'}", quiet=quiet)
     if flagged := [row["slide_id"] for row in summary.done if row["flags"]]:
-        say(f"{len(flagged)} of them flagged, see the column flags of the table: {', '.join(flagged[:3])}", quiet=quiet)
+        say(f"{len(flagged)} of them flagged, see column flags in that table: {', '.join(flagged[:3])}", quiet=quiet)
     if shares := _shares(summary.done):
         say(f"time: {shares}", quiet=quiet)
     if summary.failed:

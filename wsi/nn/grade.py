@@ -147,7 +147,7 @@ class MilModel:
         if config.bag_tiles is not None:
             (least, most), n = config.bag_tiles, len(features)
             if n > BAG_FACTOR * most or n * BAG_FACTOR < least:
-                reasons.append(f"{n} tiles; learnt from bags of {least} to {most}")
+                reasons.append(f"{n} tiles, but the head was trained on slides of {least} to {most}")
         chosen: tuple[str, ...] | None = None
         if config.conformal_threshold is not None:
             chosen = tuple(names[i] for i in prediction_set(grade.probabilities, config.conformal_threshold))
