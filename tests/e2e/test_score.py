@@ -198,9 +198,13 @@ class TestResults:
         assert outside["flags"] == ["stain-outside", "abstain"] and outside["stain_distance"] > 20
         assert "stain outside the training range: haematoxylin" in outside["uncertainty"]["abstain"]
         assert "40 training patients" in outside["warnings"][0] and outside["grade"] == inside["grade"]
-        # the tile model's own range warns where there is no head, too; and another range is another configuration
+        # a model of another name is refused by its name; one of the same name with another range, for that
         code, _, stderr = wsi("score", slides / "a.svs", "-m", tmp_path / "elsewhere", "-o", tmp_path / "r-here", "-q")
+        assert code == 2 and 'model was "here", now "elsewhere"' in stderr and "stain_range" not in stderr
+        shutil.copytree(tmp_path / "elsewhere", tmp_path / "other/here")
+        code, _, stderr = wsi("score", slides / "a.svs", "-m", tmp_path / "other/here", "-o", tmp_path / "r-here", "-q")
         assert code == 2 and "stain_range was" in stderr
+        # the tile model's own range warns where there is no head, too
         words = ("--mil", "none", "-o", tmp_path / "bare", "-q")
         assert wsi("score", slides / "a.svs", "-m", tmp_path / "elsewhere", *words)[0] == 0
         assert json.loads((tmp_path / "bare/a/result.json").read_text())["flags"] == ["stain-outside"]
