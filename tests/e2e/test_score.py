@@ -442,7 +442,7 @@ class TestBadInput:
         near, far = (json.loads((tmp_path / name / "result.json").read_bytes()) for name in "ab")
         assert near["flags"] == [] == near["warnings"] and far["n_tiles"]
         assert [row["flags"].split()[:1] for row in rows(tmp_path / "slides.csv")] == [[], ["mpp-overridden"]]
-        assert "the file says 0.5 x 0.5 microns per pixel, and 0.25 (manifest) was given" in far["warnings"][0]
+        assert "the file says 0.5 x 0.5 microns per pixel, but 0.25 (manifest) was given" in far["warnings"][0]
 
     def test_manifest(self, wsi: Run, slides: Path, model: Path, tmp_path: Path) -> None:
         (slides / "list.csv").write_text("slide,mpp\na.svs,\nb.svs,0.25\n")
