@@ -27,7 +27,7 @@ class WinogradConv2d(nn.Module):
     """A convolution of 3 x 3, stride 1 and zero padding of 1, with a quarter of the multiplications.
 
     A tile of 4 x 4 output pixels is made of 36 products a pair of channels instead of 144, F(4 x 4, 3 x 3). Rounding
-    errors are about twice those of the direct sum: below 2e-5 of the output's standard deviation in the tests. The
+    errors are three to five times those of torch's sum: below 2e-5 of the output's standard deviation in the tests. The
     bytes do not depend on the batch or the threads (``torch.get_num_threads``). Gradients do not pass: an error.
 
     Parameters
